@@ -1,0 +1,139 @@
+"""Binarisation: signs with straight-through estimators, weight scaling, and the 1-bit convolution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from utils import InputError
+
+WEIGHT_BINARIZATIONS = ("plain", "balanced")
+
+
+def sign(x: Tensor) -> Tensor:
+    """+1 where x >= 0 (also -0.0), -1 where x < 0, NaN where x is NaN; never 0, so that one bit holds it."""
+    return torch.where(x >= 0, 1.0, torch.where(x < 0, -1.0, x)).to(x.dtype)
+
+
+class _BinarySign(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return sign(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * _sign_slope(x)
+
+
+def _sign_slope(x: Tensor) -> Tensor:
+    """max(0, 2 - 2|x|), the derivative of Bi-Real Net's piecewise quadratic approximation of sign."""
+    return (2 - 2 * x.abs()).clamp_min(0)
+
+
+def binary_sign(x: Tensor) -> Tensor:
+    """Sign of an activation, any shape.
+
+    Forward: +1 where x >= 0, else -1; never 0. NaN stays NaN.
+    Backward: grad * max(0, 2 - 2|x|) (Liu et al., Bi-Real Net, ECCV 2018, eq. 5).
+    """
+    return _BinarySign.apply(x)
+
+
+class _ClippedSign(Function):
+    @staticmethod
+    def forward(ctx, w):
+        ctx.save_for_backward(w)
+        return sign(w)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (w,) = ctx.saved_tensors
+        return grad * (w.abs() < 1)
+
+
+def binarize_weight(weight: Tensor, method: str = "plain") -> Tensor:
+    """Binary weights with one scale a filter: (out, ...) -> the same shape, each filter of +s and -s.
+
+    s = mean |(w - mean w) / std w| over the filter, std unbiased; no gradient flows through s.
+    `plain`: sign(w) * s, as in the EBNAS program. Backward: grad * s where |w| < 1, else 0.
+    `balanced`: sign((w - mean w) / std w) * s, whose gradient, passed where the standardised weight is
+    within (-1, 1), flows on through the standardisation (Qin et al., IR-Net, CVPR 2020, eq. 5).
+    A filter with no spread (constant, or of a single weight) has s = 1, and is not standardised.
+    Raises InputError on another `method`.
+    """
+    if method not in WEIGHT_BINARIZATIONS:
+        raise InputError(f"unknown weight binarization {method!r}; choose from {WEIGHT_BINARIZATIONS}")
+    latent = weight if method == "balanced" else weight.detach()
+    dims = tuple(range(1, weight.dim()))
+    # std of the centred weight, in this order, as the original: the scale is then the same to the last bit.
+    # It decides ties: a 1-bit convolution gives many pixels one value up to rounding, and which of them a
+    # max pool picks, and so routes the gradient to, is that rounding's choice.
+    standardised = latent - latent.mean(dims, keepdim=True)
+    if latent[0].numel() > 1:
+        std = standardised.std(dims, keepdim=True)
+    else:
+        std = torch.zeros_like(latent)
+    spread = std > 0
+    standardised = standardised / torch.where(spread, std, 1)
+    scale = standardised.detach().abs().mean(dims, keepdim=True)
+    scale = torch.where(spread, scale, 1)
+    if method == "balanced":
+        weight = torch.where(spread, standardised, weight)
+    return _ClippedSign.apply(weight) * scale
+
+
+class BinaryConv2d(nn.Conv2d):
+    """A convolution without bias whose weights and input activations have 1 or 32 bits each.
+
+    (n, in, h, w) -> (n, out, h', w'), arguments as nn.Conv2d. With `activation_bits` 1 it takes the sign of
+    its input itself (`binary_sign`), with `weight_bits` 1 of its weights (`binarize_weight`): so W1A1,
+    W1A32, W32A1 and W32A32 are one class, and `weight` always holds the latent real weights.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        weight_bits: int = 1,
+        activation_bits: int = 1,
+        weight_binarization: str = "plain",
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+        )
+        if weight_bits not in (1, 32) or activation_bits not in (1, 32):
+            raise InputError(f"bits are 1 or 32, not {weight_bits} (weights) and {activation_bits} (activations)")
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.weight_binarization = weight_binarization
+
+    def effective_weight(self) -> Tensor:
+        """The weights that the convolution uses: binary and scaled, or the latent ones at 32 bits."""
+        if self.weight_bits == 1:
+            return binarize_weight(self.weight, self.weight_binarization)
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation_bits == 1:
+            x = binary_sign(x)
+        return F.conv2d(x, self.effective_weight(), None, self.stride, self.padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, W{self.weight_bits}A{self.activation_bits}"

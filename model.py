@@ -1,0 +1,231 @@
+"""The derived networks of a genotype, for CIFAR-sized and ImageNet-sized images."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from binary_ops import WEIGHT_BINARIZATIONS
+from genotypes import Genotype, genotype_from_dict, genotype_to_dict
+from operations import FactorizedReduce, BinaryUnit, drop_path, make_operation
+from utils import InputError, nearest_multiples
+
+FAMILIES = ("cifar", "imagenet")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that a derived network is built from; a checkpoint carries it as a dictionary.
+
+    `bits` per stage: stage 1 is W1A32 (weight_bits 1, activation_bits 32), or W32A1; stage 2 is W1A1.
+    Raises InputError on values that make no network.
+    """
+
+    genotype: Genotype
+    family: str = "cifar"
+    init_channels: int = 84
+    layers: int = 16
+    groups: int = 14
+    num_classes: int = 10
+    auxiliary: bool = False
+    weight_bits: int = 1
+    activation_bits: int = 1
+    weight_binarization: str = "plain"
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise InputError(f"unknown network family {self.family!r}; choose from {FAMILIES}")
+        if self.weight_binarization not in WEIGHT_BINARIZATIONS:
+            raise InputError(
+                f"unknown weight binarization {self.weight_binarization!r}; choose from {WEIGHT_BINARIZATIONS}"
+            )
+        for name in ("init_channels", "layers", "groups", "num_classes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.layers < 3:
+            raise InputError(f"layers is {self.layers}; a network needs at least 3 cells (two reduce the size)")
+        if self.init_channels % self.groups:
+            raise InputError(
+                f"init_channels {self.init_channels} does not divide into {self.groups} groups; "
+                f"the nearest that do: {nearest_multiples(self.init_channels, self.groups)}"
+            )
+        if self.family == "imagenet" and self.init_channels % 4:
+            raise InputError(
+                f"init_channels {self.init_channels} must be a multiple of 4 (the stem's second convolution has "
+                f"4 groups); the nearest: {nearest_multiples(self.init_channels, 4)}"
+            )
+        if self.init_channels % 2:
+            raise InputError(f"init_channels {self.init_channels} is odd; a factorised reduction needs even channels")
+
+    @property
+    def bits(self) -> dict:
+        """The keyword arguments of a BinaryConv2d."""
+        names = ("weight_bits", "activation_bits", "weight_binarization")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def reductions(self) -> tuple[int, int]:
+        """The indices of the cells that halve the size and double the channels."""
+        return self.layers // 3, 2 * self.layers // 3
+
+    def to_dict(self) -> dict:
+        return {**dataclasses.asdict(self), "genotype": genotype_to_dict(self.genotype)}
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> ModelConfig:
+        return cls(**{**fields, "genotype": genotype_from_dict(fields["genotype"])})
+
+
+class Cell(nn.Module):
+    """One cell: s0 (n, c_older, h', w'), s1 (n, c_newer, h, w) -> (n, 4 * channels, h or ceil(h/2), ...)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        c_older: int,
+        c_newer: int,
+        channels: int,
+        *,
+        reduction: bool,
+        reduction_before: bool,
+    ):
+        super().__init__()
+        bits = config.bits
+        self.preprocess0 = (
+            FactorizedReduce(c_older, channels, bits=bits)
+            if reduction_before
+            else BinaryUnit(c_older, channels, 1, bits=bits)
+        )
+        self.preprocess1 = BinaryUnit(c_newer, channels, 1, bits=bits)
+        pairs = config.genotype.reduce if reduction else config.genotype.normal
+        self.concat = config.genotype.reduce_concat if reduction else config.genotype.normal_concat
+        self.sources = tuple(source for _, source in pairs)
+        self.operations = nn.ModuleList(
+            make_operation(
+                name,
+                channels,
+                2 if reduction and source < 2 else 1,
+                groups=config.groups,
+                bits=bits,
+            )
+            for name, source in pairs
+        )
+        self.out_channels = channels * len(self.concat)
+
+    def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0) -> Tensor:
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for node in range(0, len(self.operations), 2):
+            terms = []
+            for operation, source in zip(
+                self.operations[node : node + 2], self.sources[node : node + 2], strict=True
+            ):
+                y = operation(states[source])
+                if drop_path_prob > 0 and not isinstance(operation, nn.Identity):
+                    y = drop_path(y, drop_path_prob)
+                terms.append(y)
+            states.append(terms[0] + terms[1])
+        return torch.cat([states[i] for i in self.concat], dim=1)
+
+
+class AuxiliaryHead(nn.Module):
+    """A second classifier on a middle cell's output (n, c, h, w), full precision; used in training only.
+
+    AvgPool 5x5, 1x1 conv to 128, BN, ReLU, 2x2 conv to 768, BN, ReLU, linear: for features of 8 x 8 (CIFAR,
+    stride 3) and 7 x 7 (ImageNet, stride 2) the 2x2 convolution gives one pixel, as in DARTS; larger ones
+    are averaged after it, and features below 7 x 7 are pooled to 2 x 2 before it.
+    """
+
+    def __init__(self, channels: int, num_classes: int, *, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 128, 1, bias=False),
+            nn.BatchNorm2d(128),
+            nn.ReLU(),
+            nn.Conv2d(128, 768, 2, bias=False),
+            nn.BatchNorm2d(768),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Linear(768, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) >= 5 + self.stride:
+            x = F.avg_pool2d(x, 5, self.stride, count_include_pad=False)
+        else:
+            x = F.adaptive_avg_pool2d(x, 2)
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+def _conv_bn_relu(c_in: int, c_out: int, *, stride: int, groups: int = 1, last_relu: bool = True) -> list[nn.Module]:
+    layers = [nn.Conv2d(c_in, c_out, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(c_out)]
+    return [*layers, nn.ReLU()] if last_relu else layers
+
+
+class Network(nn.Module):
+    """A derived network: images (n, 3, h, w) -> logits (n, classes), auxiliary logits or None.
+
+    Auxiliary logits are given in training mode only, where the configuration asks for the head. Images of
+    16 x 16 and more (`cifar`), or 32 x 32 and more (`imagenet`), odd sizes too. `drop_path_prob` is set by
+    the training loop, epoch by epoch, and acts in training mode.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.drop_path_prob = 0.0
+        channels = config.init_channels
+        if config.family == "cifar":
+            c_older = c_newer = 3 * channels
+            self.stem = nn.Sequential(*_conv_bn_relu(3, c_newer, stride=1))
+        else:
+            c_older = c_newer = channels
+            self.stem0 = nn.Sequential(
+                *_conv_bn_relu(3, channels // 2, stride=2),
+                *_conv_bn_relu(channels // 2, channels, stride=2, groups=4),
+            )
+            self.stem1 = nn.Sequential(*_conv_bn_relu(channels, channels, stride=2, groups=2))
+
+        # ImageNet: stem1 halves the size of the older input, as a reduction cell would
+        reduction_before = config.family == "imagenet"
+        self.cells = nn.ModuleList()
+        self.auxiliary_head = None
+        for index in range(config.layers):
+            reduction = index in config.reductions
+            channels *= 2 if reduction else 1
+            cell = Cell(
+                config,
+                c_older,
+                c_newer,
+                channels,
+                reduction=reduction,
+                reduction_before=reduction_before,
+            )
+            self.cells.append(cell)
+            c_older, c_newer, reduction_before = c_newer, cell.out_channels, reduction
+            if config.auxiliary and index == config.reductions[1]:
+                stride = 3 if config.family == "cifar" else 2
+                self.auxiliary_head = AuxiliaryHead(c_newer, config.num_classes, stride=stride)
+        self.classifier = nn.Linear(c_newer, config.num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.config.family == "cifar":
+            s0 = s1 = self.stem(x)
+        else:
+            s0 = self.stem0(x)
+            s1 = self.stem1(s0)
+        auxiliary_logits = None
+        drop_path_prob = self.drop_path_prob if self.training else 0.0
+        for index, cell in enumerate(self.cells):
+            s0, s1 = s1, cell(s0, s1, drop_path_prob)
+            if self.training and self.auxiliary_head is not None and index == self.config.reductions[1]:
+                auxiliary_logits = self.auxiliary_head(s1)
+        return self.classifier(s1.mean((2, 3))), auxiliary_logits
+
+
+def build_model(config: ModelConfig) -> Network:
+    """The network of a configuration, freshly initialised from torch's global random state, on the CPU."""
+    return Network(config)

@@ -1,0 +1,146 @@
+"""The seven operations of a cell, in their derived form and their search form, and drop-path.
+
+Derived: affine BN, binary weights, groups, PReLU; an operation is one module per edge of the genotype.
+Search: no affine BN, real weights, no groups; the operations of all edges that leave one state are one
+module, `SourceOperations`, for they read the same input.
+At stride 2 every operation gives ceil(size / 2), so that all edges of a node agree at odd sizes too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from binary_ops import BinaryConv2d
+
+CONVOLUTIONS = {  # name: (kernel size, padding, dilation); the padding keeps the size at stride 1
+    "bin_conv_3x3": (3, 1, 1),
+    "bin_conv_5x5": (5, 2, 1),
+    "bin_dil_conv_3x3": (3, 2, 2),
+    "bin_dil_conv_5x5": (5, 4, 2),
+}
+
+
+def drop_path(x: Tensor, probability: float) -> Tensor:
+    """Zero whole samples of x (n, c, h, w) with `probability`, and scale the others to keep the mean.
+
+    A new tensor, never in place (Larsson et al., FractalNet, 2017; per sample as in DARTS).
+    """
+    keep = 1.0 - probability
+    mask = torch.empty((x.shape[0], 1, 1, 1), device=x.device, dtype=x.dtype).bernoulli_(keep)
+    return x * (mask / keep)
+
+
+def halving_pool(x: Tensor) -> Tensor:
+    """2x2 average at stride 2, (n, c, h, w) -> (n, c, ceil(h/2), ceil(w/2)); a window at an odd edge
+    averages what it holds."""
+    return F.avg_pool2d(x, 2, 2, ceil_mode=True)
+
+
+class BinaryUnit(nn.Module):
+    """PReLU(BN2(binconv(sign(BN1(x)))) [+ residual]), (n, c_in, h, w) -> (n, c_out, h', w').
+
+    The residual (cell convolutions) is x, or its 2x2 average at stride 2; preprocessing has none. `bits`
+    are BinaryConv2d's keyword arguments weight_bits, activation_bits, weight_binarization.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel_size: int,
+        *,
+        bits: dict,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        residual: bool = False,
+    ):
+        super().__init__()
+        self.stride, self.residual = stride, residual
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv = BinaryConv2d(
+            c_in,
+            c_out,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            **bits,
+        )
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.prelu = nn.PReLU(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv(self.bn1(x)))
+        if self.residual:
+            y = y + (x if self.stride == 1 else halving_pool(x))
+        return self.prelu(y)
+
+
+class FactorizedReduce(nn.Module):
+    """PReLU(BN2(cat of two 1x1 binary convolutions at stride 2, the second shifted by one pixel)).
+
+    (n, c_in, h, w) -> (n, c_out, ceil(h/2), ceil(w/2)); each half gives c_out / 2 channels.
+    """
+
+    def __init__(self, c_in: int, c_out: int, *, bits: dict):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv_1 = BinaryConv2d(c_in, c_out // 2, 1, stride=2, **bits)
+        self.conv_2 = BinaryConv2d(c_in, c_out // 2, 1, stride=2, **bits)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.prelu = nn.PReLU(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(x)
+        y = torch.cat([self.conv_1(x), pad_to_half(self.conv_2(x[:, :, 1:, 1:]), x)], dim=1)
+        return self.prelu(self.bn2(y))
+
+
+def pad_to_half(y: Tensor, x: Tensor) -> Tensor:
+    """Zeros right of and below y (n, c, h // 2, w // 2), up to half the size of x rounded up.
+
+    The shifted half of a factorised reduction has one row or column less where x has an odd size.
+    """
+    height, width = x.shape[2:]
+    return F.pad(y, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else y
+
+
+class Pool(nn.Module):
+    """3x3 max or average (padding not counted), padding 1, (n, c, h, w) -> (n, c, h', w')."""
+
+    def __init__(self, kind: str, stride: int):
+        super().__init__()
+        self.pool = (
+            nn.MaxPool2d(3, stride, 1) if kind == "max" else nn.AvgPool2d(3, stride, 1, count_include_pad=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x)
+
+
+def make_operation(name: str, channels: int, stride: int, *, groups: int, bits: dict) -> nn.Module:
+    """The derived form of primitive `name` on an edge of `channels` channels.
+
+    Raises KeyError on a name that is not a primitive: genotypes are validated before they get here.
+    """
+    if name == "skip_connect":
+        return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, bits=bits)
+    if name in ("max_pool_3x3", "avg_pool_3x3"):
+        return Pool(name[:3], stride)
+    kernel_size, padding, dilation = CONVOLUTIONS[name]
+    return BinaryUnit(
+        channels,
+        channels,
+        kernel_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        residual=True,
+        bits=bits,
+    )
