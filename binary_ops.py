@@ -68,6 +68,8 @@ def binarize_weight(weight: Tensor, method: str = "plain") -> Tensor:
     if method not in WEIGHT_BINARIZATIONS:
         raise InputError(f"unknown weight binarization {method!r}; choose from {WEIGHT_BINARIZATIONS}")
     latent = weight if method == "balanced" else weight.detach()
+    if latent.dtype in (torch.float16, torch.bfloat16):
+        latent = latent.float()
     dims = tuple(range(1, weight.dim()))
     # std of the centred weight, in this order, as the original: the scale is then the same to the last bit.
     # It decides ties: a 1-bit convolution gives many pixels one value up to rounding, and which of them a
@@ -77,13 +79,14 @@ def binarize_weight(weight: Tensor, method: str = "plain") -> Tensor:
         std = standardised.std(dims, keepdim=True)
     else:
         std = torch.zeros_like(latent)
-    spread = std > 0
+    # a constant filter may leave a spread of rounding errors, which must not be blown up
+    spread = std > torch.finfo(latent.dtype).eps * latent.abs().amax(dims, keepdim=True)
     standardised = standardised / torch.where(spread, std, 1)
     scale = standardised.detach().abs().mean(dims, keepdim=True)
     scale = torch.where(spread, scale, 1)
     if method == "balanced":
         weight = torch.where(spread, standardised, weight)
-    return _ClippedSign.apply(weight) * scale
+    return (_ClippedSign.apply(weight) * scale).to(weight.dtype)
 
 
 class BinaryConv2d(nn.Conv2d):

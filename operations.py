@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from binary_ops import BinaryConv2d
+from binary_ops import BinaryConv2d, binary_sign
 
 CONVOLUTIONS = {  # name: (kernel size, padding, dilation); the padding keeps the size at stride 1
     "bin_conv_3x3": (3, 1, 1),
@@ -144,3 +144,74 @@ def make_operation(name: str, channels: int, stride: int, *, groups: int, bits: 
         residual=True,
         bits=bits,
     )
+
+
+class SourceOperations(nn.Module):
+    """Search form: the seven operations, mixed, on all m edges of a cell that leave one state.
+
+    These edges read the same channels, so the sign, both pools with their BN (without affine parameters
+    they are the same on every edge) and the residual are computed once, and a kind of convolution is one
+    convolution with m times the output channels. x (n, c, h, w), mixing (m, 7) -> (n, m, c, h', w'): on
+    edge e the sum of mixing[e, p] times operation p of PRIMITIVES.
+    """
+
+    def __init__(self, channels: int, edges: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(channels, edges * channels, size, stride, padding, dilation, bias=False)
+            for size, padding, dilation in CONVOLUTIONS.values()
+        )
+        self.skip = nn.ModuleList(
+            nn.Conv2d(channels, edges * channels // 2, 1, 2, bias=False) for _ in range(2 if stride == 2 else 0)
+        )
+        convolved = len(CONVOLUTIONS) + (stride == 2)
+        self.norm = nn.BatchNorm2d(convolved * edges * channels, affine=False)
+        self.pool_norm = nn.BatchNorm2d(2 * channels, affine=False)
+
+    def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
+        edges = mixing.shape[0]
+        signs = binary_sign(x)
+        outputs = [convolution(signs) for convolution in self.convolutions]
+        if self.stride == 2:
+            outputs.append(self._reduced(signs, edges))
+        y = self.norm(torch.cat(outputs, 1))  # (n, p * m * c, h', w')
+        n, _, height, width = y.shape
+        y = y.view(n, len(outputs), edges, -1, height, width)
+
+        pools = [F.max_pool2d(x, 3, self.stride, 1), F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False)]
+        pools = self.pool_norm(torch.cat(pools, 1)).view(n, 2, 1, -1, height, width)
+        residual = x if self.stride == 1 else halving_pool(x)
+
+        skip, pooling, convolving = mixing.split((1, 2, 4), dim=1)
+        through_residual = convolving.sum(1, keepdim=True)
+        if self.stride == 1:
+            through_residual = through_residual + skip
+        else:
+            convolving = torch.cat([convolving, skip], 1)
+        mixed = torch.einsum("npmchw,mp->nmchw", y, convolving)
+        mixed = mixed + torch.einsum("npochw,mp->nmchw", pools, pooling)
+        return mixed + residual.unsqueeze(1) * through_residual.view(edges, 1, 1, 1)
+
+    def _reduced(self, signs: Tensor, edges: int) -> Tensor:
+        """The skip connection at stride 2, a factorised reduction before its BN: (n, m * c, h', w')."""
+        even, odd = self.skip
+        halves = [even(signs), pad_to_half(odd(signs[:, :, 1:, 1:]), signs)]
+        return torch.cat([half.unflatten(1, (edges, -1)) for half in halves], 2).flatten(1, 2)
+
+
+class SearchPreprocess(nn.Module):
+    """Search form: BN(conv1x1(sign(x))), or its factorised reduction, (n, c_in, h, w) -> (n, c_out, ...)."""
+
+    def __init__(self, c_in: int, c_out: int, *, reduce: bool):
+        super().__init__()
+        widths = (c_out // 2, c_out // 2) if reduce else (c_out,)
+        self.convolutions = nn.ModuleList(nn.Conv2d(c_in, c, 1, 2 if reduce else 1, bias=False) for c in widths)
+        self.norm = nn.BatchNorm2d(c_out, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        signs = binary_sign(x)
+        y = self.convolutions[0](signs)
+        if len(self.convolutions) == 2:
+            y = torch.cat([y, pad_to_half(self.convolutions[1](signs[:, :, 1:, 1:]), signs)], 1)
+        return self.norm(y)

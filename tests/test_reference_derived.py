@@ -2,47 +2,21 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from reference_values import assert_close, assert_gradient, float64, load
 from torch.nn import functional as F
 
 from genotypes import genotype_from_dict
 from model import ModelConfig, build_model
 
-REFERENCE = Path(__file__).parent / "reference"
-RELATIVE = 1e-9
-
 
 def original_name(name: str) -> str:
-    """This program's parameter name -> the original's."""
+    """This program's parameter name -> the original's, whose auxiliary pool is features.0."""
     name = name.replace(".operations.", "._ops.")
-    # the original keeps the auxiliary pool as features.0
-    return re.sub(
-        r"auxiliary_head\.features\.(\d+)", lambda m: f"auxiliary_head.features.{int(m[1]) + 1}", name
-    )
-
-
-def assert_close(ours: torch.Tensor, reference: np.ndarray, what: str) -> None:
-    reference = torch.from_numpy(np.asarray(reference))
-    error = (ours.detach() - reference).norm() / reference.norm().clamp_min(1e-300)
-    assert error <= RELATIVE, f"{what}: relative error {error:.2e}"
-
-
-def load_state(network: torch.nn.Module, values, rename) -> None:
-    """Every reference value is used, and every tensor of the network is set, the step counters apart."""
-    state = network.state_dict()
-    unused = {key.removeprefix("state.") for key in values.files if key.startswith("state.")}
-    for name, tensor in state.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        source = rename(name)
-        tensor.copy_(torch.from_numpy(values[f"state.{source}"].astype(np.float64)))
-        unused.discard(source)
-    assert not unused
-    network.load_state_dict(state)
+    return re.sub(r"(head\.features)\.(\d+)", lambda match: f"{match[1]}.{int(match[2]) + 1}", name)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +24,7 @@ def load_state(network: torch.nn.Module, values, rename) -> None:
     [("cifar_w1a1", "cifar", (1, 1)), ("cifar_w32a1", "cifar", (32, 1)), ("imagenet_w1a1", "imagenet", (1, 1))],
 )
 def test_network_equals_the_original(file, family, bits):
-    values = np.load(REFERENCE / f"{file}.npz")
+    values = load(file)
     config = ModelConfig(
         genotype=genotype_from_dict(json.loads(str(values["genotype"]))),
         family=family,
@@ -62,7 +36,10 @@ def test_network_equals_the_original(file, family, bits):
         activation_bits=bits[1],
     )
     network = build_model(config).double()
-    load_state(network, values, original_name)
+    state = {name: t for name, t in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert {f"state.{original_name(name)}" for name in state} == {k for k in values.files if k.startswith("state.")}
+    for name, tensor in state.items():
+        tensor.copy_(float64(values, f"state.{original_name(name)}"))
     images = np.random.RandomState(int(values["input_seed"])).randn(*values["input_shape"])
     images, target = torch.from_numpy(images), torch.from_numpy(values["target"])
 
@@ -76,11 +53,7 @@ def test_network_equals_the_original(file, family, bits):
 
     loss.backward()
     for name, parameter in network.named_parameters():
-        source = original_name(name)
-        if f"grad.{source}" in values:
-            assert_close(parameter.grad, values[f"grad.{source}"], f"gradient of {name}")
-        else:
-            assert_close(parameter.grad.norm(), values[f"gradnorm.{source}"], f"gradient norm of {name}")
+        assert_gradient(parameter.grad, values, original_name(name))
 
     network.eval()
     with torch.no_grad():

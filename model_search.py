@@ -1,0 +1,188 @@
+"""The supernet: every cell holds all 14 edges, every edge all seven operations, on a part of its channels.
+
+Partial channel connections (Xu et al., PC-DARTS, ICLR 2020), binary activations, real weights. Two fusions
+change nothing in the mathematics: the operations are computed once per state and not once per edge
+(`SourceOperations`), and, the channel shuffle being linear, it is applied once per node to the sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genotypes import EDGES, NODES, PRIMITIVES, Genotype
+from operations import SearchPreprocess, SourceOperations
+from utils import InputError, nearest_multiples
+
+SAMPLING = {"normal": 8, "reduce": 4}
+"""k: one in k channels goes through the operations, so that the advantages of operations are balanced."""
+
+EDGE_BIAS = (0.6931, 0.0, -0.4055)
+"""Of the nodes with n = 3, 4, 5 inputs: sigmoid(b_n) = 2 / n, so that the edges of an untrained node sum to
+the two it will keep."""
+
+LEAVING = tuple(tuple(e for e, (_, source) in enumerate(EDGES) if source == s) for s in range(1 + NODES))
+"""By source state: the edges that leave it, in the order of their nodes."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """All that a supernet is built from. Raises InputError on values that make none."""
+
+    init_channels: int = 16
+    layers: int = 8
+    num_classes: int = 10
+
+    def __post_init__(self):
+        k = max(SAMPLING.values())
+        if self.init_channels < 1 or self.init_channels % k:
+            raise InputError(
+                f"init_channels {self.init_channels} does not divide by k = {k}, the part of the channels that "
+                f"the supernet samples; the nearest that do: {nearest_multiples(self.init_channels, k)}"
+            )
+        if self.layers < 3:
+            raise InputError(f"layers is {self.layers}; a supernet needs at least 3 cells (two reduce the size)")
+
+    @property
+    def reductions(self) -> tuple[int, int]:
+        return self.layers // 3, 2 * self.layers // 3
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """Interleave `groups` groups of channels: (n, g * c, h, w), channel i * c + j goes to j * g + i."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def edge_weights(beta: Tensor) -> Tensor:
+    """beta (12,) -> the weights of a cell's 14 edges: 1 on the first node's two, else sigmoid(beta + b_n)."""
+    by_node = beta.split([2 + node for node in range(1, NODES)])
+    biased = [part + bias for part, bias in zip(by_node, EDGE_BIAS, strict=True)]
+    return torch.cat([beta.new_ones(2), torch.sigmoid(torch.cat(biased))])
+
+
+class SearchCell(nn.Module):
+    """A cell of the supernet: s0, s1 -> (n, 4 * channels, h', w').
+
+    `mixing` holds by source, for each edge that leaves it, the edge's weight times the softmax of its
+    alphas (m, 7); `weights` (14,) the edges' weights alone, which the bypassing channels get.
+    """
+
+    def __init__(self, c_older: int, c_newer: int, channels: int, *, reduction: bool, reduction_before: bool):
+        super().__init__()
+        self.reduction = reduction
+        self.k = SAMPLING["reduce" if reduction else "normal"]
+        self.sampled = channels // self.k
+        self.preprocess0 = SearchPreprocess(c_older, channels, reduce=reduction_before)
+        self.preprocess1 = SearchPreprocess(c_newer, channels, reduce=False)
+        self.sources = nn.ModuleList(
+            SourceOperations(self.sampled, len(edges), 2 if reduction and source < 2 else 1)
+            for source, edges in enumerate(LEAVING)
+        )
+
+    def forward(self, s0: Tensor, s1: Tensor, mixing: tuple[Tensor, ...], weights: Tensor) -> Tensor:
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        mixed: dict[int, Tensor] = {}  # by edge: (n, c / k, h', w')
+        bypassed: list[Tensor] = []  # by source: (n, c - c / k, h', w')
+        for node in range(NODES):
+            for source in range(len(bypassed), len(states)):
+                x = states[source]
+                outputs = self.sources[source](x[:, : self.sampled], mixing[source])
+                mixed.update(zip(LEAVING[source], outputs.unbind(1), strict=True))
+                rest = x[:, self.sampled :]
+                if self.reduction and source < 2:
+                    rest = F.max_pool2d(rest, 2, 2, ceil_mode=True)
+                bypassed.append(rest)
+            entering = [e for e, (to, _) in enumerate(EDGES) if to == node]
+            through = sum(mixed[e] for e in entering)
+            around = sum(weights[e] * rest for e, rest in zip(entering, bypassed, strict=True))
+            states.append(channel_shuffle(torch.cat([through, around], 1), self.k))
+        return torch.cat(states[2:], 1)
+
+
+class Supernet(nn.Module):
+    """Images (n, 3, h, w) -> logits (n, classes), None (it has no auxiliary head).
+
+    alpha (14, 7) and beta (12,) for each cell type are parameters, so that checkpoints hold them, but
+    `weight_parameters()` leaves them out: they are never in the weights' optimiser, clipping or decay.
+    """
+
+    def __init__(self, config: SearchConfig):
+        super().__init__()
+        self.config = config
+        channels = config.init_channels
+        c_older = c_newer = 3 * channels
+        self.stem = nn.Sequential(nn.Conv2d(3, c_newer, 3, padding=1, bias=False), nn.BatchNorm2d(c_newer))
+        self.cells = nn.ModuleList()
+        reduction_before = False
+        for index in range(config.layers):
+            reduction = index in config.reductions
+            channels *= 2 if reduction else 1
+            cell = SearchCell(c_older, c_newer, channels, reduction=reduction, reduction_before=reduction_before)
+            self.cells.append(cell)
+            c_older, c_newer, reduction_before = c_newer, NODES * channels, reduction
+        self.classifier = nn.Linear(c_newer, config.num_classes)
+        for kind in ("normal", "reduce"):
+            self.register_parameter(
+                f"alphas_{kind}", nn.Parameter(1e-3 * torch.randn(len(EDGES), len(PRIMITIVES)))
+            )
+            self.register_parameter(f"betas_{kind}", nn.Parameter(1e-3 * torch.randn(len(EDGES) - 2)))
+        by_source = torch.tensor([edge for edges in LEAVING for edge in edges])
+        self.register_buffer("by_source", by_source, persistent=False)
+
+    def arch_parameters(self) -> list[nn.Parameter]:
+        return [self.alphas_normal, self.alphas_reduce, self.betas_normal, self.betas_reduce]
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        arch = {id(parameter) for parameter in self.arch_parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in arch]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        weights, mixing = {}, {}
+        for kind, alpha, beta in (
+            (False, self.alphas_normal, self.betas_normal),
+            (True, self.alphas_reduce, self.betas_reduce),
+        ):
+            weights[kind] = edge_weights(beta)
+            of_edges = weights[kind].unsqueeze(1) * alpha.softmax(1)  # (14, 7)
+            mixing[kind] = of_edges[self.by_source].split([len(edges) for edges in LEAVING])
+        s0 = s1 = self.stem(x)
+        for cell in self.cells:
+            s0, s1 = s1, cell(s0, s1, mixing[cell.reduction], weights[cell.reduction])
+        return self.classifier(s1.mean((2, 3))), None
+
+    def genotype(self) -> Genotype:
+        """The genotype that the architecture parameters stand for now (a host synchronisation on a GPU)."""
+        cells = {
+            kind: derive_cell(
+                getattr(self, f"alphas_{kind}").detach().cpu(), getattr(self, f"betas_{kind}").detach().cpu()
+            )
+            for kind in ("normal", "reduce")
+        }
+        concat = tuple(range(2, 2 + NODES))
+        return Genotype(cells["normal"], concat, cells["reduce"], concat)
+
+
+def derive_cell(alpha: Tensor, beta: Tensor) -> tuple[tuple[str, int], ...]:
+    """alpha (14, 7), beta (12,) -> the eight (operation, input) pairs of a cell.
+
+    A node keeps the two edges of largest beta, an edge its operation of largest alpha (the first, on a
+    tie). A node's edges are listed by the softmax weight of their operation, the largest first (the lower
+    input first, on a tie).
+    """
+    strength = alpha.softmax(1).amax(1).tolist()
+    scores = [0.0, 0.0, *beta.tolist()]
+    pairs = []
+    for node in range(NODES):
+        edges = [e for e, (to, _) in enumerate(EDGES) if to == node]
+        kept = sorted(edges, key=lambda e: (-scores[e], e))[:2]
+        for e in sorted(kept, key=lambda e: (-strength[e], e)):
+            row = alpha[e].tolist()
+            pairs.append((PRIMITIVES[row.index(max(row))], EDGES[e][1]))
+    return tuple(pairs)
