@@ -1,0 +1,589 @@
+/* 1-bit convolutions with XOR and popcount, and the few float layers around them: a whole network, one call.
+
+   packed.py compiles this file at first use, fills an array of `struct unit`, and calls run_network().
+
+   Floats.  A tensor is channel planes of height * width floats, each plane padded to a multiple of 64 floats,
+   so that no loop over pixels has a tail. What a plane holds past its pixels has no meaning and is never
+   read into a pixel.
+
+   Bits.  Eight channels of one group share a byte, a plane holds one such byte per pixel, and vector lanes
+   run along pixels. A tap of a convolution is then a load at a constant offset, for any group size and any
+   dilation, and nothing is rearranged per window. At stride 2 a plane is split into its four phases (even
+   and odd rows, even and odd columns), which makes the taps constant offsets again.
+
+   Zero padding.  A bit has two values and the padding is a third. Each tap has a mask plane, 0xff where it
+   lies inside the image: dot = valid - 2 * popcount((x ^ w) & mask), valid = the number of weights inside.
+
+   Everything between the lines "one path" is compiled once per instruction set, by this file including
+   itself, and run_network() is told which one to use. No state is global; all memory is the caller's. */
+
+#ifndef PATH
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { BINARY, FLOAT, POOL, LINEAR };
+
+/* One byte of weights of each filter: where its input lies, relative to the group and the pixel, in bytes. */
+struct term {
+    int32_t input, mask;
+};
+
+/* One step of the network; packed.py's _Unit is the same structure. Tensors are offsets into the arena, in
+   floats. BINARY: sign, convolve, scale and shift, add the residual, PReLU. FLOAT: convolve, shift, ReLU. */
+struct unit {
+    int64_t op, source, target, residual /* < 0: none */, scratch;
+    int64_t channels_in, channels_out, groups, kernel, stride, padding;
+    int64_t height_in, width_in, height_out, width_out;
+    int64_t add;     /* add to the target instead of writing it */
+    int64_t flag;    /* POOL: average instead of maximum; FLOAT: ReLU */
+    int64_t terms;   /* BINARY: bytes of weights per filter */
+    int64_t slack;   /* BINARY: how far a tap may read outside the planes, in bytes */
+    const struct term *term;
+    const uint8_t *masks;
+    const int16_t *valid;
+    const float *threshold;
+    const uint32_t *bits;    /* BINARY: encode_weights' output, its order */
+    const float *weight;     /* FLOAT: [group][block of 4 filters][input, tap][4]; LINEAR: [class][channel] */
+    const float *scale, *bias, *slope;
+};
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t padded(int64_t n) { return (n + 63) & ~(int64_t)63; }
+
+#define INLINE static inline __attribute__((always_inline))
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define FN(name) JOIN(name, PATH)
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define BITS(n) (((n) & 1) + ((n) >> 1 & 1) + ((n) >> 2 & 1) + ((n) >> 3 & 1))
+#define ROW(w) {BITS(w ^ 0), BITS(w ^ 1), BITS(w ^ 2),  BITS(w ^ 3),  BITS(w ^ 4),  BITS(w ^ 5),  \
+                BITS(w ^ 6), BITS(w ^ 7), BITS(w ^ 8),  BITS(w ^ 9),  BITS(w ^ 10), BITS(w ^ 11), \
+                BITS(w ^ 12), BITS(w ^ 13), BITS(w ^ 14), BITS(w ^ 15)}
+/* [weight nibble][input nibble]: the number of bits in which they differ */
+static const uint8_t differing[16][16] __attribute__((aligned(16))) = {
+    ROW(0), ROW(1), ROW(2),  ROW(3),  ROW(4),  ROW(5),  ROW(6),  ROW(7),
+    ROW(8), ROW(9), ROW(10), ROW(11), ROW(12), ROW(13), ROW(14), ROW(15)};
+
+#if defined(__clang__)
+#define TARGET_AVX512 \
+    _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512bitalg,avx2,fma\"))), apply_to=function)")
+#define TARGET_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to=function)")
+#define TARGET_END _Pragma("clang attribute pop")
+#else
+#define TARGET_AVX512 \
+    _Pragma("GCC push_options") \
+    _Pragma("GCC target(\"avx512f,avx512bw,avx512bitalg,avx2,fma,prefer-vector-width=512\")")
+#define TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
+#define TARGET_END _Pragma("GCC pop_options")
+#endif
+
+TARGET_AVX512
+#define PATH avx512
+#define AVX512
+#include __FILE__
+#undef AVX512
+#undef PATH
+TARGET_END
+
+TARGET_AVX2
+#define PATH avx2
+#define AVX2
+#include __FILE__
+#undef AVX2
+#undef PATH
+TARGET_END
+#endif
+
+#define PATH c
+#include __FILE__
+#undef PATH
+
+enum { PLAIN_C, PATH_AVX2, PATH_AVX512 };
+
+/* The best path that this processor and its operating system can run. */
+int best_path(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("fma"))
+        return PATH_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return PATH_AVX2;
+#endif
+    return PLAIN_C;
+}
+
+/* bytes [group][filter][term] -> the path's order and form, [group][block of filters][term][filter]. Filters
+   of a group go in blocks of at most as many as the path takes at once, as equal as can be. */
+void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64_t filters, int64_t terms,
+                    uint32_t *encoded)
+{
+    const int64_t at_once = path == PATH_AVX512 ? 8 : 4, blocks = (filters + at_once - 1) / at_once;
+    for (int64_t g = 0; g < groups; g++, bytes += filters * terms)
+        for (int64_t b = 0; b < blocks; b++)
+            for (int64_t t = 0; t < terms; t++)
+                for (int64_t f = b * filters / blocks; f < (b + 1) * filters / blocks; f++) {
+                    const uint32_t w = bytes[f * terms + t];
+                    *encoded++ = path == PATH_AVX2 ? (w & 15) * 16 | (w >> 4) * 16 << 16 : w * 0x01010101;
+                }
+}
+
+/* Runs n units on what the arena holds. */
+void run_units(int path, const struct unit *units, int64_t n, float *arena)
+{
+#if defined(__x86_64__)
+    if (path == PATH_AVX512)
+        run_avx512(units, n, arena);
+    else if (path == PATH_AVX2)
+        run_avx2(units, n, arena);
+    else
+#endif
+        run_c(units, n, arena);
+    (void)path;
+}
+
+/* images [count][channels][pixels] -> logits [count][channels_out of the last unit]. */
+void run_network(int path, const struct unit *units, int64_t n, float *arena, const float *images, int64_t count,
+                 int64_t channels, int64_t pixels, float *logits)
+{
+    const struct unit *last = units + n - 1;
+    for (int64_t i = 0; i < count; i++) {
+        for (int64_t c = 0; c < channels; c++, images += pixels)
+            memcpy(arena + c * padded(pixels), images, pixels * sizeof(float));
+        run_units(path, units, n, arena);
+        memcpy(logits + i * last->channels_out, arena + last->target, last->channels_out * sizeof(float));
+    }
+}
+
+#else /* ------------------------------------------------------------------------------------ one path */
+
+/* Per path: `bytes`, a vector of LANES pixels of a byte plane; `tap`, such a vector made ready to be compared
+   with many filters; FILTERS, as many filters at once as the registers hold; FLOATS in a float vector. */
+
+#if defined(AVX512)
+
+#define LANES 64
+#define FILTERS 8
+#define FLOATS 16
+typedef __m512i FN(bytes);
+typedef struct { __m512i x, mask; } FN(tap);
+
+INLINE FN(bytes) FN(zero)(void) { return _mm512_setzero_si512(); }
+INLINE void FN(store)(uint8_t *to, FN(bytes) v) { _mm512_storeu_si512(to, v); }
+
+INLINE FN(tap) FN(load_tap)(const uint8_t *x, const uint8_t *mask)
+{
+    return (FN(tap)){_mm512_loadu_si512(x), _mm512_loadu_si512(mask)};
+}
+
+INLINE FN(bytes) FN(add_differing)(FN(bytes) count, FN(tap) t, uint32_t w)
+{
+    const __m512i differs = _mm512_ternarylogic_epi32(t.mask, t.x, _mm512_set1_epi32(w), 0x60); /* m & (x ^ w) */
+    return _mm512_add_epi8(count, _mm512_popcnt_epi8(differs));
+}
+
+INLINE FN(bytes) FN(pack)(const float *x, int64_t plane, const float *threshold, int channels)
+{
+    __m512i bits = _mm512_setzero_si512();
+    for (int c = 0; c < channels; c++, x += plane) {
+        const __m512 t = _mm512_set1_ps(threshold[c]);
+        __mmask64 above = 0;
+        for (int i = 0; i < 4; i++)
+            above |= (__mmask64)_mm512_cmp_ps_mask(_mm512_loadu_ps(x + 16 * i), t, _CMP_GE_OQ) << 16 * i;
+        bits = _mm512_mask_add_epi8(bits, above, bits, _mm512_set1_epi8(1 << c));
+    }
+    return bits;
+}
+
+#elif defined(AVX2)
+
+/* No popcount of bytes here, but a table look-up of nibbles, and a weight selects its table: `differing`
+   gives the count without an XOR. An index with its top bit set looks up 0, which serves as the mask. */
+#define LANES 64
+#define FILTERS 4
+#define FLOATS 8
+typedef struct { __m256i half[2]; } FN(bytes);
+typedef struct { __m256i low[2], high[2]; } FN(tap);
+
+INLINE FN(bytes) FN(zero)(void)
+{
+    return (FN(bytes)){{_mm256_setzero_si256(), _mm256_setzero_si256()}};
+}
+
+INLINE void FN(store)(uint8_t *to, FN(bytes) v)
+{
+    for (int i = 0; i < 2; i++)
+        _mm256_storeu_si256((__m256i *)(to + 32 * i), v.half[i]);
+}
+
+INLINE FN(tap) FN(load_tap)(const uint8_t *x, const uint8_t *mask)
+{
+    const __m256i nibble = _mm256_set1_epi8(15), top = _mm256_set1_epi8((char)0x80);
+    FN(tap) t;
+    for (int i = 0; i < 2; i++) {
+        const __m256i v = _mm256_loadu_si256((const __m256i *)(x + 32 * i));
+        const __m256i outside = _mm256_andnot_si256(_mm256_loadu_si256((const __m256i *)(mask + 32 * i)), top);
+        t.low[i] = _mm256_or_si256(_mm256_and_si256(v, nibble), outside);
+        t.high[i] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(v, 4), nibble), outside);
+    }
+    return t;
+}
+
+INLINE FN(bytes) FN(add_differing)(FN(bytes) count, FN(tap) t, uint32_t w)
+{
+    const uint8_t *row = differing[0];
+    const __m256i low = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)(row + (w & 0xffff))));
+    const __m256i high = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)(row + (w >> 16))));
+    for (int i = 0; i < 2; i++) {
+        count.half[i] = _mm256_add_epi8(count.half[i], _mm256_shuffle_epi8(low, t.low[i]));
+        count.half[i] = _mm256_add_epi8(count.half[i], _mm256_shuffle_epi8(high, t.high[i]));
+    }
+    return count;
+}
+
+INLINE FN(bytes) FN(pack)(const float *x, int64_t plane, const float *threshold, int channels)
+{
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* undoes the lanes of the two packs */
+    FN(bytes) bits = FN(zero)();
+    for (int c = 0; c < channels; c++, x += plane) {
+        const __m256 t = _mm256_set1_ps(threshold[c]);
+        for (int i = 0; i < 2; i++) {
+            __m256i above[4];
+            for (int j = 0; j < 4; j++)
+                above[j] = _mm256_castps_si256(_mm256_cmp_ps(_mm256_loadu_ps(x + 32 * i + 8 * j), t, _CMP_GE_OQ));
+            const __m256i all = _mm256_packs_epi16(_mm256_packs_epi32(above[0], above[1]),
+                                                   _mm256_packs_epi32(above[2], above[3]));
+            bits.half[i] = _mm256_or_si256(bits.half[i], _mm256_and_si256(all, _mm256_set1_epi8((char)(1 << c))));
+        }
+    }
+    for (int i = 0; i < 2; i++)
+        bits.half[i] = _mm256_permutevar8x32_epi32(bits.half[i], order);
+    return bits;
+}
+
+#else
+
+#define LANES 16
+#define FILTERS 4
+#define FLOATS 4
+typedef uint64_t FN(bytes) __attribute__((vector_size(16)));
+typedef struct { FN(bytes) x, mask; } FN(tap);
+
+INLINE FN(bytes) FN(zero)(void) { return (FN(bytes)){0, 0}; }
+INLINE void FN(store)(uint8_t *to, FN(bytes) v) { memcpy(to, &v, sizeof v); }
+
+INLINE FN(tap) FN(load_tap)(const uint8_t *x, const uint8_t *mask)
+{
+    FN(tap) t;
+    memcpy(&t.x, x, sizeof t.x);
+    memcpy(&t.mask, mask, sizeof t.mask);
+    return t;
+}
+
+INLINE FN(bytes) FN(add_differing)(FN(bytes) count, FN(tap) t, uint32_t w)
+{
+    FN(bytes) v = (t.x ^ (w * 0x100000001u)) & t.mask;
+    v -= v >> 1 & 0x5555555555555555u; /* sums of 2, 4 and 8 bits, side by side */
+    v = (v & 0x3333333333333333u) + (v >> 2 & 0x3333333333333333u);
+    return count + ((v + (v >> 4)) & 0x0f0f0f0f0f0f0f0fu);
+}
+
+INLINE FN(bytes) FN(pack)(const float *x, int64_t plane, const float *threshold, int channels)
+{
+    uint8_t bits[LANES] = {0};
+    for (int c = 0; c < channels; c++, x += plane)
+        for (int i = 0; i < LANES; i++)
+            bits[i] |= (x[i] >= threshold[c]) << c;
+    FN(bytes) v;
+    memcpy(&v, bits, sizeof v);
+    return v;
+}
+
+#endif
+
+typedef float FN(floats) __attribute__((vector_size(4 * FLOATS), aligned(4), may_alias));
+
+/* Signs of the source as byte planes, [group][byte of 8 channels][phase][pixel]: bit = (x >= threshold). */
+static void FN(pack_signs)(const struct unit *u, const float *source, uint8_t *planes, uint8_t *whole)
+{
+    const int64_t plane_in = padded(u->height_in * u->width_in), plane_out = padded(u->height_out * u->width_out);
+    const int64_t channels = u->channels_in / u->groups;
+    for (int64_t g = 0; g < u->groups; g++)
+        for (int64_t c = 0; c < channels; c += 8, planes += u->stride * u->stride * plane_out) {
+            const float *x = source + (g * channels + c) * plane_in;
+            const float *threshold = u->threshold + g * channels + c;
+            uint8_t *to = u->stride == 1 ? planes : whole;
+            if (channels - c >= 8)
+                for (int64_t p = 0; p < plane_in; p += LANES)
+                    FN(store)(to + p, FN(pack)(x + p, plane_in, threshold, 8));
+            else
+                for (int64_t p = 0; p < plane_in; p += LANES)
+                    FN(store)(to + p, FN(pack)(x + p, plane_in, threshold, (int)(channels - c)));
+            if (u->stride == 2)
+                for (int64_t y = 0; y < u->height_in; y++)
+                    for (int64_t column = 0; column < u->width_in; column++)
+                        planes[((y & 1) * 2 + (column & 1)) * plane_out + y / 2 * u->width_out + column / 2] =
+                            whole[y * u->width_in + column];
+        }
+}
+
+/* For LANES pixels and `filters` filters: how many bits differ under the masks. */
+INLINE void FN(count_differing)(const int filters, const struct unit *u, const uint8_t *x, const uint8_t *masks,
+                                const uint32_t *w, uint16_t count[FILTERS][LANES])
+{
+    for (int64_t start = 0; start < u->terms; start += 31) { /* 31 * 8 fits into the byte of a lane */
+        const int64_t end = least(start + 31, u->terms);
+        FN(bytes) sum[FILTERS];
+        for (int f = 0; f < filters; f++)
+            sum[f] = FN(zero)();
+        for (int64_t t = start; t < end; t++, w += filters) {
+            const FN(tap) tap = FN(load_tap)(x + u->term[t].input, masks + u->term[t].mask);
+            for (int f = 0; f < filters; f++)
+                sum[f] = FN(add_differing)(sum[f], tap, w[f]);
+        }
+        for (int f = 0; f < filters; f++) {
+            uint8_t low[LANES];
+            FN(store)(low, sum[f]);
+            for (int i = 0; i < LANES; i++)
+                count[f][i] = (start ? count[f][i] : 0) + low[i];
+        }
+    }
+}
+
+INLINE void FN(finish)(const uint16_t *restrict count, const int16_t *restrict valid, float scale, float bias,
+                       float slope, const float *restrict residual, int add, float *restrict target)
+{
+    for (int i = 0; i < LANES; i++) {
+        float y = scale * (float)(valid[i] - 2 * count[i]) + bias;
+        if (residual)
+            y += residual[i];
+        y = y > 0 ? y : slope * y;
+        target[i] = add ? target[i] + y : y;
+    }
+}
+
+INLINE void FN(convolve_filters)(const int filters, const struct unit *u, const uint8_t *planes, const uint32_t *w,
+                                 int64_t first, float *arena)
+{
+    const int64_t plane = padded(u->height_out * u->width_out);
+    for (int64_t p = 0; p < plane; p += LANES) {
+        uint16_t count[FILTERS][LANES];
+        FN(count_differing)(filters, u, planes + p, u->masks + p, w, count);
+        for (int f = 0; f < filters; f++) {
+            const int64_t c = first + f;
+            float *target = arena + u->target + c * plane + p;
+            const float *residual = arena + u->residual + c * plane + p;
+            const float scale = u->scale[c], bias = u->bias[c], slope = u->slope[c];
+            if (u->residual < 0)
+                FN(finish)(count[f], u->valid + p, scale, bias, slope, 0, 0, target);
+            else if (u->add)
+                FN(finish)(count[f], u->valid + p, scale, bias, slope, residual, 1, target);
+            else
+                FN(finish)(count[f], u->valid + p, scale, bias, slope, residual, 0, target);
+        }
+    }
+}
+
+static void FN(convolve_binary)(const struct unit *u, float *arena)
+{
+    const int64_t plane = padded(u->height_out * u->width_out) * u->stride * u->stride;
+    const int64_t group_bytes = (u->channels_in / u->groups + 7) / 8 * plane;
+    uint8_t *planes = (uint8_t *)(arena + u->scratch) + u->slack;
+    FN(pack_signs)(u, arena + u->source, planes, planes + u->groups * group_bytes + u->slack);
+
+    const int64_t filters = u->channels_out / u->groups, blocks = (filters + FILTERS - 1) / FILTERS;
+    const uint32_t *w = u->bits;
+    for (int64_t g = 0; g < u->groups; g++, planes += group_bytes)
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t first = g * filters + b * filters / blocks;
+            const int64_t size = (b + 1) * filters / blocks - b * filters / blocks;
+            switch (size) {
+            case 1: FN(convolve_filters)(1, u, planes, w, first, arena); break;
+            case 2: FN(convolve_filters)(2, u, planes, w, first, arena); break;
+            case 3: FN(convolve_filters)(3, u, planes, w, first, arena); break;
+            case 4: FN(convolve_filters)(4, u, planes, w, first, arena); break;
+#if FILTERS == 8
+            case 5: FN(convolve_filters)(5, u, planes, w, first, arena); break;
+            case 6: FN(convolve_filters)(6, u, planes, w, first, arena); break;
+            case 7: FN(convolve_filters)(7, u, planes, w, first, arena); break;
+            case 8: FN(convolve_filters)(8, u, planes, w, first, arena); break;
+#endif
+            }
+            w += size * u->terms;
+        }
+}
+
+/* The padded source of one group, each channel split into stride * stride phases of height * width floats. */
+static void FN(split_phases)(const struct unit *u, const float *source, float *phases, int64_t height, int64_t width)
+{
+    const int64_t channels = u->channels_in / u->groups, s = u->stride, pad = u->padding;
+    const int64_t plane = padded(u->height_in * u->width_in);
+    memset(phases, 0, channels * s * s * height * width * sizeof(float));
+    for (int64_t c = 0; c < channels; c++, source += plane, phases += s * s * height * width)
+        for (int64_t y = 0; y < u->height_in; y++)
+            for (int64_t phase = 0; phase < s; phase++) {
+                const int64_t column = (phase + s * pad - pad) % s; /* the first of this phase */
+                float *row = phases + (((y + pad) % s * s + phase) * height + (y + pad) / s) * width;
+                row += (column + pad) / s;
+                for (int64_t x = column; x < u->width_in; x += s)
+                    *row++ = source[y * u->width_in + x];
+            }
+}
+
+/* Four filters at a time over vectors of pixels. Rows of output are as long as the phases' rows; what lies
+   past the image is dropped as the result is copied out. */
+static void FN(convolve_float)(const struct unit *u, float *arena)
+{
+    enum { VECTORS = FLOATS == 16 ? 4 : 2, WIDTH = VECTORS * FLOATS };
+    const int64_t s = u->stride, k = u->kernel, channels = u->channels_in / u->groups;
+    const int64_t filters = u->channels_out / u->groups;
+    const int64_t height = u->height_out + (k - 1) / s, width = u->width_out + (k - 1) / s;
+    const int64_t plane_in = padded(u->height_in * u->width_in), plane_out = padded(u->height_out * u->width_out);
+    const int64_t row_length = padded(u->height_out * width);
+    float *phases = arena + u->scratch, *rows = phases + padded(channels * s * s * height * width) + 128;
+    const float *weight = u->weight;
+
+    for (int64_t g = 0; g < u->groups; g++) {
+        FN(split_phases)(u, arena + u->source + g * channels * plane_in, phases, height, width);
+        for (int64_t first = 0; first < filters; first += 4, weight += 4 * channels * k * k) {
+            for (int64_t q = 0; q < row_length; q += WIDTH) {
+                FN(floats) sum[4][VECTORS] = {{{0}}};
+                const float *w = weight;
+                for (int64_t c = 0; c < channels; c++)
+                    for (int64_t dy = 0; dy < k; dy++)
+                        for (int64_t dx = 0; dx < k; dx++, w += 4) {
+                            const int64_t phase = (c * s + dy % s) * s + dx % s;
+                            const float *x = phases + (phase * height + dy / s) * width + dx / s + q;
+                            for (int v = 0; v < VECTORS; v++)
+                                for (int f = 0; f < 4; f++)
+                                    sum[f][v] += *(const FN(floats) *)(x + v * FLOATS) * w[f];
+                        }
+                for (int f = 0; f < 4; f++)
+                    memcpy(rows + f * row_length + q, sum[f], sizeof sum[f]);
+            }
+            for (int64_t f = 0; f < least(4, filters - first); f++) {
+                const int64_t c = g * filters + first + f;
+                const float bias = u->bias[c];
+                for (int64_t y = 0; y < u->height_out; y++) {
+                    const float *restrict row = rows + f * row_length + y * width;
+                    float *restrict to = arena + u->target + c * plane_out + y * u->width_out;
+                    for (int64_t x = 0; x < u->width_out; x++)
+                        to[x] = u->flag && row[x] + bias < 0 ? 0 : row[x] + bias;
+                }
+            }
+        }
+    }
+}
+
+/* kernel x kernel at any stride, what lies outside counted neither as a maximum nor in the average. First
+   the rows of a window are combined into one padded row, then its columns. kernel 1 is the identity. */
+INLINE void FN(pool_windows)(const int k, const int s, const int average, const int add, const struct unit *u,
+                             float *arena)
+{
+    const int64_t plane_in = padded(u->height_in * u->width_in), plane_out = padded(u->height_out * u->width_out);
+    const int64_t length = u->width_out * s + k, pad = u->padding;
+    float *restrict row = arena + u->scratch, *restrict columns = row + padded(length);
+    for (int64_t x = 0; x < length; x++)
+        row[x] = average ? 0 : -INFINITY;
+    for (int64_t x = 0; x < u->width_out; x++)
+        columns[x] = least(x * s - pad + k, u->width_in) - most(x * s - pad, 0);
+
+    for (int64_t c = 0; c < u->channels_in; c++)
+        for (int64_t y = 0; y < u->height_out; y++) {
+            const int64_t top = most(y * s - pad, 0), bottom = least(y * s - pad + k, u->height_in);
+            const float *restrict x = arena + u->source + c * plane_in + top * u->width_in;
+            float *restrict target = arena + u->target + c * plane_out + y * u->width_out;
+            memcpy(row + pad, x, u->width_in * sizeof(float));
+            for (int64_t j = 1; j < bottom - top; j++)
+                for (int64_t i = 0; i < u->width_in; i++) {
+                    const float a = row[pad + i], b = x[j * u->width_in + i];
+                    row[pad + i] = average ? a + b : a > b ? a : b;
+                }
+            for (int64_t i = 0; i < u->width_out; i++) {
+                float y = row[i * s];
+                for (int j = 1; j < k; j++)
+                    y = average ? y + row[i * s + j] : y > row[i * s + j] ? y : row[i * s + j];
+                if (average)
+                    y /= (bottom - top) * columns[i];
+                target[i] = add ? target[i] + y : y;
+            }
+        }
+}
+
+static void FN(pool)(const struct unit *u, float *arena)
+{
+    if (u->kernel == 1 && u->add)
+        FN(pool_windows)(1, 1, 0, 1, u, arena);
+    else if (u->kernel == 1)
+        FN(pool_windows)(1, 1, 0, 0, u, arena);
+    else if (u->kernel == 2)
+        FN(pool_windows)(2, 2, 1, 0, u, arena);
+    else if (u->flag)
+        FN(pool_windows)(3, u->stride, 1, u->add, u, arena);
+    else if (u->stride == 2)
+        FN(pool_windows)(3, 2, 0, u->add, u, arena);
+    else if (u->add)
+        FN(pool_windows)(3, 1, 0, 1, u, arena);
+    else
+        FN(pool_windows)(3, 1, 0, 0, u, arena);
+}
+
+INLINE float FN(total)(FN(floats) v)
+{
+    float sum = 0;
+    for (int i = 0; i < FLOATS; i++)
+        sum += v[i];
+    return sum;
+}
+
+/* Mean over space, then a matrix; its rows are padded with zeros to a multiple of 64. */
+static void FN(classify)(const struct unit *u, float *arena)
+{
+    const int64_t pixels = u->height_in * u->width_in, plane = padded(pixels), length = padded(u->channels_in);
+    float *means = arena + u->scratch;
+    memset(means, 0, length * sizeof(float));
+    for (int64_t c = 0; c < u->channels_in; c++) {
+        const float *x = arena + u->source + c * plane;
+        FN(floats) sums = {0};
+        int64_t p = 0;
+        for (; p + FLOATS <= pixels; p += FLOATS)
+            sums += *(const FN(floats) *)(x + p);
+        float sum = FN(total)(sums);
+        for (; p < pixels; p++)
+            sum += x[p];
+        means[c] = sum / pixels;
+    }
+    for (int64_t f = 0; f < u->channels_out; f++) {
+        const float *w = u->weight + f * length;
+        FN(floats) sums[4] = {{0}};
+        for (int64_t c = 0; c < length; c += 4 * FLOATS)
+            for (int i = 0; i < 4; i++)
+                sums[i] += *(const FN(floats) *)(means + c + i * FLOATS) *
+                           *(const FN(floats) *)(w + c + i * FLOATS);
+        arena[u->target + f] = u->bias[f] + FN(total)((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+}
+
+static void FN(run)(const struct unit *units, int64_t n, float *arena)
+{
+    for (const struct unit *u = units; u < units + n; u++)
+        switch (u->op) {
+        case BINARY: FN(convolve_binary)(u, arena); break;
+        case FLOAT: FN(convolve_float)(u, arena); break;
+        case POOL: FN(pool)(u, arena); break;
+        case LINEAR: FN(classify)(u, arena); break;
+        }
+}
+
+#undef LANES
+#undef FILTERS
+#undef FLOATS
+
+#endif
