@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from data import Batch
+from distributed import World
+from engine import Precision
 from genotypes import NODES
 from model_search import Supernet, edge_weights
 
@@ -30,3 +33,69 @@ def edge_regularizer(beta: Tensor) -> Tensor:
     for weights in edge_weights(beta)[2:].split([2 + node for node in range(1, NODES)]):
         total = total - ((weights - weights.mean()) ** 2).sum() + 0.5 * (weights.sum() - 2) ** 2
     return total
+
+
+class Architect:
+    """Adam on alpha and beta, one first-order step at a time (no unrolling of the weight step).
+
+    loss = CE + ramp * (path_reg_weight * L_path + edge_reg_weight * L_edge), each over both cell types, on
+    a batch of the held-out half. No gradient of the weights is computed or kept.
+    """
+
+    def __init__(
+        self,
+        model: Supernet,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        path_reg_weight: float,
+        edge_reg_weight: float,
+    ):
+        self.model = model
+        for parameter in model.arch_parameters():  # the weight step leaves them alone
+            parameter.requires_grad_(False)
+        self.path_reg_weight, self.edge_reg_weight = path_reg_weight, edge_reg_weight
+        self.optimizer = torch.optim.Adam(
+            model.arch_parameters(), lr=learning_rate, betas=(0.5, 0.999), weight_decay=weight_decay
+        )
+
+    def regularizers(self) -> tuple[Tensor, Tensor]:
+        """L_path and L_edge of the current alpha and beta, without weight or ramp."""
+        model = self.model
+        path = path_regularizer(model.alphas_normal) + path_regularizer(model.alphas_reduce)
+        edge = edge_regularizer(model.betas_normal) + edge_regularizer(model.betas_reduce)
+        return path, edge
+
+    def step(
+        self,
+        batches: Iterator[Batch],
+        _step: int,
+        *,
+        ramp: float,
+        world: World,
+        precision: Precision,
+    ) -> None:
+        """One step on the next of `batches`, before the weight step of the same number."""
+        batch = next(batches)
+        arch, weights = self.model.arch_parameters(), self.model.weight_parameters()
+        with only_gradients_of(arch, not_of=weights):
+            with precision.autocast():
+                logits, _ = self.model(batch.images)
+            loss = nn.functional.cross_entropy(logits.float(), batch.targets) * world.share(batch)
+            path, edge = self.regularizers()  # the same on every process, so their mean is theirs
+            loss = loss + ramp * (self.path_reg_weight * path + self.edge_reg_weight * edge)
+            precision.step(loss, self.optimizer, arch, world=world)
+
+
+@contextmanager
+def only_gradients_of(parameters: list[nn.Parameter], *, not_of: list[nn.Parameter]) -> Iterator[None]:
+    """Within the block, gradients of `parameters` are computed, and none of `not_of`; outside, the reverse."""
+    for wanted, group in ((True, parameters), (False, not_of)):
+        for parameter in group:
+            parameter.requires_grad_(wanted)
+    try:
+        yield
+    finally:
+        for wanted, group in ((False, parameters), (True, not_of)):
+            for parameter in group:
+                parameter.requires_grad_(wanted)

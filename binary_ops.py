@@ -122,7 +122,9 @@ class BinaryConv2d(nn.Conv2d):
             bias=False,
         )
         if weight_bits not in (1, 32) or activation_bits not in (1, 32):
-            raise InputError(f"bits are 1 or 32, not {weight_bits} (weights) and {activation_bits} (activations)")
+            raise InputError(
+                f"bits are 1 or 32, not {weight_bits} (weights) and {activation_bits} (activations)"
+            )
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
         self.weight_binarization = weight_binarization
@@ -136,7 +138,9 @@ class BinaryConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.activation_bits == 1:
             x = binary_sign(x)
-        return F.conv2d(x, self.effective_weight(), None, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(
+            x, self.effective_weight(), None, self.stride, self.padding, self.dilation, self.groups
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, W{self.weight_bits}A{self.activation_bits}"

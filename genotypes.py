@@ -100,14 +100,18 @@ def genotype_from_dict(fields: Any, *, origin: str = "genotype") -> Genotype:
     state that does not exist where it is read, or a wrong number of pairs.
     """
     if not isinstance(fields, dict):
-        raise InputError(f"{origin}: a genotype is a JSON object with the fields {', '.join(Genotype._fields)}")
+        raise InputError(
+            f"{origin}: a genotype is a JSON object with the fields {', '.join(Genotype._fields)}"
+        )
     for field in Genotype._fields:
         if field not in fields:
             raise InputError(f"{origin}: field {field!r} is missing")
     cells: dict[str, Any] = {}
     for kind in ("normal", "reduce"):
         cells[kind] = _checked_pairs(fields[kind], f"{origin}: field {kind!r}")
-        cells[f"{kind}_concat"] = _checked_concat(fields[f"{kind}_concat"], f"{origin}: field '{kind}_concat'")
+        cells[f"{kind}_concat"] = _checked_concat(
+            fields[f"{kind}_concat"], f"{origin}: field '{kind}_concat'"
+        )
     return Genotype(**cells)
 
 
@@ -139,7 +143,9 @@ def _checked_pairs(pairs: Any, where: str) -> tuple[tuple[str, int], ...]:
             raise InputError(f"{where}[{position}] is {pair!r}, not an [operation, input] pair")
         operation, source = pair
         if operation not in PRIMITIVES:
-            raise InputError(f"{where}[{position}]: unknown operation {operation!r}; choose from {PRIMITIVES}")
+            raise InputError(
+                f"{where}[{position}]: unknown operation {operation!r}; choose from {PRIMITIVES}"
+            )
         states = 2 + position // 2
         if type(source) is not int or not 0 <= source < states:
             raise InputError(

@@ -47,7 +47,9 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.layers < 3:
-            raise InputError(f"layers is {self.layers}; a network needs at least 3 cells (two reduce the size)")
+            raise InputError(
+                f"layers is {self.layers}; a network needs at least 3 cells (two reduce the size)"
+            )
         if self.init_channels % self.groups:
             raise InputError(
                 f"init_channels {self.init_channels} does not divide into {self.groups} groups; "
@@ -59,7 +61,9 @@ class ModelConfig:
                 f"4 groups); the nearest: {nearest_multiples(self.init_channels, 4)}"
             )
         if self.init_channels % 2:
-            raise InputError(f"init_channels {self.init_channels} is odd; a factorised reduction needs even channels")
+            raise InputError(
+                f"init_channels {self.init_channels} is odd; a factorised reduction needs even channels"
+            )
 
     @property
     def bits(self) -> dict:
@@ -160,7 +164,9 @@ class AuxiliaryHead(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-def _conv_bn_relu(c_in: int, c_out: int, *, stride: int, groups: int = 1, last_relu: bool = True) -> list[nn.Module]:
+def _conv_bn_relu(
+    c_in: int, c_out: int, *, stride: int, groups: int = 1, last_relu: bool = True
+) -> list[nn.Module]:
     layers = [nn.Conv2d(c_in, c_out, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(c_out)]
     return [*layers, nn.ReLU()] if last_relu else layers
 

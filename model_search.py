@@ -25,6 +25,8 @@ EDGE_BIAS = (0.6931, 0.0, -0.4055)
 """Of the nodes with n = 3, 4, 5 inputs: sigmoid(b_n) = 2 / n, so that the edges of an untrained node sum to
 the two it will keep."""
 
+ARCH_PARAMETERS = ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce")
+
 LEAVING = tuple(tuple(e for e, (_, source) in enumerate(EDGES) if source == s) for s in range(1 + NODES))
 """By source state: the edges that leave it, in the order of their nodes."""
 
@@ -45,7 +47,9 @@ class SearchConfig:
                 f"the supernet samples; the nearest that do: {nearest_multiples(self.init_channels, k)}"
             )
         if self.layers < 3:
-            raise InputError(f"layers is {self.layers}; a supernet needs at least 3 cells (two reduce the size)")
+            raise InputError(
+                f"layers is {self.layers}; a supernet needs at least 3 cells (two reduce the size)"
+            )
 
     @property
     def reductions(self) -> tuple[int, int]:
@@ -124,7 +128,9 @@ class Supernet(nn.Module):
         for index in range(config.layers):
             reduction = index in config.reductions
             channels *= 2 if reduction else 1
-            cell = SearchCell(c_older, c_newer, channels, reduction=reduction, reduction_before=reduction_before)
+            cell = SearchCell(
+                c_older, c_newer, channels, reduction=reduction, reduction_before=reduction_before
+            )
             self.cells.append(cell)
             c_older, c_newer, reduction_before = c_newer, NODES * channels, reduction
         self.classifier = nn.Linear(c_newer, config.num_classes)
@@ -137,7 +143,11 @@ class Supernet(nn.Module):
         self.register_buffer("by_source", by_source, persistent=False)
 
     def arch_parameters(self) -> list[nn.Parameter]:
-        return [self.alphas_normal, self.alphas_reduce, self.betas_normal, self.betas_reduce]
+        return list(self.arch_state().values())
+
+    def arch_state(self) -> dict[str, nn.Parameter]:
+        """alpha and beta by name."""
+        return {name: getattr(self, name) for name in ARCH_PARAMETERS}
 
     def weight_parameters(self) -> list[nn.Parameter]:
         arch = {id(parameter) for parameter in self.arch_parameters()}

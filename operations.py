@@ -32,10 +32,10 @@ def drop_path(x: Tensor, probability: float) -> Tensor:
     return x * (mask / keep)
 
 
-def halving_pool(x: Tensor) -> Tensor:
-    """2x2 average at stride 2, (n, c, h, w) -> (n, c, ceil(h/2), ceil(w/2)); a window at an odd edge
+def halving_pool() -> nn.AvgPool2d:
+    """2x2 average at stride 2, (n, c, h, w) -> (n, c, ceil(h/2), ceil(w/2)); a window over an odd edge
     averages what it holds."""
-    return F.avg_pool2d(x, 2, 2, ceil_mode=True)
+    return nn.AvgPool2d(2, 2, ceil_mode=True)
 
 
 class BinaryUnit(nn.Module):
@@ -59,7 +59,6 @@ class BinaryUnit(nn.Module):
         residual: bool = False,
     ):
         super().__init__()
-        self.stride, self.residual = stride, residual
         self.bn1 = nn.BatchNorm2d(c_in)
         self.conv = BinaryConv2d(
             c_in,
@@ -73,11 +72,14 @@ class BinaryUnit(nn.Module):
         )
         self.bn2 = nn.BatchNorm2d(c_out)
         self.prelu = nn.PReLU(c_out)
+        self.shortcut = None
+        if residual:
+            self.shortcut = nn.Identity() if stride == 1 else halving_pool()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv(self.bn1(x)))
-        if self.residual:
-            y = y + (x if self.stride == 1 else halving_pool(x))
+        if self.shortcut is not None:
+            y = y + self.shortcut(x)
         return self.prelu(y)
 
 
@@ -116,7 +118,9 @@ class Pool(nn.Module):
     def __init__(self, kind: str, stride: int):
         super().__init__()
         self.pool = (
-            nn.MaxPool2d(3, stride, 1) if kind == "max" else nn.AvgPool2d(3, stride, 1, count_include_pad=False)
+            nn.MaxPool2d(3, stride, 1)
+            if kind == "max"
+            else nn.AvgPool2d(3, stride, 1, count_include_pad=False)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,11 +167,13 @@ class SourceOperations(nn.Module):
             for size, padding, dilation in CONVOLUTIONS.values()
         )
         self.skip = nn.ModuleList(
-            nn.Conv2d(channels, edges * channels // 2, 1, 2, bias=False) for _ in range(2 if stride == 2 else 0)
+            nn.Conv2d(channels, edges * channels // 2, 1, 2, bias=False)
+            for _ in range(2 if stride == 2 else 0)
         )
         convolved = len(CONVOLUTIONS) + (stride == 2)
         self.norm = nn.BatchNorm2d(convolved * edges * channels, affine=False)
         self.pool_norm = nn.BatchNorm2d(2 * channels, affine=False)
+        self.shortcut = nn.Identity() if stride == 1 else halving_pool()
 
     def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
         edges = mixing.shape[0]
@@ -179,9 +185,12 @@ class SourceOperations(nn.Module):
         n, _, height, width = y.shape
         y = y.view(n, len(outputs), edges, -1, height, width)
 
-        pools = [F.max_pool2d(x, 3, self.stride, 1), F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False)]
+        pools = [
+            F.max_pool2d(x, 3, self.stride, 1),
+            F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False),
+        ]
         pools = self.pool_norm(torch.cat(pools, 1)).view(n, 2, 1, -1, height, width)
-        residual = x if self.stride == 1 else halving_pool(x)
+        residual = self.shortcut(x)
 
         skip, pooling, convolving = mixing.split((1, 2, 4), dim=1)
         through_residual = convolving.sum(1, keepdim=True)
@@ -206,7 +215,9 @@ class SearchPreprocess(nn.Module):
     def __init__(self, c_in: int, c_out: int, *, reduce: bool):
         super().__init__()
         widths = (c_out // 2, c_out // 2) if reduce else (c_out,)
-        self.convolutions = nn.ModuleList(nn.Conv2d(c_in, c, 1, 2 if reduce else 1, bias=False) for c in widths)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(c_in, c, 1, 2 if reduce else 1, bias=False) for c in widths
+        )
         self.norm = nn.BatchNorm2d(c_out, affine=False)
 
     def forward(self, x: Tensor) -> Tensor:

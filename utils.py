@@ -17,14 +17,20 @@ class InputError(ValueError):
     """Something the user gave is wrong. A script prints the message as one line and exits with code 2."""
 
 
+class RunFailed(RuntimeError):
+    """A run cannot go on. A script prints the message as one line and exits with code 1."""
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main: an InputError becomes one line on stderr and exit code 2, not a traceback."""
+    """Run a script's main: an InputError or RunFailed becomes one line on stderr, not a traceback."""
     try:
         main()
-    except InputError as error:
+    except (InputError, RunFailed) as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -21,7 +21,11 @@ def original_name(name: str) -> str:
 
 @pytest.mark.parametrize(
     ("file", "family", "bits"),
-    [("cifar_w1a1", "cifar", (1, 1)), ("cifar_w32a1", "cifar", (32, 1)), ("imagenet_w1a1", "imagenet", (1, 1))],
+    [
+        ("cifar_w1a1", "cifar", (1, 1)),
+        ("cifar_w32a1", "cifar", (32, 1)),
+        ("imagenet_w1a1", "imagenet", (1, 1)),
+    ],
 )
 def test_network_equals_the_original(file, family, bits):
     values = load(file)
@@ -37,7 +41,9 @@ def test_network_equals_the_original(file, family, bits):
     )
     network = build_model(config).double()
     state = {name: t for name, t in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    assert {f"state.{original_name(name)}" for name in state} == {k for k in values.files if k.startswith("state.")}
+    assert {f"state.{original_name(name)}" for name in state} == {
+        k for k in values.files if k.startswith("state.")
+    }
     for name, tensor in state.items():
         tensor.copy_(float64(values, f"state.{original_name(name)}"))
     images = np.random.RandomState(int(values["input_seed"])).randn(*values["input_shape"])

@@ -1,0 +1,89 @@
+"""What a network costs: parameters, MACs, OPs as the binary-network papers count them, stored bytes."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from binary_ops import BinaryConv2d
+from model import Network
+
+BITS_PER_OP = 64
+"""1-bit multiply-accumulates that count as one operation (Liu et al., Bi-Real Net, ECCV 2018)."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one image, auxiliary head left out. MACs of convolutions and linear layers; elements of
+    the outputs of BN, PReLU and `AvgPool2d` layers, and of ImageNet's global mean (not CIFAR's); bytes as
+    stored: a bit per binary weight, four bytes for any other parameter, BN statistic or filter scale.
+    """
+
+    parameters: int
+    binary_macs: int
+    float_macs: int
+    bn_elements: int
+    prelu_elements: int
+    avg_pool_elements: int
+    binary_bytes: int
+    float_bytes: int
+
+    @property
+    def convolution_ops(self) -> float:
+        """Binary MACs / 64 + float MACs: without the elementwise terms."""
+        return self.binary_macs / BITS_PER_OP + self.float_macs
+
+    @property
+    def ops(self) -> float:
+        """OPs with 2 per BN element and 1 per PReLU and average-pool element."""
+        return self.convolution_ops + 2 * self.bn_elements + self.prelu_elements + self.avg_pool_elements
+
+
+def measure_cost(model: Network, image_size: int) -> Cost:
+    """Count one forward pass of an image (3, image_size, image_size), on torch's meta device: no arithmetic.
+
+    A MAC is binary where weights and activations both have one bit, so in a W1A1 network.
+    """
+    model = copy.deepcopy(model).to("meta").eval()
+    model.auxiliary_head = None
+    counts = dict.fromkeys(
+        ("binary_macs", "float_macs", "bn_elements", "prelu_elements", "avg_pool_elements"), 0
+    )
+
+    def count(layer: nn.Module, _inputs, output: torch.Tensor) -> None:
+        elements = output[0].numel()
+        if isinstance(layer, nn.Conv2d):
+            binary = isinstance(layer, BinaryConv2d) and layer.weight_bits == layer.activation_bits == 1
+            counts["binary_macs" if binary else "float_macs"] += elements * layer.weight[0].numel()
+        elif isinstance(layer, nn.Linear):
+            counts["float_macs"] += elements * layer.in_features
+        elif isinstance(layer, nn.BatchNorm2d):
+            counts["bn_elements"] += elements
+        elif isinstance(layer, nn.PReLU):
+            counts["prelu_elements"] += elements
+        elif isinstance(layer, nn.AvgPool2d):
+            counts["avg_pool_elements"] += elements
+
+    for layer in model.modules():
+        if not any(layer.children()):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.empty(1, 3, image_size, image_size, device="meta"))
+
+    if model.config.family == "imagenet":  # the original's global mean is an AvgPool2d layer there: counted
+        counts["avg_pool_elements"] += model.classifier.in_features
+
+    binary_layers = [m for m in model.modules() if isinstance(m, BinaryConv2d) and m.weight_bits == 1]
+    binary_weights = sum(layer.weight.numel() for layer in binary_layers)
+    scales = sum(layer.out_channels for layer in binary_layers)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    statistics = sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point())
+    return Cost(
+        parameters=parameters,
+        binary_bytes=sum((layer.weight.numel() + 7) // 8 for layer in binary_layers),
+        float_bytes=4 * (parameters - binary_weights + statistics + scales),
+        **counts,
+    )

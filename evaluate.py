@@ -1,0 +1,103 @@
+"""Accuracy and cost of trained networks: each checkpoint knows its network, its data and its classes.
+
+    python evaluate.py runs/eval-EXP-stage2-TIME             # a run's folder: its last checkpoint
+    python evaluate.py runs/eval-EXP-stage2-TIME/best.pt     # or a checkpoint file
+    python evaluate.py runs/eval-*-stage?-*                  # several, in one table
+    python evaluate.py RUN --data DIR                        # where the images are now
+"""
+
+from __future__ import annotations
+
+import options
+from checkpoint import load_checkpoint
+from cost import Cost, measure_cost
+from data import BatchLoader, imagenet_loaders, load_set
+from distributed import World, setup
+from engine import PRECISIONS, Precision, evaluate
+from genotypes import describe
+from logger import Run
+from model import ModelConfig
+from stages import trained_network
+from utils import InputError, human, run_main
+
+def parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a checkpoint file or a run's folder")
+    parser.add_argument("--data", help="where the images are; default: where they were in training")
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    return parser
+
+
+def main() -> None:
+    args, _ = options.parse(parser())
+    world = setup(args.device)
+    precision = Precision(args.precision, world.device)
+    checkpoints = [(path, load_checkpoint(path)) for path in args.checkpoints]
+    loaders: dict[str, object] = {}
+    rows = []
+    for path, checkpoint in checkpoints:
+        model = trained_network(checkpoint)
+        data = checkpoint["data"]
+        key = f"{data['set']} {args.data or data['root']} {data['image_size']}"
+        if key not in loaders:
+            loaders[key] = test_loader(data, args, world)
+        model.to(world.device)
+        means = evaluate(model, loaders[key], world=world, precision=precision, run=Run(None))
+        rows.append((path, checkpoint, means, measure_cost(model, data["image_size"])))
+    print_table(rows)
+
+
+def test_loader(data: dict, args, world: World):
+    """The images that a checkpoint's training was tested on, as it saw them."""
+    root = args.data or data["root"]
+    if data["set"] == "imagenet":
+        _, loader, classes = imagenet_loaders(
+            root,
+            args.batch_size,
+            device=world.device,
+            workers=args.workers,
+            seed=0,
+            image_size=data["image_size"],
+        )
+    else:
+        test_set = load_set(data["set"], root, train=False, image_size=data["image_size"], workers=args.workers)
+        classes = test_set.classes
+        loader = BatchLoader(test_set.to(world.device), args.batch_size, mean=data["mean"], std=data["std"])
+    if list(classes) != data["classes"]:
+        raise InputError(
+            f"{root} has the classes {', '.join(classes[:5])}, ...; the network was trained on "
+            f"{', '.join(data['classes'][:5])}, ...: give its images with --data"
+        )
+    return loader
+
+
+def print_table(rows: list[tuple[str, dict, dict, Cost]]) -> None:
+    """Accuracy and cost of each checkpoint, and the genotypes they are of."""
+    print(
+        f"{'checkpoint':<44} {'set':<9} {'stage':<13} {'epoch':>5} {'top-1 %':>8} {'top-5 %':>8} {'params':>8} "
+        f"{'OPs':>8} {'OPs conv':>8} {'1-bit':>9} {'float':>9}"
+    )
+    for path, checkpoint, means, cost in rows:
+        config = checkpoint["config"]
+        stage = f"{checkpoint['kind']} W{config['weight_bits']}A{config['activation_bits']}"
+        print(
+            f"{shorten(path):<44} {checkpoint['data']['set']:<9} {stage:<13} {checkpoint['epoch']:>5} "
+            f"{means['top1']:>8.2f} {means['top5']:>8.2f} {human(cost.parameters):>8} {human(cost.ops):>8} "
+            f"{human(cost.convolution_ops):>8} {human(cost.binary_bytes) + 'B':>9} {human(cost.float_bytes) + 'B':>9}"
+        )
+    print("\nOPs of one image: 1-bit MACs / 64 + float MACs + 2 per BN, 1 per PReLU and average-pool element;")
+    print("`conv` without the last three. 1-bit and float: bytes of the weights, stored a bit and 32 bits each.")
+    genotypes = {describe(ModelConfig.from_dict(checkpoint["config"]).genotype) for _, checkpoint, _, _ in rows}
+    for genotype in sorted(genotypes):
+        print(f"\ngenotype\n{genotype}")
+
+
+def shorten(path: str, width: int = 44) -> str:
+    return path if len(path) <= width else "..." + path[3 - width :]
+
+
+if __name__ == "__main__":
+    run_main(main)

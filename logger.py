@@ -1,0 +1,120 @@
+"""A run's folder under runs/: text log, metrics, TensorBoard, progress bar; only the main process writes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from utils import InputError, write_atomically
+
+RUNS = Path("runs")
+
+
+class Run:
+    """A run's folder, or on other processes than the main one (folder None) nothing at all.
+
+    log.txt holds what is printed, metrics.jsonl one object an epoch, args.json the flags and the code's
+    commit. While a Run is open its folder is locked, so that no second process resumes it.
+    """
+
+    def __init__(self, folder: Path | None, *, report_freq: int = 50):
+        self.folder, self.report_freq = folder, report_freq
+        self.tensorboard = None
+        if folder is not None:
+            self._lock = open(folder / ".lock", "w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{folder} is in use by another process") from None
+            self._text = open(folder / "log.txt", "a", buffering=1)
+
+    def log(self, text: str) -> None:
+        """Print, with the time, and append to log.txt."""
+        if self.folder is not None:
+            for line in text.splitlines():
+                line = f"{time.strftime('%m/%d %I:%M:%S %p')} {line}"
+                tqdm.write(line, file=sys.stdout)
+                self._text.write(line + "\n")
+            sys.stdout.flush()
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Append an epoch's record (with the key `epoch`) to metrics.jsonl, and its numbers to TensorBoard."""
+        if self.folder is None:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=record["epoch"])
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "epoch":
+                self.tensorboard.add_scalar(name, value, record["epoch"])
+
+    def rewind(self, epoch: int) -> None:
+        """Forget metrics from `epoch` on, which a resumed run is about to measure again."""
+        if self.folder is not None and (path := self.folder / "metrics.jsonl").exists():
+            kept = [record for record in read_metrics(self.folder) if record["epoch"] < epoch]
+            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+    def progress(self, label: str, *, total: int, start: int = 0) -> tqdm:
+        """A progress bar over steps: on a terminal only, never in a file or a pipe."""
+        hidden = self.folder is None or not sys.stderr.isatty()
+        return tqdm(total=total, initial=start, desc=label, leave=False, disable=hidden, dynamic_ncols=True)
+
+    def close(self) -> None:
+        if self.folder is not None:
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+            self._text.close()
+            self._lock.close()
+
+
+def create_run(name: str, args: dict[str, Any]) -> Path:
+    """Make the folder runs/NAME-TIME (with a number behind it where that exists), with args.json in it.
+
+    Raises InputError where it cannot be written.
+    """
+    stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in range(1, 1000):
+        folder = RUNS / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise InputError(
+                f"cannot make the run folder {folder}: {error.strerror}; start where you may write"
+            ) from None
+        break
+    record = {**args, "command": " ".join(sys.argv), "commit": code_commit()}
+    write_atomically(folder / "args.json", json.dumps(record, indent=1).encode())
+    return folder
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The records of metrics.jsonl, without a last line that a crash cut short."""
+    records = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def code_commit() -> str | None:
+    """The git commit of this program's own folder, marked `-dirty` where files differ; None outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,199 @@
+"""What the two training scripts share: the stage that the flags ask for, its network, its start, its end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+from checkpoint import LAST, load_checkpoint, resolve_checkpoint, runs_newest_first
+from genotypes import get_genotype
+from logger import Run, read_metrics
+from model import ModelConfig, Network, build_model
+from session import Session
+from utils import InputError, human, seed_everything
+from visualize import draw_curves
+
+STAGE1_BITS = {"w1a32": (1, 32), "w32a1": (32, 1)}
+"""Bits of weights and of activations in stage 1; stage 2 is W1A1."""
+
+AUXILIARY = "auxiliary_head."
+
+
+def stage(args: argparse.Namespace) -> str:
+    return "stage2" if args.binary else "stage1"
+
+
+def network_config(args: argparse.Namespace, *, family: str, num_classes: int) -> ModelConfig:
+    """The network of the stage that the flags ask for. Raises InputError as ModelConfig does."""
+    weight_bits, activation_bits = (1, 1) if args.binary else STAGE1_BITS[args.stage1]
+    return ModelConfig(
+        genotype=get_genotype(args.arch),
+        family=family,
+        init_channels=args.init_channels,
+        layers=args.layers,
+        groups=args.groups,
+        num_classes=num_classes,
+        auxiliary=args.auxiliary,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        weight_binarization=args.weight_binarization,
+    )
+
+
+def find_start(args: argparse.Namespace, config: ModelConfig, data: dict) -> Path | None:
+    """The stage-1 checkpoint that this run starts from; None for stage 1 itself and for --from_scratch.
+
+    --pretrained names it; else it is the newest finished stage-1 run of the same set, genotype and size.
+    Raises InputError: there is none (with the command that makes one), or it does not fit.
+    """
+    if not args.binary:
+        for flag in ("pretrained", "from_scratch"):
+            if getattr(args, flag):
+                raise InputError(f"--{flag} is for stage 2; add --binary, or leave it out")
+        return None
+    if args.from_scratch:
+        if args.pretrained:
+            raise InputError("--from_scratch and --pretrained contradict each other; give one")
+        return None
+    if args.pretrained:
+        path = resolve_checkpoint(args.pretrained)
+        checkpoint = load_checkpoint(path)
+        if checkpoint["kind"] != "stage1":
+            raise InputError(
+                f"{path} is a {checkpoint['kind']} checkpoint; stage 2 starts from stage 1, which the same "
+                "command without --binary trains"
+            )
+        if differing := _differences(checkpoint, config, data):
+            raise InputError(f"{path} is of another configuration: {', '.join(differing)}")
+        return path
+    for folder in runs_newest_first("eval-*-stage1-*"):
+        try:
+            checkpoint = load_checkpoint(folder)
+        except InputError:  # a damaged run of some other day need not stop this one
+            continue
+        if (
+            checkpoint["kind"] == "stage1"
+            and checkpoint["finished"]
+            and not _differences(checkpoint, config, data)
+        ):
+            return folder / LAST
+    stage1 = " ".join(["python", *(word for word in sys.argv if word != "--binary")])
+    raise InputError(
+        f"no finished stage-1 run of this set, genotype and size to start from; first run `{stage1}`, or give "
+        "--pretrained PATH, or --from_scratch"
+    )
+
+
+def _differences(checkpoint: dict, config: ModelConfig, data: dict) -> list[str]:
+    """What keeps stage 1's weights from fitting: `layers 8, not 16`. The bits differ by design, and the
+    auxiliary head need not be in both."""
+    ours = {**config.to_dict(), **data}
+    theirs = {**checkpoint["config"], **checkpoint["data"]}
+    names = ("family", "init_channels", "layers", "groups", "num_classes", "set", "image_size", "classes")
+    differing = [f"{name} {theirs[name]}, not {ours[name]}" for name in names if theirs[name] != ours[name]]
+    return differing + (["another genotype"] if theirs["genotype"] != ours["genotype"] else [])
+
+
+def load_start(model: Network, path: Path) -> None:
+    """Load the weights of stage 1; of the auxiliary head where both have one, else the model's stay."""
+    theirs, ours = load_checkpoint(path)["model"], model.state_dict()
+    kept = {name for name in ours if name.startswith(AUXILIARY) and name not in theirs}
+    model.load_state_dict({name: ours[name] if name in kept else theirs[name] for name in ours})
+
+
+def trained_network(checkpoint: dict) -> Network:
+    """The network of a stage-1 or stage-2 checkpoint, rebuilt from it alone: on the CPU, evaluation mode.
+
+    Raises InputError on a search's checkpoint, which holds a supernet.
+    """
+    if checkpoint["kind"] == "search":
+        raise InputError("this is a search's checkpoint: train its genotype first, with train.py --arch")
+    model = build_model(ModelConfig.from_dict(checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+@dataclass
+class Training:
+    """What a training script trains, and with what. `start` is the stage-1 checkpoint it began with."""
+
+    config: ModelConfig
+    model: Network
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    start: Path | None
+
+
+def build(args: argparse.Namespace, session: Session, *, family: str, data: dict, warmup: int) -> Training:
+    """The network of this run on its device, with stage 1's weights in stage 2, Adam and its schedule."""
+    config = session.config or network_config(args, family=family, num_classes=len(data["classes"]))
+    start = None if session.checkpoint else find_start(args, config, data)
+    seed_everything(args.seed)
+    model = build_model(config)
+    if start is not None:
+        load_start(model, start)
+    device = session.world.device
+    model.to(device)
+    torch.manual_seed(args.seed + session.world.rank)  # drop-path differs between processes
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type == "cuda"
+    )
+    return Training(config, model, optimizer, make_scheduler(optimizer, args, warmup=warmup), start)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, *, warmup: int) -> LRScheduler:
+    """By epoch: `warmup` epochs of linear rise from 1/warmup, then a cosine to `learning_rate_min`."""
+    cosine = CosineAnnealingLR(optimizer, max(args.epochs - warmup, 1), eta_min=args.learning_rate_min)
+    if not warmup:
+        return cosine
+    rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+    return SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
+
+
+def epoch_record(train: dict, valid: dict, learning_rate: float) -> dict:
+    """What metrics.jsonl keeps of an epoch of training."""
+    return {
+        "learning_rate": learning_rate,
+        **{
+            f"{part}_{name}": means[name]
+            for part, means in (("train", train), ("valid", valid))
+            for name in ("loss", "top1", "top5")
+        },
+        "seconds": train["seconds"] + valid["seconds"],
+        "images_per_second": train["samples"] / train["seconds"],
+    }
+
+
+def log_start(run: Run, args: argparse.Namespace, training: Training) -> None:
+    """Say which stage this is, of what size, and which weights it begins with."""
+    config = training.config
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    run.log(
+        f"{stage(args)}: W{config.weight_bits}A{config.activation_bits}, {human(parameters)} parameters, "
+        f"starting from {training.start or ('its checkpoint' if args.resume else 'random weights')}"
+    )
+
+
+def finish(run: Run, session: Session, *, held_out: str) -> None:
+    """Last and best accuracy, each labelled with what it was measured on; the curves; what to do next."""
+    if run.folder is None:
+        return
+    last = read_metrics(run.folder)[-1]
+    run.log(
+        f"last epoch {last['epoch']}: {held_out} top-1 {last['valid_top1']:.2f} %, top-5 {last['valid_top5']:.2f} %"
+    )
+    note = (
+        "chosen on the test set, so optimistic" if held_out == "test" else f"chosen on the {held_out} images"
+    )
+    run.log(f"best epoch {session.best['epoch']}: {held_out} top-1 {session.best['score']:.2f} %, {note}")
+    for picture in draw_curves(run.folder):
+        run.log(f"picture {picture}")
+    if session.kind == "stage1":
+        run.log(f"next: python {' '.join([*sys.argv, '--binary', '--pretrained', str(run.folder)])}")
+    else:
+        run.log(f"next: python evaluate.py {run.folder}")

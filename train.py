@@ -1,0 +1,128 @@
+"""Train a derived network on CIFAR-10/100, on your own images, or on the embedded shapes, in two stages.
+
+python train.py --auxiliary --cutout                       # stage 1: binary weights
+python train.py --auxiliary --cutout --binary              # stage 2: binary weights and activations
+python train.py --auxiliary --cutout --arch runs/search-EXP-TIME
+python train.py --set cifar100 --auxiliary --cutout --mixup
+python train.py --resume auto                              # with the flags of before: go on after a crash
+torchrun --nproc_per_node=4 train.py --auxiliary --cutout  # 4 GPUs, batch_size images in all
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+import options
+import stages
+from checkpoint import BEST, load_checkpoint
+from data import SETS, Augmentation, BatchLoader, ImageSet, holdout_split
+from distributed import World, setup
+from engine import Precision, evaluate, train_one_epoch
+from session import Session, prepare_data
+from utils import run_main
+
+
+def parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    options.add_run_flags(parser, save="EXP", epochs=600, batch_size=256)
+    options.add_set_flags(parser, SETS)
+    options.add_network_flags(parser, init_channels=84, layers=16)
+    flag = parser.add_argument
+    flag("--drop_path_prob", type=float, default=0.2, help="at the last epoch; it grows from 0")
+    flag("--label_smooth", type=float, default=0.0)
+    flag("--mixup", action="store_true")
+    flag("--alpha", type=float, default=0.2, help="parameter of mixup's Beta distribution")
+    flag(
+        "--holdout",
+        type=int,
+        default=0,
+        help="training images that pick the best epoch, instead of the test set",
+    )
+    parser.retire("momentum", "model_path")
+    return parser
+
+
+def main() -> None:
+    args, explicit = options.parse(parser())
+    world = setup(args.device, args.gpu)
+    stage = stages.stage(args)
+    session = Session(args, explicit, kind=stage, name=f"eval-{args.save}-{stage}", world=world)
+    precision = Precision(args.precision, world.device)
+    train_set, test_set, data = prepare_data(args, world, test=True)
+    train_loader, valid_loader, test_loader = make_loaders(args, train_set, test_set, data, world)
+    training = stages.build(args, session, family="cifar", data=data, warmup=0)
+    model, optimizer, scheduler = training.model, training.optimizer, training.scheduler
+    parameters = list(model.parameters())
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smooth)
+    stateful = {"optimizer": optimizer, "scheduler": scheduler, "scaler": precision.scaler}
+
+    with session.start(model=model, stateful=stateful, config=training.config.to_dict(), data=data) as run:
+        options.log_retired(run, args, explicit)
+        stages.log_start(run, args, training)
+        shared = {"world": world, "precision": precision, "run": run}
+        for epoch in session.epochs(args.epochs):
+            learning_rate = scheduler.get_last_lr()[0]
+            run.log(f"epoch {epoch} lr {learning_rate:e}")
+            model.train()
+            model.drop_path_prob = args.drop_path_prob * epoch / args.epochs
+            train = train_one_epoch(
+                model,
+                train_loader,
+                optimizer,
+                criterion,
+                parameters=parameters,
+                epoch=epoch,
+                grad_clip=args.grad_clip,
+                auxiliary_weight=args.auxiliary_weight,
+                stop=session.stop,
+                **session.position(),
+                **shared,
+            )
+            scheduler.step()
+            world.average_buffers(model)
+            valid = evaluate(model, valid_loader, **shared)
+            run.log(f"train_acc {train['top1']:.2f} valid_acc {valid['top1']:.2f} loss {valid['loss']:.4f}")
+            session.finish_epoch(epoch, stages.epoch_record(train, valid, learning_rate), score=valid["top1"])
+        stages.finish(run, session, held_out="held-out" if args.holdout else "test")
+        if args.holdout:
+            model.load_state_dict(load_checkpoint(session.folder, BEST)["model"])
+            test = evaluate(model, test_loader, **shared)
+            run.log(
+                f"epoch {session.best['epoch']}, the best on {args.holdout} held-out training images: "
+                f"test top-1 {test['top1']:.2f} %, top-5 {test['top5']:.2f} %"
+            )
+
+
+def make_loaders(
+    args, train_set: ImageSet, test_set: ImageSet, data: dict, world: World
+) -> tuple[BatchLoader, ...]:
+    """For training, for choosing an epoch (held-out training images, or the test set), and for testing."""
+    augmentation = Augmentation(
+        crop_padding=data["image_size"] // 8,
+        flip=True,
+        cutout_length=args.cutout_length if args.cutout else 0,
+        mixup_alpha=args.alpha if args.mixup else 0.0,
+    )
+    shared = {
+        "mean": data["mean"],
+        "std": data["std"],
+        "seed": args.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+    }
+    valid_set = test_set
+    if args.holdout:
+        kept, held_out = holdout_split(len(train_set), args.holdout, args.seed)
+        train_set, valid_set = (
+            train_set.subset(kept.to(world.device)),
+            train_set.subset(held_out.to(world.device)),
+        )
+    return (
+        BatchLoader(train_set, args.batch_size, augmentation=augmentation, shuffle=True, **shared),
+        BatchLoader(valid_set, args.batch_size, **shared),
+        BatchLoader(test_set, args.batch_size, **shared),
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,196 @@
+"""Search for a cell on a supernet with binary activations, and write its genotype.
+
+    python train_search.py                                          # CIFAR-10, downloaded to data/
+    python train_search.py --set folder --data DIR  # your own images
+    python train_search.py --resume auto                            # go on after a crash
+    torchrun --nproc_per_node=4 train_search.py                     # 4 GPUs, batch_size images in all
+
+Leaves runs/search-EXP-TIME/genotype.json (rewritten every epoch), for train.py --arch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import nn
+
+import options
+from architect import Architect
+from data import SETS, Augmentation, Batch, BatchLoader, split_halves
+from distributed import World, setup
+from engine import Precision, evaluate, train_one_epoch
+from genotypes import Genotype, describe, genotype_to_dict, save_genotype
+from logger import Run
+from model_search import SearchConfig, Supernet
+from session import Session, prepare_data
+from utils import run_main, seed_everything
+from visualize import draw_curves, draw_genotype
+
+
+def parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    options.add_run_flags(parser, save="EXP", epochs=50, batch_size=256)
+    options.add_set_flags(parser, SETS)
+    flag = parser.add_argument
+    flag("--init_channels", type=int, default=16)
+    flag("--layers", type=int, default=8, help="number of cells")
+    flag("--weight_decay", type=float, default=3e-4)
+    flag(
+        "--train_portion", type=float, default=0.5, help="part of the training images that trains the weights"
+    )
+    flag("--arch_learning_rate", type=float, default=6e-4)
+    flag("--arch_weight_decay", type=float, default=1e-3)
+    flag("--arch_start_epoch", type=int, help="first epoch with architecture steps; default: half the epochs")
+    flag("--path_reg_weight", type=float, default=1.5, help="of the L2 path regularisation")
+    flag("--edge_reg_weight", type=float, default=0.8, help="of the variance-based edge regularisation")
+    parser.retire("momentum", "model_path", "learning_rate_min", "drop_path_prob")
+    return parser
+
+
+def main() -> None:
+    args, explicit = options.parse(parser())
+    if args.arch_start_epoch is None:
+        args.arch_start_epoch = args.epochs // 2
+    world = setup(args.device, args.gpu)
+    session = Session(args, explicit, kind="search", name=f"search-{args.save}", world=world)
+    precision = Precision(args.precision, world.device)
+    train_set, _, data = prepare_data(args, world, test=False)
+    weight_loader, arch_loader, valid_loader = make_loaders(args, train_set, data, world)
+
+    seed_everything(args.seed)
+    config = SearchConfig(args.init_channels, args.layers, len(data["classes"]))
+    model = Supernet(config).to(world.device)
+    optimizer = torch.optim.Adam(
+        model.weight_parameters(),
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        fused=world.device.type == "cuda",
+    )
+    architect = Architect(
+        model,
+        learning_rate=args.arch_learning_rate,
+        weight_decay=args.arch_weight_decay,
+        path_reg_weight=args.path_reg_weight,
+        edge_reg_weight=args.edge_reg_weight,
+    )
+    stateful = {"optimizer": optimizer, "arch_optimizer": architect.optimizer, "scaler": precision.scaler}
+    criterion = nn.CrossEntropyLoss()
+
+    with session.start(model=model, stateful=stateful, config=config.to_dict(), data=data) as run:
+        options.log_retired(run, args, explicit)
+        shared = {"world": world, "precision": precision, "run": run}
+        genotype = model.genotype()
+        for epoch in session.epochs(args.epochs):
+            run.log(f"epoch {epoch} lr {args.learning_rate:e}")
+            start = session.position()
+            arch_step = None
+            if epoch >= args.arch_start_epoch:
+                batches = endless(arch_loader, epoch, start["start_step"])
+                ramp = epoch / max(args.epochs - 1, 1)
+                arch_step = partial(architect.step, batches, ramp=ramp, world=world, precision=precision)
+            train = train_one_epoch(
+                model,
+                weight_loader,
+                optimizer,
+                criterion,
+                parameters=model.weight_parameters(),
+                epoch=epoch,
+                before_step=arch_step,
+                grad_clip=args.grad_clip,
+                stop=session.stop,
+                **start,
+                **shared,
+            )
+            world.average_buffers(model)
+            valid = evaluate(model, valid_loader, **shared)
+
+            before, genotype = genotype, model.genotype()
+            record = epoch_record(architect, train, valid, before, genotype)
+            log_epoch(run, epoch, record, genotype)
+            if world.is_main:
+                save_genotype(
+                    session.path("genotype.json"), genotype, epoch=epoch, search=vars(args), data=data["set"]
+                )
+            session.finish_epoch(epoch, record, score=valid["top1"])
+        if world.is_main:
+            finish(run, genotype)
+
+
+def make_loaders(args, train_set, data, world: World) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
+    """The halves of the training set: the weights' and, in its own order, the architecture's, both augmented,
+    and the architecture's again as it is, for evaluation."""
+    halves = split_halves(len(train_set), args.train_portion, args.seed)
+    weight_half, arch_half = (train_set.subset(indices.to(world.device)) for indices in halves)
+    augmentation = Augmentation(
+        crop_padding=args.image_size // 8, flip=True, cutout_length=args.cutout_length if args.cutout else 0
+    )
+    shared = {
+        "mean": data["mean"],
+        "std": data["std"],
+        "seed": args.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+    }
+    training = {"augmentation": augmentation, "shuffle": True, **shared}
+    return (
+        BatchLoader(weight_half, args.batch_size, stream=0, **training),
+        BatchLoader(arch_half, args.batch_size, stream=1, **training),
+        BatchLoader(arch_half, args.batch_size, **shared),
+    )
+
+
+def endless(loader: BatchLoader, epoch: int, start: int) -> Iterator[Batch]:
+    """The batches of `loader` from step `start` on, over and over, where its half is the smaller one."""
+    while True:
+        yield from loader.epoch(epoch, start % len(loader))
+        start = 0
+
+
+def epoch_record(architect: Architect, train: dict, valid: dict, before: Genotype, now: Genotype) -> dict:
+    """What metrics.jsonl keeps of an epoch of a search; alpha and beta in full, for visualize.py."""
+    model = architect.model
+    path, edge = architect.regularizers()
+    softmaxes = torch.cat([model.alphas_normal, model.alphas_reduce]).detach().softmax(1)
+    entropy = torch.special.entr(softmaxes).sum(1).mean()
+    pairs = [*zip(before.normal, now.normal, strict=True), *zip(before.reduce, now.reduce, strict=True)]
+    return {
+        "train_loss": train["loss"],
+        "train_top1": train["top1"],
+        "valid_loss": valid["loss"],
+        "valid_top1": valid["top1"],
+        "path_regularizer": path.item(),
+        "edge_regularizer": edge.item(),
+        "alpha_entropy": entropy.item(),
+        "changed": sum(old != new for old, new in pairs),
+        "operations": dict(Counter(name for name, _ in now.normal + now.reduce)),
+        "genotype": genotype_to_dict(now),
+        "arch": {name: value.tolist() for name, value in model.arch_state().items()},
+        "seconds": train["seconds"] + valid["seconds"],
+        "images_per_second": train["samples"] / train["seconds"],
+    }
+
+
+def log_epoch(run: Run, epoch: int, record: dict, genotype: Genotype) -> None:
+    run.log(f"genotype:\n{describe(genotype)}")
+    run.log("operations " + ", ".join(f"{name} {n}" for name, n in sorted(record["operations"].items())))
+    run.log(
+        f"epoch {epoch} train_acc {record['train_top1']:.2f} loss {record['train_loss']:.4f} "
+        f"valid_acc {record['valid_top1']:.2f} loss {record['valid_loss']:.4f} "
+        f"path {record['path_regularizer']:.3f} edge {record['edge_regularizer']:.3f} "
+        f"entropy {record['alpha_entropy']:.4f} changed {record['changed']} {record['seconds']:.1f} s"
+    )
+
+
+def finish(run: Run, genotype: Genotype) -> None:
+    """Pictures of the cells and of the search's course, and what to do next."""
+    for picture in [*draw_genotype(genotype, run.folder), *draw_curves(run.folder)]:
+        run.log(f"picture {picture}")
+    run.log(f"genotype written to {run.folder / 'genotype.json'}; train it:")
+    run.log(f"python train.py --auxiliary --cutout --arch {run.folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)
