@@ -45,13 +45,21 @@ struct unit {
     const int16_t *valid;
     const float *threshold;
     const uint32_t *bits;    /* BINARY: encode_weights' output, its order */
-    const float *weight;     /* FLOAT: [group][block of 4 filters][input, tap][4]; LINEAR: [class][channel] */
+    const float *weight;     /* FLOAT: [group][block of 4 filters][input, tap][4]; LINEAR: [class][channel];
+                                POOL: see pool_windows, with scale: [pixel] 1 / the size of the window */
     const float *scale, *bias, *slope;
 };
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t padded(int64_t n) { return (n + 63) & ~(int64_t)63; }
+
+/* How many of a group's filters are convolved at once, where `left` are left. */
+static inline int64_t block_size(int64_t left, int64_t at_once)
+{
+    const int64_t most = least(left, at_once);
+    return most >= 8 ? 8 : most >= 6 ? 6 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+}
 
 #define INLINE static inline __attribute__((always_inline))
 #define JOIN_(a, b) a##_##b
@@ -120,19 +128,19 @@ int best_path(void)
     return PLAIN_C;
 }
 
-/* bytes [group][filter][term] -> the path's order and form, [group][block of filters][term][filter]. Filters
-   of a group go in blocks of at most as many as the path takes at once, as equal as can be. */
+/* bytes [group][filter][term] -> the path's order and form, [group][block of filters][term][filter]. */
 void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64_t filters, int64_t terms,
                     uint32_t *encoded)
 {
-    const int64_t at_once = path == PATH_AVX512 ? 8 : 4, blocks = (filters + at_once - 1) / at_once;
     for (int64_t g = 0; g < groups; g++, bytes += filters * terms)
-        for (int64_t b = 0; b < blocks; b++)
+        for (int64_t first = 0, size; first < filters; first += size) {
+            size = block_size(filters - first, path == PATH_AVX512 ? 8 : 4);
             for (int64_t t = 0; t < terms; t++)
-                for (int64_t f = b * filters / blocks; f < (b + 1) * filters / blocks; f++) {
+                for (int64_t f = first; f < first + size; f++) {
                     const uint32_t w = bytes[f * terms + t];
                     *encoded++ = path == PATH_AVX2 ? (w & 15) * 16 | (w >> 4) * 16 << 16 : w * 0x01010101;
                 }
+        }
 }
 
 /* Runs n units on what the arena holds. */
@@ -310,6 +318,17 @@ INLINE FN(bytes) FN(pack)(const float *x, int64_t plane, const float *threshold,
 
 typedef float FN(floats) __attribute__((vector_size(4 * FLOATS), aligned(4), may_alias));
 
+static void FN(split_bytes)(const struct unit *u, const uint8_t *restrict whole, uint8_t *restrict phases,
+                            int64_t plane_out)
+{
+    for (int64_t y = 0, width = u->width_in; y < u->height_in; y++, whole += width)
+        for (int64_t phase = 0; phase < 2; phase++) {
+            uint8_t *restrict row = phases + (y % 2 * 2 + phase) * plane_out + y / 2 * u->width_out;
+            for (int64_t i = 0; i < (width + 1 - phase) / 2; i++)
+                row[i] = whole[2 * i + phase];
+        }
+}
+
 /* Signs of the source as byte planes, [group][byte of 8 channels][phase][pixel]: bit = (x >= threshold). */
 static void FN(pack_signs)(const struct unit *u, const float *source, uint8_t *planes, uint8_t *whole)
 {
@@ -327,10 +346,7 @@ static void FN(pack_signs)(const struct unit *u, const float *source, uint8_t *p
                 for (int64_t p = 0; p < plane_in; p += LANES)
                     FN(store)(to + p, FN(pack)(x + p, plane_in, threshold, (int)(channels - c)));
             if (u->stride == 2)
-                for (int64_t y = 0; y < u->height_in; y++)
-                    for (int64_t column = 0; column < u->width_in; column++)
-                        planes[((y & 1) * 2 + (column & 1)) * plane_out + y / 2 * u->width_out + column / 2] =
-                            whole[y * u->width_in + column];
+                FN(split_bytes)(u, whole, planes, plane_out);
         }
 }
 
@@ -358,36 +374,42 @@ INLINE void FN(count_differing)(const int filters, const struct unit *u, const u
 }
 
 INLINE void FN(finish)(const uint16_t *restrict count, const int16_t *restrict valid, float scale, float bias,
-                       float slope, const float *restrict residual, int add, float *restrict target)
+                       float slope, const float *restrict residual, const int add, float *restrict target)
 {
     for (int i = 0; i < LANES; i++) {
         float y = scale * (float)(valid[i] - 2 * count[i]) + bias;
         if (residual)
             y += residual[i];
-        y = y > 0 ? y : slope * y;
+        const float sloped = slope * y; /* computed in any case: a selection, not a branch */
+        y = y > 0 ? y : sloped;
         target[i] = add ? target[i] + y : y;
+    }
+}
+
+/* From the counts of LANES pixels, p and on, and of `filters` filters, c and on, to their outputs. */
+static __attribute__((noinline)) void FN(finish_filters)(int filters, const struct unit *u, int64_t c, int64_t p,
+                                                         const uint16_t count[FILTERS][LANES], float *arena)
+{
+    const int64_t plane = padded(u->height_out * u->width_out);
+    for (int f = 0; f < filters; f++, c++) {
+        const float *residual = arena + u->residual + c * plane + p;
+        float *target = arena + u->target + c * plane + p;
+        if (u->residual < 0)
+            FN(finish)(count[f], u->valid + p, u->scale[c], u->bias[c], u->slope[c], 0, 0, target);
+        else if (u->add)
+            FN(finish)(count[f], u->valid + p, u->scale[c], u->bias[c], u->slope[c], residual, 1, target);
+        else
+            FN(finish)(count[f], u->valid + p, u->scale[c], u->bias[c], u->slope[c], residual, 0, target);
     }
 }
 
 INLINE void FN(convolve_filters)(const int filters, const struct unit *u, const uint8_t *planes, const uint32_t *w,
                                  int64_t first, float *arena)
 {
-    const int64_t plane = padded(u->height_out * u->width_out);
-    for (int64_t p = 0; p < plane; p += LANES) {
+    for (int64_t p = 0, plane = padded(u->height_out * u->width_out); p < plane; p += LANES) {
         uint16_t count[FILTERS][LANES];
         FN(count_differing)(filters, u, planes + p, u->masks + p, w, count);
-        for (int f = 0; f < filters; f++) {
-            const int64_t c = first + f;
-            float *target = arena + u->target + c * plane + p;
-            const float *residual = arena + u->residual + c * plane + p;
-            const float scale = u->scale[c], bias = u->bias[c], slope = u->slope[c];
-            if (u->residual < 0)
-                FN(finish)(count[f], u->valid + p, scale, bias, slope, 0, 0, target);
-            else if (u->add)
-                FN(finish)(count[f], u->valid + p, scale, bias, slope, residual, 1, target);
-            else
-                FN(finish)(count[f], u->valid + p, scale, bias, slope, residual, 0, target);
-        }
+        FN(finish_filters)(filters, u, first, p, (const uint16_t(*)[LANES])count, arena);
     }
 }
 
@@ -398,25 +420,21 @@ static void FN(convolve_binary)(const struct unit *u, float *arena)
     uint8_t *planes = (uint8_t *)(arena + u->scratch) + u->slack;
     FN(pack_signs)(u, arena + u->source, planes, planes + u->groups * group_bytes + u->slack);
 
-    const int64_t filters = u->channels_out / u->groups, blocks = (filters + FILTERS - 1) / FILTERS;
+    const int64_t filters = u->channels_out / u->groups;
     const uint32_t *w = u->bits;
     for (int64_t g = 0; g < u->groups; g++, planes += group_bytes)
-        for (int64_t b = 0; b < blocks; b++) {
-            const int64_t first = g * filters + b * filters / blocks;
-            const int64_t size = (b + 1) * filters / blocks - b * filters / blocks;
+        for (int64_t first = 0, size; first < filters; first += size, w += size * u->terms) {
+            size = block_size(filters - first, FILTERS);
+            const int64_t c = g * filters + first;
             switch (size) {
-            case 1: FN(convolve_filters)(1, u, planes, w, first, arena); break;
-            case 2: FN(convolve_filters)(2, u, planes, w, first, arena); break;
-            case 3: FN(convolve_filters)(3, u, planes, w, first, arena); break;
-            case 4: FN(convolve_filters)(4, u, planes, w, first, arena); break;
+            case 1: FN(convolve_filters)(1, u, planes, w, c, arena); break;
+            case 2: FN(convolve_filters)(2, u, planes, w, c, arena); break;
+            case 4: FN(convolve_filters)(4, u, planes, w, c, arena); break;
 #if FILTERS == 8
-            case 5: FN(convolve_filters)(5, u, planes, w, first, arena); break;
-            case 6: FN(convolve_filters)(6, u, planes, w, first, arena); break;
-            case 7: FN(convolve_filters)(7, u, planes, w, first, arena); break;
-            case 8: FN(convolve_filters)(8, u, planes, w, first, arena); break;
+            case 6: FN(convolve_filters)(6, u, planes, w, c, arena); break;
+            case 8: FN(convolve_filters)(8, u, planes, w, c, arena); break;
 #endif
             }
-            w += size * u->terms;
         }
 }
 
@@ -470,69 +488,73 @@ static void FN(convolve_float)(const struct unit *u, float *arena)
             }
             for (int64_t f = 0; f < least(4, filters - first); f++) {
                 const int64_t c = g * filters + first + f;
-                const float bias = u->bias[c];
+                const float bias = u->bias[c], floor = u->flag ? 0 : -INFINITY;
                 for (int64_t y = 0; y < u->height_out; y++) {
                     const float *restrict row = rows + f * row_length + y * width;
                     float *restrict to = arena + u->target + c * plane_out + y * u->width_out;
-                    for (int64_t x = 0; x < u->width_out; x++)
-                        to[x] = u->flag && row[x] + bias < 0 ? 0 : row[x] + bias;
+                    for (int64_t x = 0; x < u->width_out; x++) {
+                        const float y = row[x] + bias;
+                        to[x] = y < floor ? floor : y;
+                    }
                 }
             }
         }
     }
 }
 
-/* kernel x kernel at any stride, what lies outside counted neither as a maximum nor in the average. First
-   the rows of a window are combined into one padded row, then its columns. kernel 1 is the identity. */
-INLINE void FN(pool_windows)(const int k, const int s, const int average, const int add, const struct unit *u,
-                             float *arena)
-{
-    const int64_t plane_in = padded(u->height_in * u->width_in), plane_out = padded(u->height_out * u->width_out);
-    const int64_t length = u->width_out * s + k, pad = u->padding;
-    float *restrict row = arena + u->scratch, *restrict columns = row + padded(length);
-    for (int64_t x = 0; x < length; x++)
-        row[x] = average ? 0 : -INFINITY;
-    for (int64_t x = 0; x < u->width_out; x++)
-        columns[x] = least(x * s - pad + k, u->width_in) - most(x * s - pad, 0);
+INLINE float FN(combine)(const int average, float a, float b) { return average ? a + b : a > b ? a : b; }
 
-    for (int64_t c = 0; c < u->channels_in; c++)
-        for (int64_t y = 0; y < u->height_out; y++) {
-            const int64_t top = most(y * s - pad, 0), bottom = least(y * s - pad + k, u->height_in);
-            const float *restrict x = arena + u->source + c * plane_in + top * u->width_in;
-            float *restrict target = arena + u->target + c * plane_out + y * u->width_out;
-            memcpy(row + pad, x, u->width_in * sizeof(float));
-            for (int64_t j = 1; j < bottom - top; j++)
-                for (int64_t i = 0; i < u->width_in; i++) {
-                    const float a = row[pad + i], b = x[j * u->width_in + i];
-                    row[pad + i] = average ? a + b : a > b ? a : b;
-                }
-            for (int64_t i = 0; i < u->width_out; i++) {
-                float y = row[i * s];
-                for (int j = 1; j < k; j++)
-                    y = average ? y + row[i * s + j] : y > row[i * s + j] ? y : row[i * s + j];
-                if (average)
-                    y /= (bottom - top) * columns[i];
-                target[i] = add ? target[i] + y : y;
-            }
+/* Windows of kernel x kernel, what lies outside counted neither as a maximum nor in the average; kernel 1 is
+   the identity. Every pixel's window is combined, in flat loops over the plane, and stride 2 keeps every other
+   one. Above and below a plane lie margins; a neighbour across the left or right border is put out of effect
+   by its entry in weight [kernel][pixel]: a limit of -inf for a maximum, a factor of 0 for an average. */
+INLINE void FN(pool_windows)(const int k, const int average, const int add, const struct unit *u, float *arena)
+{
+    const int64_t pixels = u->height_in * u->width_in, plane = padded(pixels), width = u->width_in;
+    const int64_t margin = padded(width) + 64, before = u->padding;
+    float *restrict x = arena + u->scratch + margin, *restrict rows = x + plane + 2 * margin;
+    float *restrict pooled = rows + plane + margin;
+    for (int64_t p = -margin; p < plane + margin; p++)
+        x[p] = rows[p] = average ? 0 : -INFINITY;
+
+    for (int64_t c = 0; c < u->channels_in; c++) {
+        memcpy(x, arena + u->source + c * plane, pixels * sizeof(float));
+        for (int64_t p = 0; p < plane; p++) {
+            float y = x[p - before * width];
+            for (int i = 1; i < k; i++)
+                y = FN(combine)(average, y, x[p + (i - before) * width]);
+            rows[p] = y;
         }
+        float *restrict target = arena + u->target + c * padded(u->height_out * u->width_out);
+        float *restrict to = u->stride == 1 ? target : pooled;
+        for (int64_t p = 0; p < plane; p++) {
+            float y = average ? 0 : -INFINITY;
+            for (int i = 0; i < k; i++) {
+                const float next = rows[p + i - before], inside = u->weight[i * plane + p];
+                y = FN(combine)(average, y, average ? next * inside : next < inside ? next : inside);
+            }
+            if (average)
+                y *= u->scale[p];
+            to[p] = add && u->stride == 1 ? to[p] + y : y;
+        }
+        if (u->stride == 2)
+            for (int64_t y = 0; y < u->height_out; y++, target += u->width_out)
+                for (int64_t i = 0; i < u->width_out; i++)
+                    target[i] = pooled[2 * (y * width + i)] + (add ? target[i] : 0);
+    }
 }
 
 static void FN(pool)(const struct unit *u, float *arena)
 {
-    if (u->kernel == 1 && u->add)
-        FN(pool_windows)(1, 1, 0, 1, u, arena);
-    else if (u->kernel == 1)
-        FN(pool_windows)(1, 1, 0, 0, u, arena);
-    else if (u->kernel == 2)
-        FN(pool_windows)(2, 2, 1, 0, u, arena);
-    else if (u->flag)
-        FN(pool_windows)(3, u->stride, 1, u->add, u, arena);
-    else if (u->stride == 2)
-        FN(pool_windows)(3, 2, 0, u->add, u, arena);
-    else if (u->add)
-        FN(pool_windows)(3, 1, 0, 1, u, arena);
-    else
-        FN(pool_windows)(3, 1, 0, 0, u, arena);
+    switch (u->kernel * 4 + u->flag * 2 + u->add) {
+    case 4: FN(pool_windows)(1, 0, 0, u, arena); break;
+    case 5: FN(pool_windows)(1, 0, 1, u, arena); break;
+    case 10: FN(pool_windows)(2, 1, 0, u, arena); break;
+    case 12: FN(pool_windows)(3, 0, 0, u, arena); break;
+    case 13: FN(pool_windows)(3, 0, 1, u, arena); break;
+    case 14: FN(pool_windows)(3, 1, 0, u, arena); break;
+    case 15: FN(pool_windows)(3, 1, 1, u, arena); break;
+    }
 }
 
 INLINE float FN(total)(FN(floats) v)

@@ -86,6 +86,7 @@ class _Lowering:
     def __init__(self, model: Network):
         self.buffers: list[tuple[int, int]] = []
         self.steps: list[Step] = []
+        self.halves: dict[View, View] = {}
         self.names = {module: name for name, module in model.named_modules()}
 
     def network(self, model: Network) -> None:
@@ -181,7 +182,10 @@ class _Lowering:
             self.steps.append(Step("pool", x, target, {}, add=add, name=name, **window))
 
     def halved(self, x: View, name: str) -> View:
-        y = self.buffer(x.channels, self.level(x) + 1)
+        """The 2x2 averages of x: a residual that all convolutions at stride 2 on x share."""
+        if x in self.halves:
+            return self.halves[x]
+        y = self.halves[x] = self.buffer(x.channels, self.level(x) + 1)
         self.steps.append(Step("pool", x, y, {}, kernel=2, stride=2, average=True, name=name))
         return y
 

@@ -307,7 +307,7 @@ def _tensor_shapes(step: Step, bias: np.ndarray | None) -> dict[str, tuple[type,
 # ---------------------------------------------------------------------------------------------- the kernel
 
 _SOURCE = Path(__file__).with_name("binary_cpu.c")
-_FLAGS = ("-O3", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-fno-trapping-math", "-shared", "-fPIC")
 
 
 class _Term(ctypes.Structure):
@@ -436,6 +436,23 @@ def _taps(kernel: int, stride: int, dilation: int, padding: int, channels: int, 
     return (_Term * len(terms))(*terms), masks, valid, _padded(reach) + 64
 
 
+@functools.lru_cache(maxsize=64)
+def _borders(kernel: int, padding: int, average: bool, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The constants of a pool: whether a column of the window is inside (kernel, plane), 1 / pixels (plane,).
+
+    Inside is a factor of 1 or 0 for an average, a limit of +inf or -inf for a maximum.
+    """
+    taps, plane = np.arange(kernel)[:, None] - padding, _padded(height * width)
+    rows, columns = (((n := np.arange(size) + taps) >= 0) & (n < size) for size in (height, width))
+    inside = np.zeros((kernel, plane), np.float32)
+    inside[:, : height * width] = np.tile(columns, height)
+    if not average:
+        inside = np.where(inside, np.float32(np.inf), np.float32(-np.inf))
+    share = np.ones(plane, np.float32)
+    share[: height * width] /= np.outer(rows.sum(0), columns.sum(0)).ravel()
+    return inside, share
+
+
 class _Plan:
     """A program laid out for one image size: the C file's units and the size of their arena (in floats)."""
 
@@ -505,7 +522,10 @@ class _Plan:
             setattr(unit, name, getattr(step, name))
         unit.flag = step.average or step.relu
         if step.op == "pool":
-            return 2 * _padded(unit.width_out * step.stride + step.kernel)
+            borders = _borders(step.kernel, step.padding, step.average, unit.height_in, unit.width_in)
+            self._kept.append(borders)
+            unit.weight, unit.scale = (array.ctypes.data for array in borders)
+            return 3 * _padded(unit.height_in * unit.width_in) + 4 * (_padded(unit.width_in) + 64)
         channels = unit.channels_in // step.groups
         if step.op == "float":
             border = (step.kernel - 1) // step.stride
