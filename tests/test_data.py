@@ -1,0 +1,592 @@
+"""Sets, splits and loaders: what is read, in which order, and what is said when it cannot be read."""
+
+import hashlib
+import pickle
+import tarfile
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import utils as torchvision_downloads
+
+import data
+from data import (
+    Augmentation,
+    Batch,
+    BatchLoader,
+    ImageSet,
+    channel_statistics,
+    draw_shapes,
+    holdout_split,
+    imagenet_loaders,
+    load_set,
+    read_image,
+    split_halves,
+)
+from utils import InputError
+
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Batches this small gain nothing from threads, and lose much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+FULL_AUGMENTATION = Augmentation(crop_padding=2, flip=True, cutout_length=4, mixup_alpha=0.5)
+
+
+def numbered(n: int, size: int = 4) -> ImageSet:
+    """A set whose image i has label i and the value i in every pixel (n <= 256)."""
+    labels = torch.arange(n)
+    return ImageSet(
+        labels.to(torch.uint8).view(n, 1, 1, 1).expand(n, 3, size, size).contiguous(),
+        labels,
+        tuple(map(str, range(n))),
+    )
+
+
+def loader_of(dataset: ImageSet, batch_size: int, **options) -> BatchLoader:
+    return BatchLoader(dataset, batch_size, mean=HALF, std=HALF, **options)
+
+
+def seen(loader, epoch: int = 0) -> list[int]:
+    return [label for batch in loader.epoch(epoch) for label in batch.targets.tolist()]
+
+
+def equal(batch: Batch, other: Batch) -> bool:
+    return torch.equal(batch.images, other.images) and torch.equal(batch.targets, other.targets)
+
+
+# Order, resumption, processes
+
+
+def test_an_epoch_in_training_is_a_permutation_of_its_own():
+    loader = loader_of(numbered(100), 10, shuffle=True)
+    first, second = seen(loader, 0), seen(loader, 1)
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert first != second
+    assert first == seen(loader, 0)
+    assert first != seen(loader_of(numbered(100), 10, shuffle=True, seed=1))
+    assert first != seen(loader_of(numbered(100), 10, shuffle=True, stream=1))
+
+
+def test_evaluation_keeps_the_order_and_the_tail():
+    loader = loader_of(numbered(11), 5)
+    assert seen(loader) == list(range(11))
+    assert [batch.global_size for batch in loader.epoch(0)] == [5, 5, 1]
+    assert (len(loader), loader.num_samples) == (3, 11)
+
+
+@pytest.mark.parametrize("n, world_size, steps", [(11, 1, 2), (12, 1, 3), (13, 2, 2), (14, 2, 3), (10, 1, 2)])
+def test_training_leaves_out_a_tail_too_small_for_batch_norm(n, world_size, steps):
+    loaders = [
+        loader_of(numbered(n), 5, shuffle=True, rank=r, world_size=world_size) for r in range(world_size)
+    ]
+    for loader in loaders:
+        batches = list(loader.epoch(0))
+        assert len(batches) == len(loader) == steps
+        assert sum(batch.global_size for batch in batches) == loader.num_samples == min(5 * steps, n)
+        assert min(len(batch.images) for batch in batches) >= 2
+
+
+def test_any_step_can_be_the_first():
+    options = {"augmentation": FULL_AUGMENTATION, "shuffle": True, "seed": 3}
+    batches = list(loader_of(numbered(50), 8, **options).epoch(2))
+    for start in range(len(batches) + 1):
+        rest = list(loader_of(numbered(50), 8, **options).epoch(2, start))
+        assert len(rest) == len(batches) - start
+        assert all(map(equal, rest, batches[start:]))
+
+
+def test_loaders_leave_global_random_state_alone_and_do_not_feel_it():
+    loader = loader_of(numbered(50), 8, augmentation=FULL_AUGMENTATION, shuffle=True)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    batches = list(loader.epoch(0))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert all(map(equal, loader.epoch(0), batches))
+
+
+def test_interleaved_epochs_do_not_disturb_each_other():
+    loader = loader_of(numbered(40), 8, augmentation=FULL_AUGMENTATION, shuffle=True)
+    alone = list(loader.epoch(0))
+    interleaved = [batch for batch, _ in zip(loader.epoch(0), loader.epoch(1), strict=True)]
+    assert all(map(equal, interleaved, alone))
+
+
+def test_streams_ranks_epochs_and_steps_draw_different_augmentation():
+    image = torch.randint(256, (1, 3, 16, 16), dtype=torch.uint8)
+    same = ImageSet(image.expand(16, -1, -1, -1), torch.zeros(16, dtype=torch.long), ("only",))
+
+    def draw(epoch=0, step=0, **options):
+        loader = loader_of(same, 8, augmentation=Augmentation(crop_padding=4), shuffle=True, **options)
+        return next(loader.epoch(epoch, step)).images[:4]
+
+    base = draw(world_size=2)
+    others = [draw(world_size=2, rank=1), draw(stream=1), draw(seed=1), draw(epoch=1), draw(step=1)]
+    assert not any(torch.equal(base, other) for other in others)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("n, batch_size, world_size", [(40, 8, 2), (43, 8, 2), (43, 10, 3), (41, 8, 4)])
+def test_processes_share_each_batch_exactly(shuffle, n, batch_size, world_size):
+    whole = loader_of(numbered(n), batch_size, shuffle=shuffle)
+    shares = [
+        loader_of(numbered(n), batch_size, shuffle=shuffle, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for batch, *parts in zip(whole.epoch(1), *(share.epoch(1) for share in shares), strict=False):
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
+        sizes = [len(part.images) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        assert all(part.global_size == sum(sizes) for part in parts)
+    assert len({len(share) for share in shares}) == 1
+
+
+def test_a_process_with_nothing_to_evaluate_gets_an_empty_batch():
+    loader = loader_of(numbered(9), 4, rank=0, world_size=2)
+    last = list(loader.epoch(0))[-1]
+    assert last.images.shape == (0, 3, 4, 4) and last.targets.shape == (0,) and last.global_size == 1
+
+
+def test_batches_that_cannot_be_made_are_refused():
+    with pytest.raises(InputError, match="batch of 11 is larger than the 10 images"):
+        loader_of(numbered(10), 11, shuffle=True)
+    with pytest.raises(InputError, match="batch of 3 is too small; with 2 processes it needs 4"):
+        loader_of(numbered(10), 3, shuffle=True, world_size=2)
+    with pytest.raises(InputError, match="batch of 0 is too small"):
+        loader_of(numbered(10), 0)
+    assert len(loader_of(numbered(10), 11)) == 1  # evaluation may
+
+
+# Splits and statistics
+
+
+def test_splits_are_disjoint_complete_and_follow_the_seed():
+    weights, alphas = split_halves(101, 0.5, seed=0)
+    assert (len(weights), len(alphas)) == (50, 51)
+    assert sorted([*weights.tolist(), *alphas.tolist()]) == list(range(101))
+    assert torch.equal(split_halves(101, 0.5, seed=0)[0], weights)
+    assert not torch.equal(split_halves(101, 0.5, seed=1)[0], weights)
+    train, held_out = holdout_split(101, 20, seed=0)
+    assert (len(train), len(held_out)) == (81, 20)
+    assert not set(train.tolist()) & set(held_out.tolist())
+
+
+@pytest.mark.parametrize("portion", [0.0, 1.0, -0.5, 1.5])
+def test_a_split_with_an_empty_part_is_refused(portion):
+    with pytest.raises(InputError, match=f"training portion of {portion}"):
+        split_halves(10, portion, seed=0)
+
+
+@pytest.mark.parametrize("holdout", [0, 10, 11])
+def test_a_holdout_of_nothing_or_everything_is_refused(holdout):
+    with pytest.raises(InputError, match=f"hold-out of {holdout} images"):
+        holdout_split(10, holdout, seed=0)
+
+
+def test_statistics_are_those_of_the_images():
+    images = torch.randint(256, (20, 3, 7, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = channel_statistics("folder", ImageSet(images, torch.zeros(20), ("only",)))
+    scaled = images.double() / 255
+    assert mean == pytest.approx(scaled.mean((0, 2, 3)).tolist(), rel=1e-6)
+    assert std == pytest.approx(scaled.std((0, 2, 3), correction=0).tolist(), rel=1e-6)
+
+
+def test_images_of_one_colour_can_be_normalised():
+    black = ImageSet(torch.zeros(4, 3, 4, 4, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), ("only",))
+    mean, std = channel_statistics("folder", black)
+    batch = next(BatchLoader(black, 4, mean=mean, std=std).epoch(0))
+    assert torch.equal(batch.images, torch.zeros(4, 3, 4, 4))
+
+
+# CIFAR
+
+
+def make_cifar(root, monkeypatch, name: str, archive: bool) -> np.ndarray:
+    """A tiny CIFAR in torchvision's own format, with checksums to match; returns its images, (n, 3072)."""
+    source = {"cifar10": data.CIFAR10, "cifar100": data.CIFAR100}[name]
+    folder = root / source.base_folder
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    key = "labels" if name == "cifar10" else "fine_labels"
+    checksums, arrays = {}, {}
+
+    def write(filename, content):
+        path = folder / filename
+        path.write_bytes(pickle.dumps(content))
+        checksums[filename] = hashlib.md5(path.read_bytes()).hexdigest()
+
+    for filename, _ in [*source.train_list, *source.test_list]:
+        arrays[filename] = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
+        write(filename, {"data": arrays[filename], key: [3, 1, 2, 0]})
+    write(source.meta["filename"], {source.meta["key"]: ["ant", "bee", "cow", "dog"]})
+
+    for attribute in ("train_list", "test_list"):
+        listed = [[filename, checksums[filename]] for filename, _ in getattr(source, attribute)]
+        monkeypatch.setattr(source, attribute, listed)
+    monkeypatch.setitem(source.meta, "md5", checksums[source.meta["filename"]])
+    if archive:
+        packed = root / source.filename
+        with tarfile.open(packed, "w:gz") as tar:
+            tar.add(folder, source.base_folder)
+        monkeypatch.setattr(source, "tgz_md5", hashlib.md5(packed.read_bytes()).hexdigest())
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+    return np.concatenate([arrays[filename] for filename, _ in source.train_list])
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("archive", [False, True])
+def test_cifar_is_read_as_torchvision_lays_it_out(tmp_path, monkeypatch, capsys, name, archive):
+    arrays = make_cifar(tmp_path, monkeypatch, name, archive)
+    train = load_set(name, tmp_path, train=True)
+    assert train.images.is_contiguous() and train.images.dtype == torch.uint8
+    assert np.array_equal(train.images.numpy(), arrays.reshape(-1, 3, 32, 32))
+    assert train.labels.tolist() == [3, 1, 2, 0] * (len(arrays) // 4)
+    assert train.classes == ("ant", "bee", "cow", "dog")
+    assert len(load_set(name, tmp_path, train=False)) == 4
+    assert capsys.readouterr().out == ""
+
+
+def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("name or service not known")
+
+    monkeypatch.setattr(torchvision_downloads.urllib.request, "urlopen", refuse)
+    with pytest.raises(InputError) as caught:
+        load_set("cifar10", tmp_path, train=True)
+    message = str(caught.value)
+    for part in ("cifar10", str(tmp_path), "name or service not known", "cifar-10-python.tar.gz", "shapes"):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_unknown_sets_and_sizes_are_refused(tmp_path):
+    with pytest.raises(InputError, match="'mnist'; choose from cifar10, cifar100, shapes, folder"):
+        load_set("mnist", tmp_path, train=True)
+    with pytest.raises(InputError, match="32 x 32, not 64"):
+        load_set("cifar10", tmp_path, train=True, image_size=64)
+
+
+# Folders of images
+
+
+def write_folder(
+    root, splits=("train", "test"), classes=("cat", "dog"), count=2, size=(40, 30), suffix=".png"
+):
+    """`count` images in each root/<split>/<class>, noise over a colour of the class; returns root."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 100, (*size[::-1], 3)) + np.array([70 * label, 0, 50])
+                path = root / split / name / f"{i:03}{suffix}"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return root
+
+
+def test_a_folder_is_read_in_order_and_untouched_where_it_fits(tmp_path):
+    write_folder(tmp_path, size=(8, 8), count=3)
+    train = load_set("folder", tmp_path, train=True, image_size=8)
+    files = sorted((tmp_path / "train").rglob("*.png"))
+    assert train.classes == ("cat", "dog")
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    pixels = np.stack([np.asarray(Image.open(path)) for path in files])
+    assert np.array_equal(train.images.permute(0, 2, 3, 1).numpy(), pixels)
+
+
+def test_workers_do_not_change_what_is_read(tmp_path, monkeypatch):
+    write_folder(tmp_path, size=(8, 8), count=160)  # more than one block of images
+    here = load_set("folder", tmp_path, train=True, image_size=8, workers=0)
+    there = load_set("folder", tmp_path, train=True, image_size=8, workers=2)
+    assert len(here) == 320
+    assert torch.equal(here.images, there.images) and torch.equal(here.labels, there.labels)
+
+
+def test_other_sizes_keep_the_centre(tmp_path):
+    write_folder(tmp_path)
+    for width, height in ((90, 30), (30, 90)):  # thirds: red, green, blue
+        pixels = np.zeros((height, width, 3), np.uint8)
+        for i, third in enumerate(np.array_split(pixels, 3, axis=int(width > height))):
+            third[..., i] = 255
+        Image.fromarray(pixels).save(tmp_path / "train" / "cat" / f"{width}.png")
+    train = load_set("folder", tmp_path, train=True, image_size=10)
+    assert train.images.shape == (6, 3, 10, 10)
+    for image in train.images[2:4]:  # 30.png, 90.png
+        assert torch.equal(image[:, 1:-1, 1:-1], torch.tensor([0, 255, 0]).view(3, 1, 1).expand(3, 8, 8))
+
+
+def test_val_stands_in_for_test(tmp_path):
+    write_folder(tmp_path, splits=("train", "val"), count=3)
+    assert len(load_set("folder", tmp_path, train=False)) == 6
+
+
+def colour(mode: str):
+    """An image of that mode, and the RGB that a viewer shows."""
+    grey16 = np.full((6, 5), 200 * 257, np.uint16)
+    transparent = Image.new("P", (5, 6), 1)
+    transparent.putpalette([0, 0, 0, 10, 20, 30])
+    return {
+        "1": (Image.new("1", (5, 6), 1), (255, 255, 255)),
+        "L": (Image.new("L", (5, 6), 77), (77, 77, 77)),
+        "LA": (Image.new("LA", (5, 6), (100, 0)), (255, 255, 255)),
+        "P": (Image.new("RGB", (5, 6), (10, 200, 30)).quantize(4), (10, 200, 30)),
+        "P transparent": (transparent, (255, 255, 255)),
+        "RGB": (Image.new("RGB", (5, 6), (10, 200, 30)), (10, 200, 30)),
+        "RGBA": (Image.new("RGBA", (5, 6), (10, 200, 30, 0)), (255, 255, 255)),
+        "RGBA half": (Image.new("RGBA", (5, 6), (0, 0, 0, 128)), (127, 127, 127)),
+        "I;16": (Image.fromarray(grey16), (200, 200, 200)),
+        "CMYK": (Image.new("CMYK", (5, 6), (255, 0, 255, 0)), (0, 255, 0)),
+    }[mode]
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "P transparent", "RGB", "RGBA", "RGBA half", "I;16", "CMYK"]
+)
+def test_every_mode_becomes_what_a_viewer_shows(tmp_path, mode):
+    image, expected = colour(mode)
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image.save(path, **({"transparency": 1} if mode == "P transparent" else {}))
+    pixels = read_image(path)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(pixels, torch.tensor(expected).view(3, 1, 1).expand(3, 6, 5))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_jpegs_of_every_mode_are_read(tmp_path, mode):
+    image, expected = colour(mode)
+    image.save(tmp_path / "image.jpg", quality=95)
+    difference = read_image(tmp_path / "image.jpg") - torch.tensor(expected).view(3, 1, 1)
+    assert difference.shape == (3, 6, 5) and difference.abs().max() <= 2
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_photographs_stand_upright(tmp_path, suffix):
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16] = 255  # white at the left, which orientation 6 turns to the top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / f"image{suffix}", exif=exif)
+    image = read_image(tmp_path / f"image{suffix}")
+    assert image.shape == (3, 32, 16)
+    assert image[:, :14].min() > 200 and image[:, 18:].max() < 50
+
+
+def test_all_corrupt_files_are_counted_and_the_first_named(tmp_path):
+    write_folder(tmp_path, suffix=".jpg", count=6)
+    files = sorted((tmp_path / "train").rglob("*.jpg"))
+    files[1].write_bytes(b"")
+    files[4].write_bytes(files[4].read_bytes()[:400])  # the header is whole
+    files[7].write_text("not an image")
+    files[9].write_bytes(b"\xff\xd8 not a JPEG")
+    with pytest.raises(InputError) as caught:
+        load_set("folder", tmp_path, train=True)
+    message = str(caught.value)
+    assert message.startswith("cannot read 4 images: ") and "\n" not in message
+    assert [str(path) in message for path in files] == [i in (1, 4, 7) for i in range(12)]
+
+
+def break_train(root):
+    (root / "train").rename(root / "elsewhere")
+
+
+def break_test(root):
+    (root / "test").rename(root / "elsewhere")
+
+
+def break_class(root):
+    for path in (root / "train" / "dog").iterdir():
+        path.unlink()
+
+
+def break_agreement(root):
+    (root / "test" / "dog").rename(root / "test" / "wolf")
+
+
+def break_everything(root):
+    for split in ("train", "test"):
+        (root / split).rename(root / f"{split} elsewhere")
+        (root / split).mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (break_train, "no folder 'train' in {root}"),
+        (break_test, "no folder 'test' or 'val' in {root}"),
+        (break_class, "no valid file for the classes dog"),
+        (break_agreement, "only in {root}/train: dog; only in {root}/test: wolf"),
+        (break_everything, "any class folder in {root}/train"),
+    ],
+)
+@pytest.mark.parametrize("train", [True, False])
+def test_folders_that_are_no_data_set(tmp_path, damage, message, train):
+    write_folder(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError) as caught:
+        load_set("folder", tmp_path, train=train)
+    assert message.format(root=tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ImageNet
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    return write_folder(tmp_path, splits=("train", "val"), classes=("a", "b", "c"), count=7, suffix=".jpg")
+
+
+def open_imagenet(root, batch_size=5, workers=0, **options):
+    options = {"device": "cpu", "seed": 0, "image_size": 28, **options}
+    return imagenet_loaders(root, batch_size, workers=workers, **options)
+
+
+def test_imagenet_batches_do_not_depend_on_workers(imagenet):
+    here, val_here, classes = open_imagenet(imagenet)
+    there, val_there, _ = open_imagenet(imagenet, workers=2)
+    assert classes == ("a", "b", "c")
+    assert (len(here), here.num_samples, len(val_here), val_here.num_samples) == (4, 20, 5, 21)
+    for epoch in (0, 1):  # the second with the same workers
+        batches = list(here.epoch(epoch))
+        assert all(map(equal, there.epoch(epoch), batches))
+        assert [batch.images.shape for batch in batches] == [(5, 3, 28, 28)] * 4
+        assert [batch.global_size for batch in batches] == [5] * 4
+    assert all(map(equal, val_there.epoch(0), val_here.epoch(0)))
+
+
+def test_imagenet_resumes_at_any_step_and_after_an_abandoned_epoch(imagenet):
+    loader, _, _ = open_imagenet(imagenet, workers=2)
+    batches = list(open_imagenet(imagenet)[0].epoch(1))
+    assert equal(next(loader.epoch(0)), next(open_imagenet(imagenet)[0].epoch(0)))  # and leave it there
+    resumed = list(loader.epoch(1, start=2))
+    assert len(resumed) == 2 and all(map(equal, resumed, batches[2:]))
+
+
+def test_imagenet_validation_is_the_usual_one(imagenet):
+    from torchvision.transforms import v2
+
+    _, loader, _ = open_imagenet(imagenet)
+    usual = v2.Compose(
+        [
+            v2.Resize(32, antialias=True),
+            v2.CenterCrop(28),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(*data.STATISTICS["imagenet"]),
+        ]
+    )
+    files = sorted((imagenet / "val").rglob("*.jpg"))
+    images = torch.cat([batch.images for batch in loader.epoch(0)])
+    assert torch.allclose(images, torch.stack([usual(read_image(path)) for path in files]), atol=1e-6)
+    assert seen(loader) == [0] * 7 + [1] * 7 + [2] * 7
+
+
+def test_imagenet_training_images_change_from_epoch_to_epoch(imagenet):
+    loader, _, _ = open_imagenet(imagenet, batch_size=21)
+    first, second = (next(loader.epoch(epoch)) for epoch in (0, 1))
+    assert first.targets.sort().values.equal(second.targets.sort().values)
+    assert not torch.equal(first.images, second.images)
+    assert len({image.numpy().tobytes() for image in (*first.images, *second.images)}) == 42
+
+
+def test_imagenet_processes_share_each_batch(imagenet):
+    whole, val_whole, _ = open_imagenet(imagenet)
+    pairs = [open_imagenet(imagenet, rank=rank, world_size=2) for rank in (0, 1)]
+    for batch, one, two in zip(whole.epoch(0), *(pair[0].epoch(0) for pair in pairs), strict=True):
+        assert torch.equal(torch.cat([one.targets, two.targets]), batch.targets)
+    for batch, one, two in zip(val_whole.epoch(0), *(pair[1].epoch(0) for pair in pairs), strict=True):
+        assert torch.equal(torch.cat([one.images, two.images]), batch.images)
+
+
+def test_imagenet_leaves_global_random_state_alone(imagenet):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    for workers in (0, 1):
+        list(open_imagenet(imagenet, workers=workers)[0].epoch(0))
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("folder", ["ILSVRC2012", "ImageNet-ILSVRC2012"])
+def test_imagenet_is_found_where_tools_put_it(tmp_path, folder):
+    write_folder(tmp_path / folder, splits=("train", "val"))
+    assert open_imagenet(tmp_path, batch_size=2)[2] == ("cat", "dog")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_imagenet_file_is_named_in_one_line(imagenet, workers):
+    broken = imagenet / "train" / "b" / "003.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    with pytest.raises(InputError) as caught:
+        list(open_imagenet(imagenet, batch_size=21, workers=workers)[0].epoch(0))
+    assert str(caught.value).startswith(f"cannot read 1 image: {broken} (") and "\n" not in str(caught.value)
+
+
+def test_imagenet_without_val_is_refused(tmp_path):
+    write_folder(tmp_path, splits=("train", "test"))
+    with pytest.raises(InputError, match="no folder 'val' in"):
+        open_imagenet(tmp_path)
+    with pytest.raises(InputError, match=r"no folder 'train' in .* or .*ILSVRC2012"):
+        open_imagenet(tmp_path / "nowhere")
+
+
+# Shapes
+
+
+def test_shapes_are_balanced_shuffled_and_follow_the_seed():
+    shapes = draw_shapes(200, 32, seed=0)
+    assert shapes.images.shape == (200, 3, 32, 32) and shapes.images.dtype == torch.uint8
+    assert torch.bincount(shapes.labels).tolist() == [20] * 10 and len(shapes.classes) == 10
+    assert shapes.labels.dtype == torch.int64 and shapes.labels[:20].unique().numel() > 3
+    again, other = draw_shapes(200, 32, seed=0), draw_shapes(200, 32, seed=1)
+    assert torch.equal(again.images, shapes.images) and torch.equal(again.labels, shapes.labels)
+    assert not torch.equal(other.images, shapes.images)
+
+
+def test_shapes_sets_have_their_sizes_and_share_no_image(tmp_path):
+    train = load_set("shapes", tmp_path, train=True, image_size=16)
+    test = load_set("shapes", tmp_path, train=False, image_size=16)
+    assert (len(train), len(test)) == (10_000, 2_000)
+    assert train.images.shape[1:] == (3, 16, 16)
+    assert len({image.tobytes() for image in (*train.images.numpy(), *test.images.numpy())}) == 12_000
+    for mine, theirs in zip(*(channel_statistics("shapes", s)[0] for s in (train, test)), strict=True):
+        assert mine == pytest.approx(theirs, abs=0.01)
+
+
+@pytest.mark.parametrize("name", data.SHAPES)
+def test_shapes_fill_a_part_of_their_disc(name):
+    y, x = np.mgrid[-1.5:1.5:61j, -1.5:1.5:61j]
+    inside = data.SHAPES[name](x, y) < 0
+    assert 0.15 < inside.sum() * 0.05**2 / np.pi < 0.8
+    assert not inside[np.hypot(x, y) > 1.2].any()
+
+
+def test_a_linear_classifier_on_pixels_does_not_solve_shapes(tmp_path):
+    train, test = (load_set("shapes", tmp_path, train=train, image_size=32) for train in (True, False))
+    mean, std = channel_statistics("shapes", train)
+    batch = next(BatchLoader(test, len(test), mean=mean, std=std).epoch(0))
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(3 * 32 * 32, 10)
+    optimizer = torch.optim.AdamW(linear.parameters(), lr=1e-3, weight_decay=0.1)
+    loader = BatchLoader(train, 128, mean=mean, std=std, shuffle=True)
+    for epoch in range(5):
+        for images, targets, _ in loader.epoch(epoch):
+            loss = torch.nn.functional.cross_entropy(linear(images.flatten(1)), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    accuracy = (linear(batch.images.flatten(1)).argmax(1) == batch.targets).float().mean().item()
+    assert 0.2 < accuracy < 0.6  # it learns something: the classes are there to be seen
