@@ -1,53 +1,52 @@
 """Turn a trained stage-2 (W1A1) network into a file of bits that runs without PyTorch.
 
-    python export.py runs/eval-EXP-...-stage2-.../             # the best epoch, to model.ebnas in the run's folder
-    python export.py runs/.../last.pt --output small.ebnas
+    python export.py runs/eval-EXP-stage2-TIME             # its last checkpoint, to model.ebnas in the folder
+    python export.py runs/eval-EXP-stage2-TIME/best.pt --output small.ebnas
 
 The file is read by packed.py, infer.py, benchmark.py infer and evaluate.py --packed.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import options
 from binary_ops import BinaryConv2d
-from checkpoint import BEST, load_checkpoint, resolve_checkpoint
-from model import Cell, ModelConfig, Network, build_model
+from checkpoint import load_checkpoint, resolve_checkpoint
+from model import Cell, Network
 from operations import BinaryUnit, FactorizedReduce
 from packed import Program, Step, View, program_bytes
+from stages import trained_network
 from utils import InputError, run_main, write_atomically
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="write a stage-2 network as a packed 1-bit file")
-    parser.add_argument("checkpoint", help="a checkpoint file, or the folder of a stage-2 run (its best epoch)")
+def parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint file or a run's folder, of stage 2")
     parser.add_argument("--output", type=Path, help="default: model.ebnas beside the checkpoint")
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    path = resolve_checkpoint(args.checkpoint, BEST)
-    checkpoint = load_checkpoint(path)
-    if "config" not in checkpoint or checkpoint.get("kind") not in ("stage1", "stage2"):
-        raise InputError(f"{path} is a {checkpoint.get('kind')} checkpoint; export takes a stage-2 one")
-    model = build_model(dataclasses.replace(ModelConfig.from_dict(checkpoint["config"]), auxiliary=False))
-    head = "auxiliary_head."
-    model.load_state_dict({k: v for k, v in checkpoint["model"].items() if not k.startswith(head)})
-    content = program_bytes(lower(model, checkpoint["data"]))
-
+def main() -> None:
+    args = parser().parse_args()
+    path = resolve_checkpoint(args.checkpoint)
     output = args.output or path.with_name("model.ebnas")
+    if output.is_dir():
+        raise InputError(f"{output} is a folder; --output is the file to write")
+    checkpoint = load_checkpoint(path)
+    model = trained_network(checkpoint)
+    content = program_bytes(lower(model, checkpoint["data"]))
     try:
         write_atomically(output, content)
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror}") from None
-    float_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-    print(f"{output}: {len(content):,} bytes, {float_bytes / len(content):.1f} times less than float32's {float_bytes:,}")
+    model.auxiliary_head = None  # of training only
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    print(f"{output}: {len(content):,} bytes, {weights / len(content):.1f} times fewer than float32 weights")
 
 
 def lower(model: Network, data: dict) -> Program:
@@ -58,8 +57,8 @@ def lower(model: Network, data: dict) -> Program:
     config = model.config
     if (config.weight_bits, config.activation_bits) != (1, 1):
         raise InputError(
-            f"only a W1A1 network can be packed, and this one is W{config.weight_bits}A{config.activation_bits}: "
-            "train its second stage (--binary) first"
+            f"only a W1A1 network can be packed; this one is W{config.weight_bits}A{config.activation_bits}: "
+            "train its second stage first (--binary)"
         )
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
@@ -68,6 +67,7 @@ def lower(model: Network, data: dict) -> Program:
     with torch.no_grad():
         lowering.network(model)
     size = data["image_size"]
+    resize = size * 256 // 224 if data["set"] == "imagenet" else size  # as data.py prepares test images
     return Program(
         buffers=tuple(lowering.buffers),
         steps=tuple(lowering.steps),
@@ -75,7 +75,7 @@ def lower(model: Network, data: dict) -> Program:
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         image_size=size,
-        resize=size * 256 // 224 if data["set"] == "imagenet" else size,  # as data.py prepares the test images
+        resize=resize,
         config=config.to_dict(),
     )
 
@@ -273,4 +273,4 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(make_parser().parse_args()))
+    run_main(main)

@@ -51,7 +51,8 @@ import safetensors.numpy
 FORMAT = "ebnas packed network 1"
 KERNELS = ("c", "avx2", "avx512")  # the C file's paths, by number
 LARGEST_FILE = 1 << 30
-LARGEST_ARENA = 1 << 31  # bytes of buffers and scratch for one image
+LARGEST_IMAGE = 1 << 24  # pixels
+LARGEST_ARENA = 1 << 31  # bytes of buffers for one image
 
 
 class PackedFileError(ValueError):
@@ -113,7 +114,13 @@ _STEP_FIELDS = {  # beyond op, source and name
     "pool": {"target", "add", "kernel", "stride", "padding", "average"},
     "linear": set(),
 }
-_STEP_RANGES = {"kernel": (1, 7), "stride": (1, 2), "padding": (-1, 16), "dilation": (1, 4), "groups": (1, 4096)}
+_STEP_RANGES = {
+    "kernel": (1, 7),
+    "stride": (1, 2),
+    "padding": (-1, 16),
+    "dilation": (1, 4),
+    "groups": (1, 4096),
+}
 _POOLS = {(1, 1, 0), (2, 2, 0), (3, 1, 1), (3, 2, 1)}  # kernel, stride, padding
 
 
@@ -156,7 +163,8 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _integer(value: Any, low: int, high: int, what: str) -> int:
-    _require(type(value) is int and low <= value <= high, f"{what} is {value!r}, not a whole number {low}..{high}")
+    ok = type(value) is int and low <= value <= high
+    _require(ok, f"{what} is {value!r}, not a whole number from {low} to {high}")
     return value
 
 
@@ -195,16 +203,18 @@ def _checked_program(fields: Any, tensors: dict[str, np.ndarray]) -> Program:
 
     classes = fields["classes"]
     ok = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    _require(ok and len(classes) == len(steps[-1].tensors["bias"]), "the class names do not fit the classifier")
+    ok = ok and len(classes) == len(steps[-1].tensors["bias"])
+    _require(ok, "the class names do not fit the classifier")
     _require(isinstance(fields["config"], dict), "config is not an object")
+    image_size = _integer(fields["image_size"], 1, 4096, "image_size")
     return Program(
         buffers=tuple(buffers),
         steps=tuple(steps),
         classes=tuple(classes),
         mean=_numbers(fields["mean"], buffers[0][0], "mean"),
         std=_numbers(fields["std"], buffers[0][0], "std", positive=True),
-        image_size=_integer(fields["image_size"], 1, 4096, "image_size"),
-        resize=_integer(fields["resize"], 1, 4096, "resize"),
+        image_size=image_size,
+        resize=_integer(fields["resize"], image_size, 8192, "resize"),
         config=fields["config"],
     )
 
@@ -241,9 +251,10 @@ def _checked_step(index: int, fields: Any, buffers: list, written: list, tensors
             _require(bool((tensor < np.inf).all()), f"{what}: a threshold is not a number")
         elif dtype is np.float32:
             _require(bool(np.isfinite(tensor).all()), f"{what}: {name} is not finite")
-        step.tensors[name] = np.ascontiguousarray(tensor)
+        step.tensors[name] = np.array(tensor)  # aligned and writable, which a view of the file is not
     if op == "binary" and (spare := -(step.source.channels // step.groups) % 8):
-        _require(not (step.tensors["bits"][..., -1] >> (8 - spare)).any(), f"{what}: bits past the last channel")
+        beyond = step.tensors["bits"][..., -1] >> (8 - spare)
+        _require(not beyond.any(), f"{what}: there are bits past the last channel")
     return step
 
 
@@ -324,7 +335,8 @@ class _Unit(ctypes.Structure):
         *("add", "flag", "terms", "slack"),
     )
     _pointers = ("term", "masks", "valid", "threshold", "bits", "weight", "scale", "bias", "slope")
-    _fields_ = [(name, ctypes.c_int64) for name in _integers] + [(name, ctypes.c_void_p) for name in _pointers]
+    _fields_ = [(name, ctypes.c_int64) for name in _integers]
+    _fields_ += [(name, ctypes.c_void_p) for name in _pointers]
 
 
 _OPS = ("binary", "float", "pool", "linear")  # the C file's enum
@@ -335,19 +347,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebnas"
 
 
-def compile_kernel(folder: Path, *, flags: tuple[str, ...] = _FLAGS) -> Path:
-    """The compiled binary_cpu.c in `folder`, built if it is not there. Safe where two processes start at once.
+class NoCompiler(Exception):
+    """There is no C compiler, or it failed; the message says what it said."""
 
-    Raises OSError with the reason where there is no working compiler.
+
+def compile_kernel(folder: Path, *, flags: tuple[str, ...] = _FLAGS) -> Path:
+    """The compiled binary_cpu.c in `folder`, built if it is not there yet; two processes may do so at once.
+
+    Raises NoCompiler, or OSError where the folder cannot be written.
     """
-    identity = [_SOURCE.read_bytes(), " ".join(flags).encode(), "".join(platform.uname()[::4]).encode()]
-    library = folder / f"binary_cpu-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
+    machine = f"{platform.system()} {platform.machine()}"
+    identity = hashlib.sha256(f"{machine}|{' '.join(flags)}|".encode() + _SOURCE.read_bytes())
+    library = folder / f"binary_cpu-{identity.hexdigest()[:20]}.so"
     if library.exists():
         return library
-    candidates = [os.environ.get("CC"), "cc", "gcc", "clang"]
+    candidates = (os.environ.get("CC"), "cc", "gcc", "clang")
     compiler = next(filter(None, (shutil.which(name) for name in candidates if name)), None)
     if compiler is None:
-        raise OSError("no C compiler (cc, gcc, clang) is installed")
+        raise NoCompiler("no C compiler (cc, gcc, clang) is installed")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, aside = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(descriptor)
@@ -355,10 +372,10 @@ def compile_kernel(folder: Path, *, flags: tuple[str, ...] = _FLAGS) -> Path:
         command = [compiler, *flags, "-o", aside, str(_SOURCE), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
-            raise OSError(f"{compiler} failed: {done.stderr.strip()[-300:]}")
+            raise NoCompiler(f"{compiler} failed: {' '.join(done.stderr.split())[-300:]}")
         os.replace(aside, library)
     except subprocess.TimeoutExpired:
-        raise OSError(f"{compiler} took more than two minutes") from None
+        raise NoCompiler(f"{compiler} took more than two minutes") from None
     finally:
         Path(aside).unlink(missing_ok=True)
     return library
@@ -368,7 +385,10 @@ def compile_kernel(folder: Path, *, flags: tuple[str, ...] = _FLAGS) -> Path:
 def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(compile_kernel(cache_folder())))
-    except PermissionError:  # no place to keep it: build it for this process alone
+    except (
+        OSError,
+        RuntimeError,
+    ):  # no place to keep it, or a damaged file: build it for this process
         with tempfile.TemporaryDirectory() as folder:
             library = ctypes.CDLL(str(compile_kernel(Path(folder))))
     number, pointer = ctypes.c_int64, ctypes.c_void_p
@@ -394,9 +414,9 @@ def _choose_kernel(wanted: str | None) -> str:
         return wanted
     try:
         available = available_kernels()
-    except OSError as error:
+    except (NoCompiler, OSError) as error:
         if wanted is not None:
-            raise
+            raise ValueError(f"the kernel {wanted!r} cannot be built: {error}") from None
         warnings.warn(f"packed networks run in float, slowly: {error}", RuntimeWarning, stacklevel=4)
         return "torch"
     if wanted is not None and wanted not in available:
@@ -437,8 +457,8 @@ def _taps(kernel: int, stride: int, dilation: int, padding: int, channels: int, 
 
 
 @functools.lru_cache(maxsize=64)
-def _borders(kernel: int, padding: int, average: bool, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The constants of a pool: whether a column of the window is inside (kernel, plane), 1 / pixels (plane,).
+def _borders(kernel: int, padding: int, average: bool, height: int, width: int):
+    """The constants of a pool: whether a column of a window is inside (kernel, plane), 1 / pixels (plane,).
 
     Inside is a factor of 1 or 0 for an average, a limit of +inf or -inf for a maximum.
     """
@@ -461,6 +481,8 @@ class _Plan:
         for channels, level in program.buffers:
             self.sizes.append((channels, -(-height // 2**level), -(-width // 2**level)))
         self.offsets, scratch = self._place(program)
+        if height * width > LARGEST_IMAGE or scratch * 4 > LARGEST_ARENA:
+            raise ValueError(f"images of {height} x {width} are too large for this network")
         self.units = (_Unit * len(program.steps))()
         self._kept: list[Any] = [weights]  # the units point into these
         needed = 0
@@ -469,8 +491,6 @@ class _Plan:
             needed = max(needed, self._fill(unit, step, tensors))
         self.result = self.units[-1].target = scratch + _padded(needed)
         self.floats = self.result + _padded(len(program.classes)) + 64
-        if self.floats * 4 > LARGEST_ARENA:
-            raise ValueError(f"images of {height} x {width} need {self.floats * 4 >> 20} MiB each: too large")
 
     def _place(self, program: Program) -> tuple[list[int], int]:
         """Offsets of the buffers, two of which share memory if no step needs both; and the end of them."""
@@ -491,7 +511,7 @@ class _Plan:
         return offsets, end
 
     def new_arena(self) -> np.ndarray:
-        """Memory for one image, float32; zeros, so that what lies beside the pixels is never a slow number."""
+        """Memory for one image, float32; zeros, so that what lies beside pixels is never a slow number."""
         memory = np.zeros(self.floats + 16, np.float32)
         return memory[-memory.ctypes.data % 64 // 4 :]
 
@@ -550,8 +570,8 @@ def _kernel_weights(step: Step, path: int) -> dict[str, np.ndarray]:
         encoded = np.empty(bits.size, np.uint32)
         filters, terms = bits.shape[0] // step.groups, bits.shape[1] * bits.shape[2]
         _library().encode_weights(path, bits.ctypes.data, step.groups, filters, terms, encoded.ctypes.data)
-        scale, bias, slope = tensors["affine"]
-        return {"threshold": tensors["threshold"], "bits": encoded, "scale": scale, "bias": bias, "slope": slope}
+        affine = dict(zip(("scale", "bias", "slope"), tensors["affine"], strict=True))
+        return {"threshold": tensors["threshold"], "bits": encoded, **affine}
     if step.op == "float":
         weight = tensors["weight"].reshape(step.groups, -1, tensors["weight"][0].size)
         weight = np.pad(weight, ((0, 0), (0, -weight.shape[1] % 4), (0, 0)))
@@ -576,6 +596,8 @@ class PackedNetwork:
     def __init__(self, program: Program, *, threads: int | None = None, kernel: str | None = None):
         self.program = program
         self.classes, self.image_size, self.config = program.classes, program.image_size, program.config
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}; it must be at least 1")
         self.threads = threads or _usable_cores()
         self.kernel = _choose_kernel(kernel)
         self._plans: dict[tuple[int, int], tuple[_Plan, deque]] = {}
@@ -601,11 +623,11 @@ class PackedNetwork:
             return torch.from_numpy(self(images.detach().cpu().numpy())).to(images.device)
         images = np.ascontiguousarray(images)
         channels = self.program.buffers[0][0]
-        if images.dtype != np.float32 or images.ndim != 4 or images.shape[1] != channels or 0 in images.shape[2:]:
-            raise ValueError(
-                f"expected float32 images (n, {channels}, h, w), not {images.dtype} {images.shape}"
-                + (": see preprocess()" if images.dtype == np.uint8 else "")
-            )
+        fits = images.ndim == 4 and images.shape[1] == channels and 0 not in images.shape[2:]
+        if images.dtype != np.float32 or not fits:
+            hint = ": see preprocess()" if images.dtype == np.uint8 else ""
+            expected = f"expected float32 images (n, {channels}, h, w)"
+            raise ValueError(f"{expected}, not {images.dtype} {images.shape}{hint}")
         if not np.isfinite(images).all():
             raise ValueError("images must be finite: there are NaN or infinite pixels")
         if self.kernel == "torch":
@@ -646,7 +668,7 @@ class PackedNetwork:
         arenas.append(arena)
 
     def trace(self, image: np.ndarray) -> list[np.ndarray]:
-        """The target of every step, (channels, h, w), for one image (3, h, w): for tests and for the curious."""
+        """What every step wrote, (channels, h, w), for one image (3, h, w): to look into a network."""
         image = np.ascontiguousarray(image, np.float32)
         if self.kernel == "torch":
             return self._float_form.trace(image)
@@ -696,8 +718,8 @@ class _FloatForm:
         return self._run(self.torch.from_numpy(images))[-1].numpy()
 
     def trace(self, image: np.ndarray) -> list[np.ndarray]:
-        outputs = self._run(self.torch.from_numpy(image)[None])
-        return [output[0].numpy().reshape(output.shape[1], *(output.shape[2:] or (1, 1))) for output in outputs]
+        *features, logits = (output[0].numpy() for output in self._run(self.torch.from_numpy(image)[None]))
+        return [*features, logits[:, None, None]]
 
     def _run(self, images: Any) -> list[Any]:
         """The target of every step, (n, channels, h, w); the logits (n, classes) last."""
@@ -705,7 +727,8 @@ class _FloatForm:
         with torch.inference_mode():
             buffers = {0: images}
             for step, tensors in zip(self.program.steps, self.weights, strict=True):
-                y = self.step(step, tensors, *(self._read(buffers, view) for view in (step.source, step.residual)))
+                x, residual = (self._read(buffers, view) for view in (step.source, step.residual))
+                y = self.step(step, tensors, x, residual)
                 if step.target is not None:
                     if step.target.buffer not in buffers:
                         channels = self.program.buffers[step.target.buffer][0]
@@ -727,9 +750,8 @@ class _FloatForm:
             if step.kernel == 1:
                 return x
             if step.average:
-                return F.avg_pool2d(
-                    x, step.kernel, step.stride, step.padding, ceil_mode=step.kernel == 2, count_include_pad=False
-                )
+                ceil = {"ceil_mode": step.kernel == 2, "count_include_pad": False}
+                return F.avg_pool2d(x, step.kernel, step.stride, step.padding, **ceil)
             return F.max_pool2d(x, step.kernel, step.stride, step.padding)
         if step.op == "float":
             y = F.conv2d(x, tensors["weight"], tensors["bias"], step.stride, step.padding, 1, step.groups)
@@ -748,6 +770,7 @@ class _FloatForm:
 
 def unpack_bits(step: Step) -> np.ndarray:
     """The binary weights of a step, float32 (filters, channels per group, kernel, kernel) of +1 and -1."""
-    bits = np.unpackbits(step.tensors["bits"], axis=2, bitorder="little")[..., : step.source.channels // step.groups]
+    bits = np.unpackbits(step.tensors["bits"], axis=2, bitorder="little")
+    bits = bits[..., : step.source.channels // step.groups]
     weight = bits.transpose(0, 2, 1).astype(np.float32) * 2 - 1
     return np.ascontiguousarray(weight.reshape(*weight.shape[:2], step.kernel, step.kernel))
