@@ -220,7 +220,7 @@ def _edges(genotype: Genotype, kind: str) -> list[Edge]:
 def _order(edges: list[Edge]) -> list[tuple[Slot, ...]]:
     """The slots of each layer, top to bottom, with the fewest crossings, then the shortest edges.
 
-    Exact, by dynamic programming over the permutations of each layer (it has 5 slots at most).
+    Exact, by dynamic programming over the permutations of each layer (it has few slots).
     """
     links = [link for edge in edges for link in pairwise(edge.path)]
     inputs = (Slot(0, False, 0), Slot(0, False, 1))
@@ -299,17 +299,16 @@ def _weighted_mean(wishes: list[tuple[Slot, float, int]], y: dict[Slot, float]) 
 def _keep_apart(wanted: list[float], sizes: list[float]) -> list[float]:
     """The nearest positions (least squares) to the wanted ones at which intervals of these sizes, in this
     order, do not overlap: isotonic regression, by pooling adjacent violators."""
-    offsets = np.cumsum(sizes) - np.array(sizes) / 2
-    blocks: list[list[float]] = []
-    for value in np.array(wanted) - offsets:
-        blocks.append([value])
-        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    return [float(np.mean(block) + offset) for block, offset in zip(_repeat(blocks), offsets, strict=True)]
-
-
-def _repeat(blocks: list[list[float]]) -> Iterable[list[float]]:
-    return (block for block in blocks for _ in block)
+    offsets = [sum(sizes[:i]) + size / 2 for i, size in enumerate(sizes)]
+    blocks: list[tuple[float, int]] = []  # mean and number of what moves together
+    for value, offset in zip(wanted, offsets, strict=True):
+        mean, number = value - offset, 1
+        while blocks and blocks[-1][0] > mean:
+            before, more = blocks.pop()
+            mean, number = (before * more + mean * number) / (more + number), more + number
+        blocks.append((mean, number))
+    means = [mean for mean, number in blocks for _ in range(number)]
+    return [mean + offset for mean, offset in zip(means, offsets, strict=True)]
 
 
 def _column_width(badge: float) -> float:
@@ -347,12 +346,12 @@ def _draw_edge(axes: Axes, edge: Edge, columns: list[tuple[float, float]], ys: l
             codes.append(Curve.LINETO)
     curve = Curve(vertices, codes)
     if edge.operation is None:
-        axes.add_patch(FancyArrowPatch(path=curve, color=GREY, lw=1, zorder=1, **ARROW))
+        axes.add_artist(FancyArrowPatch(path=curve, color=GREY, lw=1, zorder=1, **ARROW))
     else:
-        axes.add_patch(
+        axes.add_artist(
             PathPatch(curve, fc="none", ec="white", lw=4.5, zorder=1.9)
         )  # a gap where it crosses others
-        axes.add_patch(PathPatch(curve, fc="none", ec=COLORS[edge.operation], lw=2, zorder=2))
+        axes.add_artist(PathPatch(curve, fc="none", ec=COLORS[edge.operation], lw=2, zorder=2))
 
 
 def _draw_state(axes: Axes, slot: Slot, left: float, right: float, y: float) -> None:
@@ -361,11 +360,11 @@ def _draw_state(axes: Axes, slot: Slot, left: float, right: float, y: float) -> 
     look = {"fc": PALE, "ec": INK, "lw": 1.2, "zorder": 3}
     if 2 <= slot.number < OUTPUT:
         x, name = right - NODE_RADIUS, STATES[slot.number]
-        axes.add_patch(Circle((x, y), NODE_RADIUS, **look))
+        axes.add_artist(Circle((x, y), NODE_RADIUS, **look))
     else:
         x, name = (left + right) / 2, "$c_k$" if slot.number == OUTPUT else STATES[slot.number]
         corner, height = (left, y - INPUT_SIZE[1] / 2), INPUT_SIZE[1]
-        axes.add_patch(FancyBboxPatch(corner, right - left, height, "round,pad=0,rounding_size=0.1", **look))
+        axes.add_artist(FancyBboxPatch(corner, right - left, height, "round,pad=0,rounding_size=0.1", **look))
     axes.text(x, y, name, fontsize=12, color=INK, ha="center", va="center_baseline", zorder=4)
 
 
@@ -376,7 +375,7 @@ def _draw_operation(axes: Axes, edge: Edge, left: float, y: float, node: tuple[f
 
     color = COLORS[edge.operation]
     corner, style = (left, y - PILL_HEIGHT / 2), "round,pad=0,rounding_size=0.12"
-    axes.add_patch(
+    axes.add_artist(
         FancyBboxPatch(corner, PILL_WIDTH, PILL_HEIGHT, style, fc="white", ec=color, lw=1.6, zorder=3)
     )
     x, label = left + PILL_WIDTH / 2, LABELS[edge.operation]
@@ -385,20 +384,20 @@ def _draw_operation(axes: Axes, edge: Edge, left: float, y: float, node: tuple[f
     start, angle = left + PILL_WIDTH, math.copysign(0.6, y - node[1])
     end = (node[0] - NODE_RADIUS * math.cos(angle), node[1] + NODE_RADIUS * math.sin(angle))
     curve = Curve([(start, y), ((start + end[0]) / 2, y), end], [Curve.MOVETO, Curve.CURVE3, Curve.CURVE3])
-    axes.add_patch(FancyArrowPatch(path=curve, color=color, lw=1.6, zorder=3, **ARROW))
+    axes.add_artist(FancyArrowPatch(path=curve, color=color, lw=1.6, zorder=3, **ARROW))
 
 
 def _draw_stride(axes: Axes, edge: Edge, left: float, y: float) -> None:
     """The mark of stride 2 before an operation on an input of the cell; before another, the edge goes on."""
     axes.plot([left, left + BADGE], [y, y], color=COLORS[edge.operation], lw=2, zorder=2)
     if edge.source < 2:
-        _draw_badge(axes, left + BADGE / 2 - 0.02, y, COLORS[edge.operation])
+        _draw_badge(axes, left + 0.125, y, COLORS[edge.operation])
 
 
 def _draw_badge(axes: Axes, x: float, y: float, color: str) -> None:
     from matplotlib.patches import Circle
 
-    axes.add_patch(Circle((x, y), 0.125, fc=color, ec="none", zorder=3))
+    axes.add_artist(Circle((x, y), 0.125, fc=color, ec="none", zorder=3))
     axes.text(x, y, "/2", fontsize=8, color="white", ha="center", va="center_baseline", zorder=4)
 
 
@@ -553,20 +552,14 @@ def _search_figure(columns: dict[str, np.ndarray], start: int | None) -> Figure:
     return figure
 
 
-def _limits(values: Iterable[np.ndarray], least: float) -> tuple[float, float]:
-    """A vertical range for all panels of a picture."""
-    low, high = min(v.min() for v in values), max(v.max() for v in values)
-    margin = max(0.05 * (high - low), (least - (high - low)) / 2)
-    return low - margin, high + margin
-
-
 def _alpha_figure(columns: dict[str, np.ndarray], kept: Genotype) -> Figure:
     """softmax(alpha) of each edge: for each cell a row per node and a column per input state."""
     from matplotlib.lines import Line2D
 
     figure, epochs = _figure(11, 13, layout="constrained"), columns["epoch"]
     softmax = {kind: torch.from_numpy(columns[f"alphas_{kind}"]).softmax(-1).numpy() for kind in TITLES}
-    limits = _limits(softmax.values(), least=0.02)
+    low, high = min(each.min() for each in softmax.values()), max(each.max() for each in softmax.values())
+    margin = max(0.05 * (high - low), 0.01)
     for part, kind in zip(figure.subfigures(2, 1, hspace=0.03), TITLES, strict=True):
         grid = part.subplots(NODES, 1 + NODES, sharex=True, sharey=True)
         for axes in grid.flat:
@@ -577,7 +570,7 @@ def _alpha_figure(columns: dict[str, np.ndarray], kept: Genotype) -> Figure:
             _alpha_panel(axes, epochs, softmax[kind][:, edge], _chosen(kept, kind, node, source))
             title = f"{STATES[source]} → {STATES[2 + node]}"
             _style(axes, epochs, title=title)
-            axes.set_ylim(*limits)
+            axes.set_ylim(low - margin, high + margin)
         part.suptitle(TITLES[kind], fontsize=13, weight="bold", color=INK, x=0.01, ha="left")
         part.supylabel("softmax(alpha)", fontsize=10, color=INK)
         part.supxlabel("epoch", fontsize=10, color=INK)
@@ -616,8 +609,11 @@ def _beta_figure(columns: dict[str, np.ndarray], kept: Genotype) -> Figure:
         kind: torch.stack([edge_weights(beta) for beta in torch.from_numpy(columns[f"betas_{kind}"])]).numpy()
         for kind in TITLES
     }
-    limits = _limits([each[:, 2:] for each in weights.values()], least=0.02)
-    grid = figure.subplots(2, NODES - 1, sharex=True, sharey=True)
+    starts = np.array([2 / (2 + node) for node, _ in EDGES])
+    reach = max(
+        0.01, *(1.08 * abs(each - starts).max() for each in weights.values())
+    )  # one scale in all panels
+    grid = figure.subplots(2, NODES - 1, sharex=True, sharey="col")
     for row, kind in zip(grid, TITLES, strict=True):
         for node, axes in enumerate(row, 1):
             axes.axhline(2 / (2 + node), color=GREY, lw=1, ls=":", zorder=1)
@@ -628,12 +624,12 @@ def _beta_figure(columns: dict[str, np.ndarray], kept: Genotype) -> Figure:
                     axes.plot(epochs, weights[kind][:, edge], **look)
             unit = "edge weight" if node == 1 else ""
             _style(axes, epochs, title=f"{TITLES[kind]}, node {node}", unit=unit)
-            axes.set_ylim(*limits)
+            axes.set_ylim(2 / (2 + node) - reach, 2 / (2 + node) + reach)
     sources = zip(STATE_COLORS, ("$c_{k-2}$", "$c_{k-1}$", "node 0", "node 1", "node 2"), strict=True)
     lines = [Line2D([], [], color=color, lw=2, label=f"from {name}") for color, name in sources]
     lines.append(Line2D([], [], color=INK, lw=2.4, label="edge kept"))
     lines.append(Line2D([], [], color=INK, lw=1.2, ls="--", label="edge not kept"))
-    lines.append(Line2D([], [], color=GREY, lw=1, ls=":", label="start: 2 / edges"))
+    lines.append(Line2D([], [], color=GREY, lw=1, ls=":", label="start: 2 / inputs"))
     figure.legend(handles=lines, loc="outside right upper", fontsize=10, frameon=False, labelcolor=INK)
     figure.supxlabel("epoch", fontsize=10, color=INK)
     return figure
