@@ -542,6 +542,7 @@ def _search_figure(columns: dict[str, np.ndarray], start: int | None) -> Figure:
         axes.plot(epochs, columns[name], color=VALID, lw=1.8, **_marker(epochs))
         if name == "changed":
             axes.set_ylim(-0.2, max(4.0, columns[name].max()) + 0.2)
+            axes.yaxis.get_major_locator().set_params(integer=True)
         if name == "alpha_entropy":
             uniform = math.log(len(PRIMITIVES))
             axes.axhline(uniform, color=GREY, lw=1, ls="--", zorder=1, label="all operations equal")
