@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from binary_ops import BinaryConv2d, binary_sign
@@ -150,6 +151,49 @@ def make_operation(name: str, channels: int, stride: int, *, groups: int, bits: 
     )
 
 
+class _NormalizedMixture(Function):
+    """sum_p coefficient[p, m] * BN(y[:, p, m]), y (n, p, m, c, h, w), coefficient (p, m) -> (n, m, c, h, w).
+
+    BN without affine parameters is linear but for its statistics, so normalising and mixing are one sum of
+    scaled y: no normalised copy of y is made, and none is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, y, coefficient, mean, inverse_std, batch_statistics):
+        scale = _per_channel(coefficient) * inverse_std  # (p, m, c, 1, 1)
+        mixed = torch.addcmul(-(mean * scale).sum(0), y[:, 0], scale[0])
+        for p in range(1, y.shape[1]):
+            mixed.addcmul_(y[:, p], scale[p])
+        ctx.save_for_backward(y, coefficient, mean, inverse_std)
+        ctx.batch_statistics = batch_statistics
+        return mixed
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, coefficient, mean, inverse_std = ctx.saved_tensors
+        total = grad.sum((0, 3, 4), keepdim=True)[0]  # (m, c, 1, 1)
+        along = torch.stack([(grad * y[:, p]).sum((0, 3, 4), keepdim=True)[0] for p in range(y.shape[1])])
+        along = (along - mean * total) * inverse_std  # sum of grad times normalised y, (p, m, c, 1, 1)
+        grad_y = None
+        if ctx.needs_input_grad[0]:
+            scale = _per_channel(coefficient) * inverse_std
+            grad_y = torch.empty_like(y)
+            if ctx.batch_statistics:
+                count = grad.numel() // total.numel()
+                slope = -scale * inverse_std * along / count
+                offset = -scale * total / count - slope * mean
+                for p in range(y.shape[1]):
+                    torch.addcmul(offset[p], y[:, p], slope[p], out=grad_y[:, p]).addcmul_(grad, scale[p])
+            else:
+                for p in range(y.shape[1]):
+                    torch.mul(grad, scale[p], out=grad_y[:, p])
+        return grad_y, along.sum((2, 3, 4)), None, None, None
+
+
+def _per_channel(coefficient: Tensor) -> Tensor:
+    return coefficient[:, :, None, None, None]
+
+
 class SourceOperations(nn.Module):
     """Search form: the seven operations, mixed, on all m edges of a cell that leave one state.
 
@@ -181,26 +225,39 @@ class SourceOperations(nn.Module):
         outputs = [convolution(signs) for convolution in self.convolutions]
         if self.stride == 2:
             outputs.append(self._reduced(signs, edges))
-        y = self.norm(torch.cat(outputs, 1))  # (n, p * m * c, h', w')
-        n, _, height, width = y.shape
-        y = y.view(n, len(outputs), edges, -1, height, width)
-
-        pools = [
-            F.max_pool2d(x, 3, self.stride, 1),
-            F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False),
-        ]
-        pools = self.pool_norm(torch.cat(pools, 1)).view(n, 2, 1, -1, height, width)
-        residual = self.shortcut(x)
+        pools = [F.max_pool2d(x, 3, self.stride, 1), F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False)]
+        pools = self.pool_norm(torch.cat(pools, 1))
 
         skip, pooling, convolving = mixing.split((1, 2, 4), dim=1)
-        through_residual = convolving.sum(1, keepdim=True)
+        through_shortcut = convolving.sum(1, keepdim=True)
         if self.stride == 1:
-            through_residual = through_residual + skip
+            through_shortcut = through_shortcut + skip
         else:
             convolving = torch.cat([convolving, skip], 1)
-        mixed = torch.einsum("npmchw,mp->nmchw", y, convolving)
-        mixed = mixed + torch.einsum("npochw,mp->nmchw", pools, pooling)
-        return mixed + residual.unsqueeze(1) * through_residual.view(edges, 1, 1, 1)
+        mixed = self._normalized_mixture(torch.cat(outputs, 1), convolving.t())
+        # what all edges share: both pools and the residual, (n, 3, c * h' * w')
+        shared = torch.cat([pools, self.shortcut(x)], 1).unflatten(1, (3, -1)).flatten(2)
+        weights = torch.cat([pooling, through_shortcut], 1).to(shared.dtype)
+        return mixed + torch.matmul(weights, shared).view_as(mixed)
+
+    def _normalized_mixture(self, y: Tensor, coefficient: Tensor) -> Tensor:
+        """BN, then the mixture of the convolutions: y (n, p * m * c, h, w), coefficient (p, m)."""
+        norm = self.norm
+        if self.training:
+            with torch.no_grad():
+                mean = y.mean((0, 2, 3), keepdim=True)
+                var = (y - mean).square_().mean((0, 2, 3))  # on a CPU 8 times faster than torch.var_mean
+                mean = mean.flatten()
+                count = y.numel() / y.shape[1]
+                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+                norm.running_var.lerp_(var.to(norm.running_var.dtype) * (count / (count - 1)), norm.momentum)
+                norm.num_batches_tracked.add_(1)
+        else:
+            var, mean = norm.running_var, norm.running_mean
+        layout = (*coefficient.shape, -1, 1, 1)
+        y = y.unflatten(1, (*coefficient.shape, -1))
+        statistics = mean.view(layout), (var + norm.eps).rsqrt().view(layout)
+        return _NormalizedMixture.apply(y, coefficient, *statistics, self.training)
 
     def _reduced(self, signs: Tensor, edges: int) -> Tensor:
         """The skip connection at stride 2, a factorised reduction before its BN: (n, m * c, h', w')."""

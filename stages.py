@@ -139,6 +139,8 @@ def build(args: argparse.Namespace, session: Session, *, family: str, data: dict
         load_start(model, start)
     device = session.world.device
     model.to(device)
+    if device.type == "cpu":  # pools and small grouped convolutions are 1.5 times faster there
+        model.to(memory_format=torch.channels_last)
     torch.manual_seed(args.seed + session.world.rank)  # drop-path differs between processes
     optimizer = torch.optim.Adam(
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type == "cuda"
