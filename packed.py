@@ -11,7 +11,7 @@ which the system's C compiler builds at first use into the user's cache. Without
 given and the float form of the same program runs on PyTorch, if that is installed.
 
 This module and binary_cpu.c are all that is needed: NumPy and safetensors are its only dependencies.
-EBNAS_KERNEL = avx512, avx2, c or torch forces a path.
+EBNAS_KERNEL = avx512, avx2, c or torch forces a path; EBNAS_CFLAGS adds flags for the compiler.
 
 A program is a list of steps over numbered buffers. A buffer is [channels, level]: its size is the image's,
 halved `level` times and rounded up. A step reads and writes channels of buffers, [buffer, first, channels]:
@@ -34,6 +34,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -135,10 +136,7 @@ def read_program(path: str | os.PathLike) -> Program:
         tensors = safetensors.numpy.load(content)
         # the library has checked the header, but hands out its metadata only for files on disk
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header.get("__metadata__") or {}
-        if metadata.get("format") != FORMAT:
-            raise PackedFileError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-        return _checked_program(json.loads(metadata.get("network", "")), tensors)
+        return _checked_program(json.loads(header["__metadata__"]["network"]), tensors)
     except PackedFileError as error:
         raise PackedFileError(f"{path} is not a packed network: {error}") from None
     except Exception as error:  # the library and JSON have many, and all mean a damaged file
@@ -153,8 +151,8 @@ def program_bytes(program: Program) -> bytes:
         fields = ("op", "source", "name", *sorted(_STEP_FIELDS[step.op]))
         steps.append({name: getattr(step, name) for name in fields})
     fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
-    network = json.dumps({**fields, "steps": steps}, separators=(",", ":"))
-    return safetensors.numpy.save(tensors, {"format": FORMAT, "network": network})
+    network = json.dumps({"format": FORMAT, **fields, "steps": steps}, separators=(",", ":"))
+    return safetensors.numpy.save(tensors, {"network": network})
 
 
 def _require(condition: bool, message: str) -> None:
@@ -182,8 +180,8 @@ def _exact_fields(fields: Any, names: set[str], what: str) -> None:
 
 
 def _checked_program(fields: Any, tensors: dict[str, np.ndarray]) -> Program:
-    names = {"buffers", "steps", "classes", "mean", "std", "image_size", "resize", "config"}
-    _exact_fields(fields, names, "the network")
+    _exact_fields(fields, {"format"} | {field.name for field in dataclasses.fields(Program)}, "the network")
+    _require(fields["format"] == FORMAT, f"its format is {fields['format']!r}, not {FORMAT!r}")
     _require(isinstance(fields["buffers"], list), "buffers is not a list")
     buffers = []
     for i, buffer in enumerate(fields["buffers"]):
@@ -351,34 +349,41 @@ class NoCompiler(Exception):
     """There is no C compiler, or it failed; the message says what it said."""
 
 
-def compile_kernel(folder: Path, *, flags: tuple[str, ...] = _FLAGS) -> Path:
+def compile_kernel(folder: Path) -> Path:
     """The compiled binary_cpu.c in `folder`, built if it is not there yet; two processes may do so at once.
 
-    Raises NoCompiler, or OSError where the folder cannot be written.
+    Its name holds the hash of all that it was built from, and of what it contains: loading a damaged library
+    would end the process. Raises NoCompiler, or OSError where the folder cannot be written.
     """
-    machine = f"{platform.system()} {platform.machine()}"
-    identity = hashlib.sha256(f"{machine}|{' '.join(flags)}|".encode() + _SOURCE.read_bytes())
-    library = folder / f"binary_cpu-{identity.hexdigest()[:20]}.so"
-    if library.exists():
-        return library
+    flags = [*_FLAGS, *shlex.split(os.environ.get("EBNAS_CFLAGS", ""))]
+    origin = f"{platform.system()}|{platform.machine()}|{' '.join(flags)}|".encode() + _SOURCE.read_bytes()
+    prefix = f"binary_cpu-{_digest(origin)}-"
+    for library in folder.glob(f"{prefix}*.so"):
+        if library.name == f"{prefix}{_digest(library.read_bytes())}.so":
+            return library
     candidates = (os.environ.get("CC"), "cc", "gcc", "clang")
     compiler = next(filter(None, (shutil.which(name) for name in candidates if name)), None)
     if compiler is None:
         raise NoCompiler("no C compiler (cc, gcc, clang) is installed")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(dir=folder, suffix=".so")
+    descriptor, aside = tempfile.mkstemp(dir=folder, suffix=".tmp")
     os.close(descriptor)
     try:
         command = [compiler, *flags, "-o", aside, str(_SOURCE), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise NoCompiler(f"{compiler} failed: {' '.join(done.stderr.split())[-300:]}")
+        library = folder / f"{prefix}{_digest(Path(aside).read_bytes())}.so"
         os.replace(aside, library)
     except subprocess.TimeoutExpired:
         raise NoCompiler(f"{compiler} took more than two minutes") from None
     finally:
         Path(aside).unlink(missing_ok=True)
     return library
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
 
 
 @functools.cache
@@ -388,7 +393,7 @@ def _library() -> ctypes.CDLL:
     except (
         OSError,
         RuntimeError,
-    ):  # no place to keep it, or a damaged file: build it for this process
+    ):  # no place to keep it: build it for this process alone
         with tempfile.TemporaryDirectory() as folder:
             library = ctypes.CDLL(str(compile_kernel(Path(folder))))
     number, pointer = ctypes.c_int64, ctypes.c_void_p

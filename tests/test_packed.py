@@ -1,0 +1,410 @@
+"""Packed networks against the float form, their files, threads and cache, and the scripts around them."""
+
+import csv
+import os
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packed_programs import SEVEN, data_entry, needs_kernel, network, skip_without
+from PIL import Image
+from torch import nn
+
+import checkpoint
+import data
+import export
+import infer
+import packed
+from genotypes import GENOTYPES
+from operations import BinaryUnit, FactorizedReduce
+from packed import PackedFileError, PackedNetwork, load, program_bytes, read_program
+from utils import InputError
+
+ROOT = Path(__file__).parent.parent
+
+NETWORKS = {  # of a genotype each; the image's height and width
+    "cifar": ({"genotype": GENOTYPES["EBNAS"], "init_channels": 28, "layers": 6}, (32, 32)),
+    "deep": ({"genotype": GENOTYPES["EBNAS"], "init_channels": 4, "layers": 20, "groups": 2}, (24, 24)),
+    "seven operations": ({"genotype": SEVEN, "init_channels": 12, "layers": 5, "groups": 3}, (32, 32)),
+    "odd sizes": ({"genotype": SEVEN, "init_channels": 20, "layers": 3, "groups": 1}, (33, 27)),
+    "balanced": (
+        {"genotype": SEVEN, "init_channels": 6, "layers": 4, "groups": 6, "weight_binarization": "balanced"},
+        (19, 32),
+    ),
+    "imagenet": ({"genotype": GENOTYPES["EBNAS"], "family": "imagenet", "init_channels": 56, "layers": 5}, (64, 64)),
+    "imagenet, odd": (
+        {"genotype": SEVEN, "family": "imagenet", "init_channels": 24, "layers": 3, "groups": 3},
+        (97, 75),
+    ),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """Small layers: OpenMP's barriers take longer than the work where the cores are shared with others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    return {name: network(**fields) for name, (fields, _) in NETWORKS.items()}
+
+
+def packed_form(model: nn.Module, **options) -> PackedNetwork:
+    return PackedNetwork(export.lower(model, data_entry(model.config.num_classes)), **options)
+
+
+def float_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(images)[0]
+
+
+def assert_only_rounding(model: nn.Module, net: PackedNetwork, image: torch.Tensor) -> None:
+    """That the first signs in which the two forms differ are of values which rounding moved across a threshold.
+
+    Up to there, all values agree; after it, the forms compute different things.
+    """
+    signed = {}  # name of a unit: what its convolution takes the sign of, in the float form
+    hooks = [
+        module.bn1.register_forward_hook(lambda _, __, y, name=name: signed.update({name: y[0]}))
+        for name, module in model.named_modules()
+        if isinstance(module, BinaryUnit | FactorizedReduce)
+    ]
+    float_logits(model, image[None])
+    for hook in hooks:
+        hook.remove()
+
+    buffers = {0: image.numpy()}
+    for step, result in zip(net.program.steps, net.trace(image.numpy()), strict=True):
+        if step.op == "binary":
+            bn = model.get_submodule(step.name).bn1
+            scale, shift = (values.view(-1, 1, 1) for values in export._affine(bn))
+            x = torch.from_numpy(buffers[step.source.buffer][step.source.slice].copy())
+            ours, theirs = x.double() * scale + shift, signed[step.name].double()
+            assert (ours - theirs).abs().max() < 1e-4, f"{step.name}: values differ before any sign does"
+            differing = (ours >= 0) != (theirs >= 0)
+            if differing.any():
+                assert theirs[differing].abs().max() < 1e-5
+                return
+        if step.target is not None:
+            channels = net.program.buffers[step.target.buffer][0]
+            buffer = buffers.setdefault(step.target.buffer, np.zeros((channels, *result.shape[1:]), np.float32))
+            buffer[step.target.slice] = result
+    pytest.fail("the logits differ, but no sign does")
+
+
+@pytest.mark.parametrize("kernel", [*packed.KERNELS, "torch"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_equal_the_float_form(name, kernel, models):
+    if kernel != "torch":
+        skip_without(kernel)
+    images = torch.randn(5, 3, *NETWORKS[name][1], generator=torch.Generator().manual_seed(1))
+    net = packed_form(models[name], kernel=kernel)
+    expected = float_logits(models[name], images)
+    difference = (net(images) - expected).abs().amax(1)
+    for image in images[difference > 1e-3]:
+        assert_only_rounding(models[name], net, image)
+    assert (difference < 1e-3).sum() >= 3
+
+
+def test_2000_images():
+    """Same top-1 on 99.9 %; logits within 1e-3, but where a threshold's rounding can be shown."""
+    model = network(genotype=GENOTYPES["EBNAS"], init_channels=28, layers=5)
+    net = packed_form(model)
+    images = torch.randn(2000, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    expected = torch.cat([float_logits(model, batch) for batch in images.split(250)])
+    logits = net(images)
+    assert (logits.argmax(1) == expected.argmax(1)).float().mean() >= 0.999
+    differing = images[(logits - expected).abs().amax(1) > 1e-3]
+    assert len(differing) < 40
+    for image in differing:
+        assert_only_rounding(model, net, image)
+
+
+def test_sign_thresholds_are_those_of_the_exact_bn():
+    """At each threshold and at the float32 next below it, against the BN's sign in rational numbers."""
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(400).eval()
+    with torch.no_grad():
+        bn.weight.normal_()
+        bn.bias.normal_()
+        bn.running_mean.normal_()
+        bn.running_var.uniform_(0.1, 2)
+        bn.weight[:20] = 0
+        bn.bias[20:40], bn.running_mean[20:40] = 0, 0  # zero exactly at x = 0
+        bn.weight[40:60] *= 1e-30
+        bn.weight[60:80], bn.bias[60:80] = torch.full((20,), 1e-44), bn.bias[60:80] * 1e10  # zero past float32
+    threshold, inverted = export.sign_thresholds(bn)
+    scale, shift = (values.numpy() for values in export._affine(bn))
+    assert not np.isnan(threshold).any() and (threshold < np.inf).all()
+    largest = np.finfo(np.float32).max
+    finite = np.clip(threshold, -largest, largest)
+    zero = np.zeros(400, np.float32)
+    for x in (finite, np.nextafter(finite, -largest), zero, -zero):
+        exact = [Fraction(float(a)) * Fraction(float(v)) + Fraction(float(b)) >= 0 for a, v, b in zip(scale, x, shift)]
+        # scale and shift are float64 themselves: a zero that they put elsewhere is not the threshold's doing
+        near = np.abs(scale * x + shift) < 1e-12 * (np.abs(scale * x) + np.abs(shift))
+        np.testing.assert_array_equal(((x >= threshold) ^ inverted) | near, np.array(exact) | near)
+        assert near.mean() < 0.05
+
+
+def test_export_refuses(models):
+    with pytest.raises(InputError, match="W1A32"):
+        export.lower(network(**NETWORKS["cifar"][0], activation_bits=32), data_entry())
+    model = network(**NETWORKS["deep"][0])
+    model.cells[3].preprocess1.bn1.running_var[2] = np.inf
+    with pytest.raises(InputError, match=r"cells\.3\.preprocess1\.bn1\.running_var is not finite"):
+        export.lower(model, data_entry())
+
+
+def test_file_round_trip_and_size(tmp_path):
+    """The published CIFAR configuration at its full width: the file has at most 1/20 of the float32 bytes."""
+    model = network(genotype=GENOTYPES["EBNAS"], init_channels=84, layers=16)
+    program = export.lower(model, data_entry())
+    path = tmp_path / "model.ebnas"
+    path.write_bytes(program_bytes(program))
+    assert path.stat().st_size * 20 <= 4 * sum(p.numel() for p in model.parameters())
+    again = read_program(path)
+    assert program_bytes(again) == path.read_bytes()
+    assert again.config == program.config and again.classes == program.classes
+
+
+@needs_kernel
+def test_threads_and_sizes_do_not_disturb_each_other(kernel, models):
+    """Two networks, each called by three Python threads with several sizes: bit for bit the lone results."""
+    skip_without(kernel)
+    nets = [packed_form(models[name], kernel=kernel, threads=2) for name in ("deep", "seven operations")]
+    rng = np.random.default_rng(0)
+    batches = [rng.standard_normal((n, 3, s, s), np.float32) for n, s in ((5, 16), (1, 24), (8, 20), (2, 17), (3, 32))]
+    expected = [[np.concatenate([net(image[None]) for image in batch]) for batch in batches] for net in nets]
+    failures = []
+
+    def work(start: int) -> None:
+        for turn in range(15):
+            which, i = (start + turn) % 2, (start * 2 + turn) % len(batches)
+            if not np.array_equal(nets[which](batches[i]), expected[which][i]):
+                failures.append((which, i))
+
+    workers = [threading.Thread(target=work, args=(start,)) for start in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def test_inputs(models):
+    net = packed_form(models["deep"])
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), np.uint8)
+    images = net.preprocess(pictures)
+    mean, std = (torch.tensor(data_entry()[name]).view(3, 1, 1) for name in ("mean", "std"))
+    expected = (torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(255) - mean) / std
+    torch.testing.assert_close(torch.from_numpy(images), expected)
+    assert isinstance(net(images), np.ndarray) and isinstance(net(expected), torch.Tensor)
+    assert net(images[:0]).shape == (0, 10)
+    np.testing.assert_array_equal(net(images[:, :, ::-1].transpose(0, 1, 3, 2)[::-1]).shape, (2, 10))
+    for wrong in (images[0], images[:, :2], images.astype(np.float64), pictures, images[:, :, :0]):
+        with pytest.raises(ValueError, match="expected float32 images"):
+            net(wrong)
+    for value in (np.nan, np.inf):
+        spoilt = images.copy()
+        spoilt[1, 2, 3, 4] = value
+        with pytest.raises(ValueError, match="finite"):
+            net(spoilt)
+    with pytest.raises(ValueError, match="too large"):
+        net(np.zeros((1, 3, 4097, 4096), np.float32))
+
+
+def test_unknown_kernel(models, monkeypatch):
+    with pytest.raises(ValueError, match="unknown kernel 'fast'"):
+        packed_form(models["deep"], kernel="fast")
+    monkeypatch.setenv("EBNAS_KERNEL", "c")
+    assert packed_form(models["deep"]).kernel == "c"
+
+
+def test_without_a_compiler(models, monkeypatch, tmp_path):
+    """One warning, and the float form."""
+    images = torch.randn(2, 3, 24, 24)
+    expected = packed_form(models["deep"])(images)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    packed._library.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="no C compiler") as warned:
+            net = packed_form(models["deep"])
+        assert len(warned) == 1 and net.kernel == "torch"
+        assert (net(images) - expected).abs().max() < 1e-3
+        with pytest.raises(ValueError, match="cannot be built"):
+            packed_form(models["deep"], kernel="c")
+    finally:
+        packed._library.cache_clear()
+
+
+USE = """
+import sys, numpy, packed
+net = packed.load(sys.argv[1])
+numpy.save(sys.argv[2], net(numpy.load(sys.argv[3])))
+assert net.kernel != "torch" and "torch" not in sys.modules
+"""
+
+
+def test_two_processes_compile_at_once_and_need_no_torch(models, tmp_path):
+    images, path = tmp_path / "images.npy", tmp_path / "model.ebnas"
+    np.save(images, np.random.default_rng(0).standard_normal((2, 3, 24, 24), np.float32))
+    path.write_bytes(program_bytes(export.lower(models["deep"], data_entry())))
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", USE, str(path)]
+    runs = [
+        subprocess.Popen([*command, str(tmp_path / f"{i}.npy"), str(images)], env=environment) for i in range(2)
+    ]
+    assert [run.wait() for run in runs] == [0, 0]
+    expected = load(path)(np.load(images))
+    for i in range(2):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{i}.npy"), expected)
+    assert len(list((tmp_path / "ebnas").iterdir())) == 1, "one library, and nothing left beside it"
+
+
+def test_a_damaged_cache_is_no_obstacle(models, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("EBNAS_CFLAGS", "-O0")
+    library = packed.compile_kernel(packed.cache_folder())
+    library.write_bytes(library.read_bytes()[:5000])
+    packed._library.cache_clear()
+    try:
+        assert packed_form(models["deep"])(np.zeros((1, 3, 16, 16), np.float32)).shape == (1, 10)
+    finally:
+        packed._library.cache_clear()
+
+
+@pytest.fixture
+def run_folder(tmp_path, models) -> Path:
+    """A run's folder with a stage-2 checkpoint."""
+    model = models["deep"]
+    torch.save(
+        {
+            "format": checkpoint.FORMAT,
+            "kind": "stage2",
+            "config": model.config.to_dict(),
+            "data": data_entry(image_size=24),
+            "model": model.state_dict(),
+        },
+        tmp_path / checkpoint.LAST,
+    )
+    return tmp_path
+
+
+def call(module, monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+def test_export_script(run_folder, monkeypatch, models, capsys):
+    call(export, monkeypatch, run_folder)
+    assert "times fewer" in capsys.readouterr().out
+    net = load(run_folder / "model.ebnas")
+    assert net.image_size == 24 and net.classes[3] == "class 3"
+    assert net.config == models["deep"].config.to_dict()
+    images = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(5))
+    assert (net(images) - float_logits(models["deep"], images)).abs().max() < 1e-3
+
+    with pytest.raises(InputError, match="no checkpoint"):
+        call(export, monkeypatch, run_folder / "absent")
+    with pytest.raises(InputError, match="cannot write"):
+        call(export, monkeypatch, run_folder, "--output", run_folder / "absent" / "model.ebnas")
+    with pytest.raises(InputError, match="is a folder"):
+        call(export, monkeypatch, run_folder, "--output", run_folder)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of one class with pictures of several modes and sizes."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "pictures" / "test" / "one"
+    (tmp_path / "pictures" / "train" / "one").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    smooth = Image.fromarray(rng.integers(0, 256, (6, 9, 3), np.uint8)).resize((90, 60))
+    smooth.save(folder / "a.png")
+    smooth.resize((41, 77)).convert("L").save(folder / "b.png")
+    smooth.resize((24, 24)).save(folder / "c.png")
+    smooth.convert("RGBA").resize((25, 30)).save(folder / "d.png")
+    smooth.save(tmp_path / "pictures" / "train" / "one" / "a.png")
+    return tmp_path / "pictures"
+
+
+def test_pictures_are_prepared_as_in_training(pictures):
+    expected = data.load_set("folder", pictures, train=False, image_size=24, workers=0).images
+    paths = sorted((pictures / "test" / "one").iterdir())
+    ours = np.stack([infer.read_picture(path, 24, 24) for path in paths]).transpose(0, 3, 1, 2)
+    assert np.abs(ours.astype(int) - expected.numpy()).max() <= 1
+
+
+def infer_script(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "infer.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_infer_script(run_folder, pictures, monkeypatch):
+    call(export, monkeypatch, run_folder)
+    model, folder = run_folder / "model.ebnas", pictures / "test" / "one"
+    done = infer_script(model, folder / "a.png", folder / "b.png")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 12 and lines[0].endswith("a.png")
+    net = load(model)
+    images = net.preprocess(infer.read_picture(folder / "a.png", 24, 24)[None])
+    assert lines[1].split("%  ")[1] == net.classes[net(images)[0].argmax()]
+
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    done = infer_script(model, folder, "--output", run_folder / "out.csv", "--top", 2)
+    assert done.returncode == 0 and "left out 1" in done.stderr
+    with open(run_folder / "out.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["file", "class1", "probability1", "class2", "probability2"]
+    assert [row[0] for row in rows[1:]] == ["a.png", "b.png", "c.png", "d.png"]
+    assert rows[1][1] == lines[1].split("%  ")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.ebnas", "a.png"], "absent.ebnas"),
+        (["last.pt", "a.png"], "not a packed network"),
+        (["model.ebnas", "absent.png"], "cannot read"),
+        (["model.ebnas", "last.pt"], "cannot read"),
+        (["model.ebnas", "empty"], "no pictures"),
+        (["model.ebnas", "a.png", "--threads", "0"], "at least 1"),
+        (["model.ebnas", "a.png", "--output", "x.csv"], "CSV of a folder"),
+    ],
+)
+def test_infer_errors(arguments, message, run_folder, monkeypatch):
+    call(export, monkeypatch, run_folder)
+    monkeypatch.chdir(run_folder)
+    Path("empty").mkdir()
+    Image.new("RGB", (24, 24)).save("a.png")
+    args = infer.make_parser().parse_args(arguments)
+    with pytest.raises((OSError, ValueError), match=message):
+        infer.main(args)
+    assert not Path("x.csv").exists()
+
+
+def test_infer_error_is_one_line(tmp_path):
+    done = infer_script(tmp_path / "absent.ebnas", "a.png")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_not_a_packed_file(tmp_path):
+    path = tmp_path / "model.ebnas"
+    for content in (b"", b"12345678", b"\x00" * 100, b"\xff" * 100):
+        path.write_bytes(content)
+        with pytest.raises(PackedFileError):
+            load(path)
