@@ -106,7 +106,12 @@ def setup(device: str | None = None, gpu: int = 0) -> World:
     GPU. Raises InputError where a CUDA device is asked for and there is none.
     """
     available = torch.cuda.is_available()
-    chosen = torch.device(device or ("cuda" if available else "cpu"))
+    try:
+        chosen = torch.device(device or ("cuda" if available else "cpu"))
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: give cpu, cuda or cuda:N")
     if chosen.type == "cuda":
         if not available:
             raise InputError(

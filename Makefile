@@ -1,0 +1,38 @@
+# make demo     search, stage 1, stage 2 and a result table on an embedded set of images, in minutes
+# make test     all tests
+# make lint     ruff
+# PYTHON=...    use the environment of that interpreter, instead of setting one up in .venv
+
+ifdef PYTHON
+SETUP :=
+else
+PYTHON := .venv/bin/python
+SETUP := .venv/ready
+endif
+
+# small images and small networks; the real commands are in README.md
+SHAPES := --set shapes --image_size 16 --batch_size 100 --save demo --seed 0 --report_freq 50
+NETWORK := $(SHAPES) --init_channels 14 --layers 3 --learning_rate 3e-3 --drop_path_prob 0
+
+.PHONY: demo test lint clean
+
+demo: $(SETUP)
+	$(PYTHON) train_search.py $(SHAPES) --epochs 4 --init_channels 8 --layers 3 --learning_rate 3e-3 --arch_learning_rate 1e-2
+	$(PYTHON) train.py $(NETWORK) --epochs 3 --arch "$$(ls -td runs/search-demo-* | head -n 1)"
+	$(PYTHON) train.py $(NETWORK) --epochs 4 --arch "$$(ls -td runs/search-demo-* | head -n 1)" --binary
+	$(PYTHON) evaluate.py "$$(ls -td runs/eval-demo-stage1-* | head -n 1)" "$$(ls -td runs/eval-demo-stage2-* | head -n 1)"
+	@echo; echo "pictures:"; ls "$$(ls -td runs/search-demo-* | head -n 1)"/*.png "$$(ls -td runs/eval-demo-stage2-* | head -n 1)"/*.png
+
+test: $(SETUP)
+	$(PYTHON) -m pytest -q tests
+
+lint: $(SETUP)
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+
+.venv/ready: requirements.txt requirements-dev.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -q -r requirements-dev.txt
+	touch .venv/ready
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

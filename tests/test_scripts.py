@@ -1,0 +1,182 @@
+"""The real scripts, run as a user runs them: the pipeline, and every kind of bad input."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TINY_SEARCH, TINY_STAGE
+
+from checkpoint import load_checkpoint
+from genotypes import GENOTYPES, genotype_to_dict, get_genotype
+from logger import read_metrics
+
+
+def test_a_search_leaves_its_genotype_metrics_and_pictures(pipeline):
+    (run,) = pipeline.runs("search-EXP-*")
+    genotype = get_genotype(str(run))
+    written = json.loads((run / "genotype.json").read_text())
+    assert written["search"]["path_reg_weight"] == 1.5
+    assert written["search"]["arch_start_epoch"] == 1
+    records = read_metrics(run)
+    assert [record["epoch"] for record in records] == [0, 1]
+    assert records[-1]["genotype"] == genotype_to_dict(genotype)
+    assert sum(records[-1]["operations"].values()) == 16
+    first, last = (record["arch"] for record in records)
+    assert first != last, "no architecture step ran in the second half"
+    for name in ("log.txt", "args.json", "last.pt", "best.pt", "genotype-normal.png", "curves.png"):
+        assert (run / name).stat().st_size > 0
+    assert list((run / "tensorboard").iterdir())
+    args = json.loads((run / "args.json").read_text())
+    assert args["epochs"] == 2 and "commit" in args and "train_search.py" in args["command"]
+
+
+def test_the_stages_follow_each_other(pipeline):
+    (stage1,), (stage2,) = pipeline.runs("eval-EXP-stage1-*"), pipeline.runs("eval-EXP-stage2-*")
+    first, second = load_checkpoint(stage1), load_checkpoint(stage2)
+    assert (first["kind"], second["kind"]) == ("stage1", "stage2")
+    assert (first["config"]["weight_bits"], first["config"]["activation_bits"]) == (1, 32)
+    assert (second["config"]["weight_bits"], second["config"]["activation_bits"]) == (1, 1)
+    assert first["config"]["genotype"] == second["config"]["genotype"]
+    assert str(stage1.name) in (stage2 / "log.txt").read_text()
+    assert first["finished"] and second["finished"]
+
+
+def test_stage_2_begins_with_the_weights_of_stage_1(pipeline, scripts, data_flags):
+    shutil.copytree(pipeline.folder, scripts.folder, dirs_exist_ok=True)
+    (search,) = pipeline.runs("search-*")
+    flags = [*data_flags, *TINY_STAGE, "--epochs", 1, "--arch", search, "--learning_rate", 1e-30, "--save", "still"]
+    scripts.run("train.py", *flags, "--binary", "--auxiliary")
+    (stage1,), (stage2,) = scripts.runs("eval-EXP-stage1-*"), scripts.runs("eval-still-stage2-*")
+    before, after = load_checkpoint(stage1)["model"], load_checkpoint(stage2)["model"]
+    for name, value in before.items():
+        if "running_" not in name and "num_batches" not in name:
+            torch.testing.assert_close(after[name], value, rtol=0, atol=1e-12)
+
+
+def test_evaluate_prints_the_accuracy_that_training_saw(pipeline):
+    (stage2,) = pipeline.runs("eval-EXP-stage2-*")
+    record = read_metrics(stage2)[-1]
+    output = pipeline.run("evaluate.py", stage2).stdout
+    assert f"{record['valid_top1']:.2f}" in output
+    assert "stage2 W1A1" in output and "genotype" in output
+
+
+def test_holdout_reports_the_test_accuracy_of_the_epoch_it_chose(scripts, data_flags):
+    output = scripts.run("train.py", *data_flags, *TINY_STAGE, "--holdout", 30).stdout
+    (run,) = scripts.runs("eval-EXP-stage1-*")
+    records = read_metrics(run)
+    best = max(records, key=lambda record: record["valid_top1"])
+    assert f"epoch {best['epoch']}, the best on 30 held-out training images: test top-1" in output
+    assert "optimistic" not in output
+
+
+def test_two_runs_of_one_second_do_not_collide(tmp_path, monkeypatch):
+    import logger
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logger.time, "strftime", lambda _format: "20260101-000000")
+    folders = {logger.create_run("search-EXP", {}) for _ in range(3)}
+    assert len(folders) == 3
+
+
+def test_retired_flags_say_so(scripts, data_flags):
+    flags = [*data_flags, *TINY_SEARCH, "--epochs", 1, "--momentum", 0.9, "--drop_path_prob", 0.3]
+    output = scripts.run("train_search.py", *flags).stdout
+    assert "--momentum has no use here" in output and "--drop_path_prob has no use here" in output
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(scripts, data_flags):
+    result = scripts.run("train.py", *data_flags, *TINY_STAGE, "--learning_rate", 1e30, code=1)
+    assert "the loss is nan at epoch 0, step" in result.stderr and result.stderr.count("\n") == 1
+    (run,) = scripts.runs("eval-*")
+    state = load_checkpoint(run)["model"]
+    assert all(torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point())
+
+
+BAD_FLAGS = [
+    ("train_search.py", "--init_channels 12", "the nearest that do: 8 or 16"),
+    ("train_search.py", "--epochs 0", "--epochs is 0"),
+    ("train_search.py", "--train_portion 1.0", "--train_portion is 1.0"),
+    ("train_search.py", "--batch_size 65", "larger than the 64 images"),
+    ("train_search.py", "--path_reg_weight x", "invalid float value"),
+    ("train_search.py", "--device cuda", "no CUDA"),
+    ("train_search.py", "--device tpu", "--device tpu"),
+    ("train.py", "--arch DARTS", "choose from EBNAS"),
+    ("train.py", "--init_channels 15", "the nearest that do: 14 or 16"),
+    ("train.py", "--binary", "first run `python"),
+    ("train.py", "--learning_rate 0", "--learning_rate is 0.0"),
+    ("train.py", "--learning_rate nan", "--learning_rate is nan"),
+    ("train.py", "--drop_path_prob 1.5", "--drop_path_prob is 1.5"),
+    ("train.py", "--drop_path_prob -0.1", "--drop_path_prob is -0.1"),
+    ("train.py", "--label_smooth 1", "--label_smooth is 1.0"),
+    ("train.py", "--batch_size 129", "larger than the 128 images"),
+    ("train.py", "--holdout 128", "a hold-out of 128"),
+    ("train.py", "--binary --pretrained nowhere", "no checkpoint nowhere"),
+    ("train.py", "--pretrained nowhere", "--pretrained is for stage 2"),
+    ("train.py", "--resume nowhere", "no checkpoint nowhere"),
+    ("train.py", "--nonsense", "unrecognized arguments"),
+    ("train_imagenet.py", "--tmp_data_dir nowhere", "nowhere"),
+    ("train_imagenet.py", "", "--tmp_data_dir"),
+    ("evaluate.py", "nowhere", "no checkpoint nowhere"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "expected"), BAD_FLAGS, ids=[f"{s} {f}" for s, f, _ in BAD_FLAGS])
+def test_bad_flags_get_one_line(fails, data_flags, script, flags, expected):
+    tiny = {"train_search.py": [*data_flags, *TINY_SEARCH], "train.py": [*data_flags, *TINY_STAGE]}
+    assert expected in fails(script, *tiny.get(script, []), *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda g: g.pop("reduce"), "field 'reduce' is missing"),
+        (lambda g: g["normal"].pop(), "field 'normal' must list 8"),
+        (lambda g: g["normal"].__setitem__(2, ["bin_conv_3x3", 3]), "node 1 takes input 3, which does not exist"),
+        (lambda g: g["reduce"].__setitem__(0, ["sep_conv_3x3", 0]), "unknown operation 'sep_conv_3x3'"),
+        (lambda g: g.update(normal_concat=[2, 2]), "'normal_concat'"),
+    ],
+)
+def test_malformed_genotype_files_name_the_field(fails, tmp_path, data_flags, change, expected):
+    fields = genotype_to_dict(GENOTYPES["EBNAS"])
+    change(fields)
+    path = tmp_path / "genotype.json"
+    path.write_text(json.dumps(fields))
+    assert expected in fails("train.py", *data_flags, *TINY_STAGE, "--arch", path)
+
+
+def test_bad_checkpoints(pipeline, fails, tmp_path, data_flags):
+    (stage1,), (stage2,) = pipeline.runs("eval-*-stage1-*"), pipeline.runs("eval-*-stage2-*")
+    (search,) = pipeline.runs("search-*")
+    whole = (stage1 / "last.pt").read_bytes()
+    truncated, foreign = tmp_path / "truncated.pt", tmp_path / "foreign.pt"
+    truncated.write_bytes(whole[: len(whole) // 2])
+    torch.save({"state_dict": {}}, foreign)
+    stage = [*data_flags, *TINY_STAGE, "--arch", search, "--binary"]
+    for path, expected in [
+        (truncated, "is truncated or is no checkpoint"),
+        (foreign, "of another program"),
+        (stage2, "is a stage2 checkpoint; stage 2 starts from stage 1"),
+        (search, "is a search checkpoint"),
+    ]:
+        assert expected in fails("train.py", *stage, "--pretrained", path)
+    assert "layers 3, not 4" in fails("train.py", *stage, "--layers", 4, "--pretrained", stage1)
+    assert "another genotype" in fails("train.py", *stage, "--arch", "EBNAS", "--pretrained", stage1)
+    assert "is of a finished run" in fails("train.py", "--resume", stage1)
+    assert "resumes stage1 ones" in fails("train.py", "--resume", search)
+    assert "is a search" in fails("evaluate.py", search)
+
+
+def test_bad_input_of_a_real_process(scripts, data_flags):
+    """What the other tests see within one process holds for a user's: one line, code 2, nothing left behind."""
+    assert "choose from EBNAS" in scripts.fails("train.py", *data_flags, *TINY_STAGE, "--arch", "DARTS")
+
+
+def test_missing_data_says_what_to_do(fails):
+    assert "train" in fails("train.py", "--set", "folder", "--data", "nowhere")
+
+
+def test_a_run_folder_that_cannot_be_made(fails, tmp_path, data_flags):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    assert "cannot make the run folder" in fails("train.py", *data_flags, *TINY_STAGE)
