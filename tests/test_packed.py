@@ -36,7 +36,10 @@ NETWORKS = {  # of a genotype each; the image's height and width
         {"genotype": SEVEN, "init_channels": 6, "layers": 4, "groups": 6, "weight_binarization": "balanced"},
         (19, 32),
     ),
-    "imagenet": ({"genotype": GENOTYPES["EBNAS"], "family": "imagenet", "init_channels": 56, "layers": 5}, (64, 64)),
+    "imagenet": (
+        {"genotype": GENOTYPES["EBNAS"], "family": "imagenet", "init_channels": 56, "layers": 5},
+        (64, 64),
+    ),
     "imagenet, odd": (
         {"genotype": SEVEN, "family": "imagenet", "init_channels": 24, "layers": 3, "groups": 3},
         (97, 75),
@@ -68,7 +71,7 @@ def float_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def assert_only_rounding(model: nn.Module, net: PackedNetwork, image: torch.Tensor) -> None:
-    """That the first signs in which the two forms differ are of values which rounding moved across a threshold.
+    """That the first signs in which the two forms differ are of values that rounding took across a threshold.
 
     Up to there, all values agree; after it, the forms compute different things.
     """
@@ -96,7 +99,9 @@ def assert_only_rounding(model: nn.Module, net: PackedNetwork, image: torch.Tens
                 return
         if step.target is not None:
             channels = net.program.buffers[step.target.buffer][0]
-            buffer = buffers.setdefault(step.target.buffer, np.zeros((channels, *result.shape[1:]), np.float32))
+            buffer = buffers.setdefault(
+                step.target.buffer, np.zeros((channels, *result.shape[1:]), np.float32)
+            )
             buffer[step.target.slice] = result
     pytest.fail("the logits differ, but no sign does")
 
@@ -141,7 +146,8 @@ def test_sign_thresholds_are_those_of_the_exact_bn():
         bn.weight[:20] = 0
         bn.bias[20:40], bn.running_mean[20:40] = 0, 0  # zero exactly at x = 0
         bn.weight[40:60] *= 1e-30
-        bn.weight[60:80], bn.bias[60:80] = torch.full((20,), 1e-44), bn.bias[60:80] * 1e10  # zero past float32
+        bn.weight[60:80] = 1e-44  # zero where no float32 is
+        bn.bias[60:80] *= 1e10
     threshold, inverted = export.sign_thresholds(bn)
     scale, shift = (values.numpy() for values in export._affine(bn))
     assert not np.isnan(threshold).any() and (threshold < np.inf).all()
@@ -149,7 +155,8 @@ def test_sign_thresholds_are_those_of_the_exact_bn():
     finite = np.clip(threshold, -largest, largest)
     zero = np.zeros(400, np.float32)
     for x in (finite, np.nextafter(finite, -largest), zero, -zero):
-        exact = [Fraction(float(a)) * Fraction(float(v)) + Fraction(float(b)) >= 0 for a, v, b in zip(scale, x, shift)]
+        parts = zip(scale.tolist(), x.tolist(), shift.tolist(), strict=True)
+        exact = [Fraction(a) * Fraction(v) + Fraction(b) >= 0 for a, v, b in parts]
         # scale and shift are float64 themselves: a zero that they put elsewhere is not the threshold's doing
         near = np.abs(scale * x + shift) < 1e-12 * (np.abs(scale * x) + np.abs(shift))
         np.testing.assert_array_equal(((x >= threshold) ^ inverted) | near, np.array(exact) | near)
@@ -183,7 +190,10 @@ def test_threads_and_sizes_do_not_disturb_each_other(kernel, models):
     skip_without(kernel)
     nets = [packed_form(models[name], kernel=kernel, threads=2) for name in ("deep", "seven operations")]
     rng = np.random.default_rng(0)
-    batches = [rng.standard_normal((n, 3, s, s), np.float32) for n, s in ((5, 16), (1, 24), (8, 20), (2, 17), (3, 32))]
+    batches = [
+        rng.standard_normal((n, 3, s, s), np.float32)
+        for n, s in ((5, 16), (1, 24), (8, 20), (2, 17), (3, 32))
+    ]
     expected = [[np.concatenate([net(image[None]) for image in batch]) for batch in batches] for net in nets]
     failures = []
 
@@ -264,7 +274,8 @@ def test_two_processes_compile_at_once_and_need_no_torch(models, tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", USE, str(path)]
     runs = [
-        subprocess.Popen([*command, str(tmp_path / f"{i}.npy"), str(images)], env=environment) for i in range(2)
+        subprocess.Popen([*command, str(tmp_path / f"{i}.npy"), str(images)], env=environment)
+        for i in range(2)
     ]
     assert [run.wait() for run in runs] == [0, 0]
     expected = load(path)(np.load(images))

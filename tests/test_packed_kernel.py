@@ -109,7 +109,12 @@ def test_fused_unit(residual, add, kernel):
 @pytest.mark.parametrize(
     ("average", "window", "stride", "add"),
     [
-        *((average, 3, stride, add) for average in (False, True) for stride in (1, 2) for add in (False, True)),
+        *(
+            (average, 3, stride, add)
+            for average in (False, True)
+            for stride in (1, 2)
+            for add in (False, True)
+        ),
         (True, 2, 2, False),
         (False, 1, 1, False),
         (False, 1, 1, True),
