@@ -77,10 +77,8 @@ def binarize_weight(weight: Tensor, method: str = "plain") -> Tensor:
     # It decides ties: a 1-bit convolution gives many pixels one value up to rounding, and which of them a
     # max pool picks, and so routes the gradient to, is that rounding's choice.
     standardised = latent - latent.mean(dims, keepdim=True)
-    if latent[0].numel() > 1:
-        std = standardised.std(dims, keepdim=True)
-    else:
-        std = torch.zeros_like(latent)
+    single = latent[0].numel() == 1
+    std = torch.zeros_like(latent) if single else standardised.std(dims, keepdim=True)
     # a constant filter may leave a spread of rounding errors, which must not be blown up
     spread = std > torch.finfo(latent.dtype).eps * latent.abs().amax(dims, keepdim=True)
     standardised = standardised / torch.where(spread, std, 1)

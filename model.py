@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from binary_ops import WEIGHT_BINARIZATIONS
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict
-from operations import FactorizedReduce, BinaryUnit, drop_path, make_operation
+from operations import BinaryUnit, FactorizedReduce, drop_path, make_operation
 from utils import InputError, nearest_multiples
 
 FAMILIES = ("cifar", "imagenet")
@@ -41,7 +41,8 @@ class ModelConfig:
             raise InputError(f"unknown network family {self.family!r}; choose from {FAMILIES}")
         if self.weight_binarization not in WEIGHT_BINARIZATIONS:
             raise InputError(
-                f"unknown weight binarization {self.weight_binarization!r}; choose from {WEIGHT_BINARIZATIONS}"
+                f"unknown weight binarization {self.weight_binarization!r}; "
+                f"choose from {WEIGHT_BINARIZATIONS}"
             )
         for name in ("init_channels", "layers", "groups", "num_classes"):
             if getattr(self, name) < 1:
@@ -55,10 +56,10 @@ class ModelConfig:
                 f"init_channels {self.init_channels} does not divide into {self.groups} groups; "
                 f"the nearest that do: {nearest_multiples(self.init_channels, self.groups)}"
             )
-        if self.family == "imagenet" and self.init_channels % 4:
+        if self.family == "imagenet" and self.init_channels % 8:
             raise InputError(
-                f"init_channels {self.init_channels} must be a multiple of 4 (the stem's second convolution has "
-                f"4 groups); the nearest: {nearest_multiples(self.init_channels, 4)}"
+                f"init_channels {self.init_channels} must be a multiple of 8 (the stem's second convolution "
+                f"has 4 groups of half as many); the nearest: {nearest_multiples(self.init_channels, 8)}"
             )
         if self.init_channels % 2:
             raise InputError(

@@ -43,8 +43,8 @@ class SearchConfig:
         k = max(SAMPLING.values())
         if self.init_channels < 1 or self.init_channels % k:
             raise InputError(
-                f"init_channels {self.init_channels} does not divide by k = {k}, the part of the channels that "
-                f"the supernet samples; the nearest that do: {nearest_multiples(self.init_channels, k)}"
+                f"init_channels {self.init_channels} does not divide by k = {k}, the part of the channels "
+                f"that the supernet samples; the nearest that do: {nearest_multiples(self.init_channels, k)}"
             )
         if self.layers < 3:
             raise InputError(

@@ -149,7 +149,7 @@ def test_half_precision_weights_are_scaled_in_single_precision(dtype, method):
 
 
 def test_unknown_method_names_the_choices():
-    with pytest.raises(InputError, match="'xnor'; choose from .*plain.*balanced"):
+    with pytest.raises(InputError, match=r"'xnor'; choose from .*plain.*balanced"):
         binarize_weight(torch.randn(1, 1, 1, 1), "xnor")
     with pytest.raises(InputError, match="1 or 32, not 2"):
         BinaryConv2d(4, 4, 3, weight_bits=2)
@@ -190,7 +190,7 @@ def test_convolution_equals_the_formula(method, weight_bits, activation_bits, ge
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), BITS)
 def test_convolution_in_half_precision(dtype, weight_bits, activation_bits):
-    """Under autocast and as a module of that type; ±1 is exact there, and rounding is the scale's and the sum's."""
+    """Under autocast and as a module of that type: ±1 is exact there, the scale and the sum are rounded."""
     conv = BinaryConv2d(8, 4, 3, padding=1, weight_bits=weight_bits, activation_bits=activation_bits)
     x = torch.randn(2, 8, 6, 6).to(dtype).float().requires_grad_()
     conv.weight.data = conv.weight.data.to(dtype).float()
