@@ -225,7 +225,10 @@ class SourceOperations(nn.Module):
         outputs = [convolution(signs) for convolution in self.convolutions]
         if self.stride == 2:
             outputs.append(self._reduced(signs, edges))
-        pools = [F.max_pool2d(x, 3, self.stride, 1), F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False)]
+        pools = [
+            F.max_pool2d(x, 3, self.stride, 1),
+            F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False),
+        ]
         pools = self.pool_norm(torch.cat(pools, 1))
 
         skip, pooling, convolving = mixing.split((1, 2, 4), dim=1)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
+from plain_forms import plain_convolution, plain_weight
 
-from binary_ops import BinaryConv2d, binarize_weight, binary_sign, sign
+from binary_ops import WEIGHT_BINARIZATIONS, BinaryConv2d, binarize_weight, binary_sign, sign
 from utils import InputError
 
 INFINITY = math.inf
@@ -32,29 +32,6 @@ BITS = [(1, 1), (1, 32), (32, 1), (32, 32)]
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def clipped_sign(w):
-    """The weights' estimator without a custom backward: the gradient is that of w where |w| < 1."""
-    value = torch.where(w >= 0, 1.0, -1.0).to(w.dtype)
-    passed = torch.where(w.abs() < 1, w, w.detach())
-    return value + passed - passed.detach()
-
-
-def plain(w):
-    dims = (1, 2, 3)
-    latent = w.detach()
-    standardised = (latent - latent.mean(dims, keepdim=True)) / latent.std(dims, keepdim=True)
-    return clipped_sign(w) * standardised.abs().mean(dims, keepdim=True)
-
-
-def balanced(w):
-    dims = (1, 2, 3)
-    standardised = (w - w.mean(dims, keepdim=True)) / w.std(dims, keepdim=True)
-    return clipped_sign(standardised) * standardised.detach().abs().mean(dims, keepdim=True)
-
-
-FORMULAS = {"plain": plain, "balanced": balanced}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,12 +78,12 @@ def test_sign_of_weights_passes_gradients_inside_the_unit_interval():
     assert weight.grad.flatten().tolist() == [0, 0, 0, 3, 3, 3, 3, 0, 0, 0]
 
 
-@pytest.mark.parametrize("method", FORMULAS)
+@pytest.mark.parametrize("method", WEIGHT_BINARIZATIONS)
 @pytest.mark.parametrize("shape", [(5, 3, 3, 3), (4, 6, 1, 1), (2, 1, 5, 5), (3, 1, 1, 2)])
 def test_weights_and_their_gradient_equal_the_formula(method, shape):
     weight = (1.2 * torch.randn(shape, dtype=torch.float64) + 0.3).requires_grad_()
     grad = torch.randn(shape, dtype=torch.float64)
-    expected = FORMULAS[method](weight)
+    expected = plain_weight(weight, method)
     (expected_grad,) = torch.autograd.grad(expected, weight, grad)
     actual = binarize_weight(weight, method)
     (actual_grad,) = torch.autograd.grad(actual, weight, grad)
@@ -122,7 +99,7 @@ def test_balanced_filters_have_as_many_plus_as_minus():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", FORMULAS)
+@pytest.mark.parametrize("method", WEIGHT_BINARIZATIONS)
 @pytest.mark.parametrize("shape", [(2, 7, 3, 3), (2, 1, 1, 1)])
 @pytest.mark.parametrize("value", [0.0, 0.1, -0.1, 1e-3, 3.0])
 def test_filters_without_spread(value, shape, method, dtype):
@@ -139,7 +116,7 @@ def test_filters_without_spread(value, shape, method, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", FORMULAS)
+@pytest.mark.parametrize("method", WEIGHT_BINARIZATIONS)
 def test_half_precision_weights_are_scaled_in_single_precision(dtype, method):
     weight = torch.randn(6, 8, 3, 3).to(dtype)
     expected = binarize_weight(weight.double(), method).to(dtype)
@@ -164,20 +141,13 @@ def test_unknown_method_names_the_choices():
     ],
 )
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), BITS)
-@pytest.mark.parametrize("method", FORMULAS)
+@pytest.mark.parametrize("method", WEIGHT_BINARIZATIONS)
 def test_convolution_equals_the_formula(method, weight_bits, activation_bits, geometry):
     conv = BinaryConv2d(
         4, 6, **geometry, weight_bits=weight_bits, activation_bits=activation_bits, weight_binarization=method
     ).double()
     x = torch.randn(3, 4, 9, 7, dtype=torch.float64, requires_grad=True)
-    weight = FORMULAS[method](conv.weight) if weight_bits == 1 else conv.weight
-    signs = x
-    if activation_bits == 1:  # sign, and Bi-Real Net's quadratic, whose derivative is the estimator
-        inside = x.clamp(-1, 1)
-        quadratic = inside * (2 - inside.abs())
-        signs = torch.where(x >= 0, 1.0, -1.0) + quadratic - quadratic.detach()
-    keywords = {name: value for name, value in geometry.items() if name != "kernel_size"}
-    expected = F.conv2d(signs, weight, **keywords)
+    expected = plain_convolution(conv, x)
     actual = conv(x)
     torch.testing.assert_close(actual, expected)
     grad = torch.randn_like(actual)
