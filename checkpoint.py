@@ -1,6 +1,6 @@
 """Checkpoints: written atomically, with all that an exact continuation needs, and read without pickled code.
 
-A checkpoint is a dictionary: `format`, `kind` (search, stage1, stage2), `family`, `args`, `config` (of the
+A checkpoint is a dictionary: `format`, `script`, `kind` (search, stage1, stage2), `args`, `config` (of the
 network), `data` (set, classes, mean, std, image size), `model`, `state` (optimisers, schedule, scaler),
 `random` (of every process), `epoch` and `step` (the next ones to run), `sums`, `best`, `finished`.
 """
@@ -136,11 +136,11 @@ def differing_flags(saved: dict, args: dict, names) -> list[str]:
     ]
 
 
-def find_resumable(resume: str, *, kind: str, args: dict, explicit: set[str], runs: str) -> Path | None:
+def find_resumable(resume: str, *, script: str, args: dict, explicit: set[str], runs: str) -> Path | None:
     """The checkpoint to go on from: of the file or folder `resume`, or for `auto` of the newest unfinished
     run of `runs` (a pattern of folder names) with the same flags, None where there is none.
 
-    Raises InputError: not of this `kind`, already finished, or run with other flags than those given.
+    Raises InputError: of another script, already finished, or run with other flags than those given.
     """
     if resume == "auto":
         for folder in runs_newest_first(runs):
@@ -150,8 +150,8 @@ def find_resumable(resume: str, *, kind: str, args: dict, explicit: set[str], ru
         return None
     path = resolve_checkpoint(resume)
     checkpoint = load_checkpoint(path)
-    if checkpoint["kind"] != kind:
-        raise InputError(f"{path} is a {checkpoint['kind']} checkpoint; this command resumes {kind} ones")
+    if checkpoint["script"] != script:
+        raise InputError(f"{path} is a checkpoint of {checkpoint['script']}.py, not of {script}.py: resume it there")
     if checkpoint["finished"]:
         raise InputError(f"{path} is of a finished run; leave --resume out to start another")
     if differing := differing_flags(checkpoint["args"], args, explicit):

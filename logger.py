@@ -58,6 +58,12 @@ class Run:
             if isinstance(value, int | float) and name != "epoch":
                 self.tensorboard.add_scalar(name, value, record["epoch"])
 
+    def last_record(self) -> dict[str, Any] | None:
+        """The newest record of metrics.jsonl, None before the first epoch's end (and off the main process)."""
+        if self.folder is None or not (self.folder / "metrics.jsonl").exists():
+            return None
+        return (read_metrics(self.folder) or [None])[-1]
+
     def rewind(self, epoch: int) -> None:
         """Forget metrics from `epoch` on, which a resumed run is about to measure again."""
         if self.folder is not None and (path := self.folder / "metrics.jsonl").exists():

@@ -2,8 +2,8 @@
 
 A script makes a Session, builds its networks and optimisers, and runs its epoch loop inside `start`:
 
-    session = Session(args, explicit, kind="search", name="search-EXP", world=world)
-    with session.start(model=model, ...) as run:
+    session = Session(args, explicit, script="train_search", name=lambda args: f"search-{args.save}", world=world)
+    with session.start(kind="search", model=model, ...) as run:
         for epoch in session.epochs(args.epochs):
             train = train_one_epoch(..., **session.position())
             session.finish_epoch(epoch, {...}, score=...)
@@ -15,7 +15,7 @@ import argparse
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,28 @@ from utils import RunFailed
 
 
 class Session:
-    """Where a run stands, and what must happen around its epochs.
+    """Where a run stands, and what must happen around its epochs. `name` makes a run's name of its flags.
 
     With --resume, `checkpoint` is the one to go on from and `args` takes over its flags, where the user has
     not given them; otherwise `checkpoint` is None. Nothing is written before `start`.
     """
 
-    def __init__(self, args: argparse.Namespace, explicit: set[str], *, kind: str, name: str, world: World):
-        self.args, self.kind, self.name, self.world = args, kind, name, world
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        explicit: set[str],
+        *,
+        script: str,
+        name: Callable[[argparse.Namespace], str],
+        world: World,
+    ):
+        self.args, self.script, self.name, self.world = args, script, name, world
         self.stop = StopSignal()
         self.checkpoint, self.folder = None, None
         resume = "auto" if restarted() else args.resume
         if resume:
             path = find_resumable(
-                resume, kind=kind, args=vars(args), explicit=explicit, runs=f"{name}-[0-9]*"
+                resume, script=script, args=vars(args), explicit=explicit, runs=f"{name(args)}-[0-9]*"
             )
             path = world.broadcast(path)
             if path is not None:
@@ -69,10 +77,10 @@ class Session:
 
         SIGINT and SIGTERM, noted from here on, end the run with a checkpoint and exit code 128 + signal.
         """
-        header = {"kind": self.kind, "args": vars(self.args), **header}
+        header = {"script": self.script, "args": vars(self.args), **header}
         if self.folder is None:
             self.folder = self.world.broadcast(
-                create_run(self.name, vars(self.args)) if self.world.is_main else None
+                create_run(self.name(self.args), vars(self.args)) if self.world.is_main else None
             )
         folder = self.folder if self.world.is_main else None
         run = self.run = Run(folder, report_freq=self.args.report_freq)

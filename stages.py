@@ -28,6 +28,10 @@ def stage(args: argparse.Namespace) -> str:
     return "stage2" if args.binary else "stage1"
 
 
+def run_name(args: argparse.Namespace) -> str:
+    return f"eval-{args.save}-{stage(args)}"
+
+
 def network_config(args: argparse.Namespace, *, family: str, num_classes: int) -> ModelConfig:
     """The network of the stage that the flags ask for. Raises InputError as ModelConfig does."""
     weight_bits, activation_bits = (1, 1) if args.binary else STAGE1_BITS[args.stage1]
@@ -181,7 +185,7 @@ def log_start(run: Run, args: argparse.Namespace, training: Training) -> None:
     )
 
 
-def finish(run: Run, session: Session, *, held_out: str) -> None:
+def finish(run: Run, args: argparse.Namespace, best: dict, *, held_out: str) -> None:
     """Last and best accuracy, each labelled with what it was measured on; the curves; what to do next."""
     if run.folder is None:
         return
@@ -192,10 +196,10 @@ def finish(run: Run, session: Session, *, held_out: str) -> None:
     note = (
         "chosen on the test set, so optimistic" if held_out == "test" else f"chosen on the {held_out} images"
     )
-    run.log(f"best epoch {session.best['epoch']}: {held_out} top-1 {session.best['score']:.2f} %, {note}")
+    run.log(f"best epoch {best['epoch']}: {held_out} top-1 {best['score']:.2f} %, {note}")
     for picture in draw_curves(run.folder):
         run.log(f"picture {picture}")
-    if session.kind == "stage1":
+    if not args.binary:
         run.log(f"next: python {' '.join([*sys.argv, '--binary', '--pretrained', str(run.folder)])}")
     else:
         run.log(f"next: python evaluate.py {run.folder}")

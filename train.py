@@ -45,8 +45,7 @@ def parser() -> options.Parser:
 def main() -> None:
     args, explicit = options.parse(parser())
     world = setup(args.device, args.gpu)
-    stage = stages.stage(args)
-    session = Session(args, explicit, kind=stage, name=f"eval-{args.save}-{stage}", world=world)
+    session = Session(args, explicit, script="train", name=stages.run_name, world=world)
     precision = Precision(args.precision, world.device)
     train_set, test_set, data = prepare_data(args, world, test=True)
     train_loader, valid_loader, test_loader = make_loaders(args, train_set, test_set, data, world)
@@ -56,14 +55,14 @@ def main() -> None:
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smooth)
     stateful = {"optimizer": optimizer, "scheduler": scheduler, "scaler": precision.scaler}
 
-    with session.start(model=model, stateful=stateful, config=training.config.to_dict(), data=data) as run:
+    header = {"kind": stages.stage(args), "config": training.config.to_dict(), "data": data}
+    with session.start(model=model, stateful=stateful, **header) as run:
         options.log_retired(run, args, explicit)
         stages.log_start(run, args, training)
         shared = {"world": world, "precision": precision, "run": run}
         for epoch in session.epochs(args.epochs):
             learning_rate = scheduler.get_last_lr()[0]
             run.log(f"epoch {epoch} lr {learning_rate:e}")
-            model.train()
             model.drop_path_prob = args.drop_path_prob * epoch / args.epochs
             train = train_one_epoch(
                 model,
@@ -83,7 +82,7 @@ def main() -> None:
             valid = evaluate(model, valid_loader, **shared)
             run.log(f"train_acc {train['top1']:.2f} valid_acc {valid['top1']:.2f} loss {valid['loss']:.4f}")
             session.finish_epoch(epoch, stages.epoch_record(train, valid, learning_rate), score=valid["top1"])
-        stages.finish(run, session, held_out="held-out" if args.holdout else "test")
+        stages.finish(run, args, session.best, held_out="held-out" if args.holdout else "test")
         if args.holdout:
             model.load_state_dict(load_checkpoint(session.folder, BEST)["model"])
             test = evaluate(model, test_loader, **shared)

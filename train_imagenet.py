@@ -39,8 +39,7 @@ def parser() -> options.Parser:
 def main() -> None:
     args, explicit = options.parse(parser())
     world = setup(args.device, args.gpu)
-    stage = stages.stage(args)
-    session = Session(args, explicit, kind=stage, name=f"eval-{args.save}-{stage}", world=world)
+    session = Session(args, explicit, script="train_imagenet", name=stages.run_name, world=world)
     precision = Precision(args.precision, world.device)
     train_loader, valid_loader, classes = imagenet_loaders(
         args.tmp_data_dir,
@@ -68,14 +67,14 @@ def main() -> None:
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smooth)
     stateful = {"optimizer": optimizer, "scheduler": scheduler, "scaler": precision.scaler}
 
-    with session.start(model=model, stateful=stateful, config=training.config.to_dict(), data=data) as run:
+    header = {"kind": stages.stage(args), "config": training.config.to_dict(), "data": data}
+    with session.start(model=model, stateful=stateful, **header) as run:
         options.log_retired(run, args, explicit)
         stages.log_start(run, args, training)
         shared = {"world": world, "precision": precision, "run": run}
         for epoch in session.epochs(args.epochs):
             learning_rate = scheduler.get_last_lr()[0]
             run.log(f"epoch {epoch} lr {learning_rate:e}")
-            model.train()
             model.drop_path_prob = args.drop_path_prob * epoch / args.epochs
             train = train_one_epoch(
                 model,
@@ -98,7 +97,7 @@ def main() -> None:
                 f"loss {valid['loss']:.4f}"
             )
             session.finish_epoch(epoch, stages.epoch_record(train, valid, learning_rate), score=valid["top1"])
-        stages.finish(run, session, held_out="validation")
+        stages.finish(run, args, session.best, held_out="validation")
 
 
 if __name__ == "__main__":

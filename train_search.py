@@ -22,7 +22,7 @@ from architect import Architect
 from data import SETS, Augmentation, Batch, BatchLoader, split_halves
 from distributed import World, setup
 from engine import Precision, evaluate, train_one_epoch
-from genotypes import Genotype, describe, genotype_to_dict, save_genotype
+from genotypes import Genotype, describe, genotype_from_dict, genotype_to_dict, save_genotype
 from logger import Run
 from model_search import SearchConfig, Supernet
 from session import Session, prepare_data
@@ -55,7 +55,9 @@ def main() -> None:
     if args.arch_start_epoch is None:
         args.arch_start_epoch = args.epochs // 2
     world = setup(args.device, args.gpu)
-    session = Session(args, explicit, kind="search", name=f"search-{args.save}", world=world)
+    session = Session(
+        args, explicit, script="train_search", name=lambda args: f"search-{args.save}", world=world
+    )
     precision = Precision(args.precision, world.device)
     train_set, _, data = prepare_data(args, world, test=False)
     weight_loader, arch_loader, valid_loader = make_loaders(args, train_set, data, world)
@@ -79,10 +81,10 @@ def main() -> None:
     stateful = {"optimizer": optimizer, "arch_optimizer": architect.optimizer, "scaler": precision.scaler}
     criterion = nn.CrossEntropyLoss()
 
-    with session.start(model=model, stateful=stateful, config=config.to_dict(), data=data) as run:
+    header = {"kind": "search", "config": config.to_dict(), "data": data}
+    with session.start(model=model, stateful=stateful, **header) as run:
         options.log_retired(run, args, explicit)
         shared = {"world": world, "precision": precision, "run": run}
-        genotype = model.genotype()
         for epoch in session.epochs(args.epochs):
             run.log(f"epoch {epoch} lr {args.learning_rate:e}")
             start = session.position()
@@ -107,8 +109,8 @@ def main() -> None:
             world.average_buffers(model)
             valid = evaluate(model, valid_loader, **shared)
 
-            before, genotype = genotype, model.genotype()
-            record = epoch_record(architect, train, valid, before, genotype)
+            genotype = model.genotype()
+            record = epoch_record(architect, train, valid, genotype, before=run.last_record())
             log_epoch(run, epoch, record, genotype)
             if world.is_main:
                 save_genotype(
@@ -149,13 +151,19 @@ def endless(loader: BatchLoader, epoch: int, start: int) -> Iterator[Batch]:
         start = 0
 
 
-def epoch_record(architect: Architect, train: dict, valid: dict, before: Genotype, now: Genotype) -> dict:
-    """What metrics.jsonl keeps of an epoch of a search; alpha and beta in full, for visualize.py."""
+def epoch_record(
+    architect: Architect, train: dict, valid: dict, now: Genotype, *, before: dict | None
+) -> dict:
+    """What metrics.jsonl keeps of an epoch of a search; alpha and beta in full, for visualize.py.
+
+    `before` is the record of the epoch before, None in the first one.
+    """
     model = architect.model
     path, edge = architect.regularizers()
     softmaxes = torch.cat([model.alphas_normal, model.alphas_reduce]).detach().softmax(1)
     entropy = torch.special.entr(softmaxes).sum(1).mean()
-    pairs = [*zip(before.normal, now.normal, strict=True), *zip(before.reduce, now.reduce, strict=True)]
+    old = genotype_from_dict(before["genotype"]) if before else now
+    pairs = zip(old.normal + old.reduce, now.normal + now.reduce, strict=True)
     return {
         "train_loss": train["loss"],
         "train_top1": train["top1"],
@@ -164,7 +172,7 @@ def epoch_record(architect: Architect, train: dict, valid: dict, before: Genotyp
         "path_regularizer": path.item(),
         "edge_regularizer": edge.item(),
         "alpha_entropy": entropy.item(),
-        "changed": sum(old != new for old, new in pairs),
+        "changed": sum(was != is_ for was, is_ in pairs),
         "operations": dict(Counter(name for name, _ in now.normal + now.reduce)),
         "genotype": genotype_to_dict(now),
         "arch": {name: value.tolist() for name, value in model.arch_state().items()},

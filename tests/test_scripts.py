@@ -164,7 +164,7 @@ def test_bad_checkpoints(pipeline, fails, tmp_path, data_flags):
     assert "layers 3, not 4" in fails("train.py", *stage, "--layers", 4, "--pretrained", stage1)
     assert "another genotype" in fails("train.py", *stage, "--arch", "EBNAS", "--pretrained", stage1)
     assert "is of a finished run" in fails("train.py", "--resume", stage1)
-    assert "resumes stage1 ones" in fails("train.py", "--resume", search)
+    assert "resume it there" in fails("train.py", "--resume", search)
     assert "is a search" in fails("evaluate.py", search)
 
 
