@@ -14,8 +14,8 @@
    Zero padding.  A bit has two values and the padding is a third. Each tap has a mask plane, 0xff where it
    lies inside the image: dot = valid - 2 * popcount((x ^ w) & mask), valid = the number of weights inside.
 
-   Everything between the lines "one path" is compiled once per instruction set, by this file including
-   itself, and run_network() is told which one to use. No state is global; all memory is the caller's. */
+   All below the line "one path" is compiled once per instruction set, by this file including itself with
+   PATH defined, and run_network() is told which one to use. There is no global state, and no allocation. */
 
 #ifndef PATH
 
@@ -36,18 +36,19 @@ struct unit {
     int64_t op, source, target, residual /* < 0: none */, scratch;
     int64_t channels_in, channels_out, groups, kernel, stride, padding;
     int64_t height_in, width_in, height_out, width_out;
-    int64_t add;     /* add to the target instead of writing it */
-    int64_t flag;    /* POOL: average instead of maximum; FLOAT: ReLU */
-    int64_t terms;   /* BINARY: bytes of weights per filter */
-    int64_t slack;   /* BINARY: how far a tap may read outside the planes, in bytes */
-    const struct term *term;
-    const uint8_t *masks;
-    const int16_t *valid;
-    const float *threshold;
-    const uint32_t *bits;    /* BINARY: encode_weights' output, its order */
-    const float *weight;     /* FLOAT: [group][block of 4 filters][input, tap][4]; LINEAR: [class][channel];
-                                POOL: see pool_windows, with scale: [pixel] 1 / the size of the window */
-    const float *scale, *bias, *slope;
+    int64_t add;              /* add to the target instead of writing it */
+    int64_t flag;             /* POOL: average instead of maximum; FLOAT: ReLU */
+    int64_t terms;            /* BINARY: bytes of weights per filter */
+    int64_t slack;            /* BINARY: how far a tap may read outside the planes, in bytes */
+    const struct term *term;  /* BINARY: [term] */
+    const uint8_t *masks;     /* BINARY: [tap][pixel] */
+    const int16_t *valid;     /* BINARY: [pixel], weights inside the image */
+    const float *threshold;   /* BINARY: [input channel] */
+    const uint32_t *bits;     /* BINARY: as encode_weights leaves them */
+    const float *weight;      /* FLOAT: [group][block of 4 filters][input, tap][4]; LINEAR: [class][channel];
+                                 POOL: [column of the window][pixel], see pool_windows */
+    const float *scale;       /* BINARY: [filter]; POOL: [pixel], 1 / pixels in the window */
+    const float *bias, *slope;
 };
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -57,11 +58,12 @@ static inline int64_t padded(int64_t n) { return (n + 63) & ~(int64_t)63; }
 /* How many of a group's filters are convolved at once, where `left` are left. */
 static inline int64_t block_size(int64_t left, int64_t at_once)
 {
-    const int64_t most = least(left, at_once);
-    return most >= 8 ? 8 : most >= 6 ? 6 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+    const int64_t size = least(left, at_once);
+    return size >= 8 ? 8 : size >= 6 ? 6 : size >= 4 ? 4 : size >= 2 ? 2 : 1;
 }
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline, noclone)) /* nor cloned per constant: that doubles the build */
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #define FN(name) JOIN(name, PATH)
@@ -78,20 +80,18 @@ static const uint8_t differing[16][16] __attribute__((aligned(16))) = {
     ROW(0), ROW(1), ROW(2),  ROW(3),  ROW(4),  ROW(5),  ROW(6),  ROW(7),
     ROW(8), ROW(9), ROW(10), ROW(11), ROW(12), ROW(13), ROW(14), ROW(15)};
 
+#define PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define TARGET_AVX512 \
-    _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512bitalg,avx2,fma\"))), apply_to=function)")
-#define TARGET_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to=function)")
-#define TARGET_END _Pragma("clang attribute pop")
+#define TARGET(names) PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define TARGET_END PRAGMA(clang attribute pop)
+#define WIDE ""
 #else
-#define TARGET_AVX512 \
-    _Pragma("GCC push_options") \
-    _Pragma("GCC target(\"avx512f,avx512bw,avx512bitalg,avx2,fma,prefer-vector-width=512\")")
-#define TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
-#define TARGET_END _Pragma("GCC pop_options")
+#define TARGET(names) PRAGMA(GCC push_options) PRAGMA(GCC target(names))
+#define TARGET_END PRAGMA(GCC pop_options)
+#define WIDE ",prefer-vector-width=512"
 #endif
 
-TARGET_AVX512
+TARGET("avx512f,avx512bw,avx512bitalg,avx2,fma" WIDE)
 #define PATH avx512
 #define AVX512
 #include __FILE__
@@ -99,7 +99,7 @@ TARGET_AVX512
 #undef PATH
 TARGET_END
 
-TARGET_AVX2
+TARGET("avx2,fma")
 #define PATH avx2
 #define AVX2
 #include __FILE__
@@ -146,6 +146,7 @@ void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64_t filt
 /* Runs n units on what the arena holds. */
 void run_units(int path, const struct unit *units, int64_t n, float *arena)
 {
+    (void)path; /* where there is but one */
 #if defined(__x86_64__)
     if (path == PATH_AVX512)
         run_avx512(units, n, arena);
@@ -154,12 +155,11 @@ void run_units(int path, const struct unit *units, int64_t n, float *arena)
     else
 #endif
         run_c(units, n, arena);
-    (void)path;
 }
 
 /* images [count][channels][pixels] -> logits [count][channels_out of the last unit]. */
-void run_network(int path, const struct unit *units, int64_t n, float *arena, const float *images, int64_t count,
-                 int64_t channels, int64_t pixels, float *logits)
+void run_network(int path, const struct unit *units, int64_t n, float *arena, const float *images,
+                 int64_t count, int64_t channels, int64_t pixels, float *logits)
 {
     const struct unit *last = units + n - 1;
     for (int64_t i = 0; i < count; i++) {
@@ -193,7 +193,8 @@ INLINE FN(tap) FN(load_tap)(const uint8_t *x, const uint8_t *mask)
 
 INLINE FN(bytes) FN(add_differing)(FN(bytes) count, FN(tap) t, uint32_t w)
 {
-    const __m512i differs = _mm512_ternarylogic_epi32(t.mask, t.x, _mm512_set1_epi32(w), 0x60); /* m & (x ^ w) */
+    const __m512i weights = _mm512_set1_epi32((int)w);
+    const __m512i differs = _mm512_ternarylogic_epi32(t.mask, t.x, weights, 0x60); /* mask & (x ^ weights) */
     return _mm512_add_epi8(count, _mm512_popcnt_epi8(differs));
 }
 
@@ -237,7 +238,8 @@ INLINE FN(tap) FN(load_tap)(const uint8_t *x, const uint8_t *mask)
     FN(tap) t;
     for (int i = 0; i < 2; i++) {
         const __m256i v = _mm256_loadu_si256((const __m256i *)(x + 32 * i));
-        const __m256i outside = _mm256_andnot_si256(_mm256_loadu_si256((const __m256i *)(mask + 32 * i)), top);
+        const __m256i inside = _mm256_loadu_si256((const __m256i *)(mask + 32 * i));
+        const __m256i outside = _mm256_andnot_si256(inside, top);
         t.low[i] = _mm256_or_si256(_mm256_and_si256(v, nibble), outside);
         t.high[i] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(v, 4), nibble), outside);
     }
@@ -262,13 +264,16 @@ INLINE FN(bytes) FN(pack)(const float *x, int64_t plane, const float *threshold,
     FN(bytes) bits = FN(zero)();
     for (int c = 0; c < channels; c++, x += plane) {
         const __m256 t = _mm256_set1_ps(threshold[c]);
+        const __m256i bit = _mm256_set1_epi8((char)(1 << c));
         for (int i = 0; i < 2; i++) {
             __m256i above[4];
-            for (int j = 0; j < 4; j++)
-                above[j] = _mm256_castps_si256(_mm256_cmp_ps(_mm256_loadu_ps(x + 32 * i + 8 * j), t, _CMP_GE_OQ));
+            for (int j = 0; j < 4; j++) {
+                const __m256 v = _mm256_loadu_ps(x + 32 * i + 8 * j);
+                above[j] = _mm256_castps_si256(_mm256_cmp_ps(v, t, _CMP_GE_OQ));
+            }
             const __m256i all = _mm256_packs_epi16(_mm256_packs_epi32(above[0], above[1]),
                                                    _mm256_packs_epi32(above[2], above[3]));
-            bits.half[i] = _mm256_or_si256(bits.half[i], _mm256_and_si256(all, _mm256_set1_epi8((char)(1 << c))));
+            bits.half[i] = _mm256_or_si256(bits.half[i], _mm256_and_si256(all, bit));
         }
     }
     for (int i = 0; i < 2; i++)
@@ -332,7 +337,8 @@ static void FN(split_bytes)(const struct unit *u, const uint8_t *restrict whole,
 /* Signs of the source as byte planes, [group][byte of 8 channels][phase][pixel]: bit = (x >= threshold). */
 static void FN(pack_signs)(const struct unit *u, const float *source, uint8_t *planes, uint8_t *whole)
 {
-    const int64_t plane_in = padded(u->height_in * u->width_in), plane_out = padded(u->height_out * u->width_out);
+    const int64_t plane_in = padded(u->height_in * u->width_in);
+    const int64_t plane_out = padded(u->height_out * u->width_out);
     const int64_t channels = u->channels_in / u->groups;
     for (int64_t g = 0; g < u->groups; g++)
         for (int64_t c = 0; c < channels; c += 8, planes += u->stride * u->stride * plane_out) {
@@ -351,8 +357,8 @@ static void FN(pack_signs)(const struct unit *u, const float *source, uint8_t *p
 }
 
 /* For LANES pixels and `filters` filters: how many bits differ under the masks. */
-INLINE void FN(count_differing)(const int filters, const struct unit *u, const uint8_t *x, const uint8_t *masks,
-                                const uint32_t *w, uint16_t count[FILTERS][LANES])
+INLINE void FN(count_differing)(const int filters, const struct unit *u, const uint8_t *x,
+                                const uint8_t *masks, const uint32_t *w, uint16_t count[FILTERS][LANES])
 {
     for (int64_t start = 0; start < u->terms; start += 31) { /* 31 * 8 fits into the byte of a lane */
         const int64_t end = least(start + 31, u->terms);
@@ -387,8 +393,8 @@ INLINE void FN(finish)(const uint16_t *restrict count, const int16_t *restrict v
 }
 
 /* From the counts of LANES pixels, p and on, and of `filters` filters, c and on, to their outputs. */
-static __attribute__((noinline)) void FN(finish_filters)(int filters, const struct unit *u, int64_t c, int64_t p,
-                                                         const uint16_t count[FILTERS][LANES], float *arena)
+NOINLINE void FN(finish_filters)(int filters, const struct unit *u, int64_t c, int64_t p,
+                                 const uint16_t count[FILTERS][LANES], float *arena)
 {
     const int64_t plane = padded(u->height_out * u->width_out);
     for (int f = 0; f < filters; f++, c++) {
@@ -403,8 +409,8 @@ static __attribute__((noinline)) void FN(finish_filters)(int filters, const stru
     }
 }
 
-INLINE void FN(convolve_filters)(const int filters, const struct unit *u, const uint8_t *planes, const uint32_t *w,
-                                 int64_t first, float *arena)
+INLINE void FN(convolve_filters)(const int filters, const struct unit *u, const uint8_t *planes,
+                                 const uint32_t *w, int64_t first, float *arena)
 {
     for (int64_t p = 0, plane = padded(u->height_out * u->width_out); p < plane; p += LANES) {
         uint16_t count[FILTERS][LANES];
@@ -439,7 +445,8 @@ static void FN(convolve_binary)(const struct unit *u, float *arena)
 }
 
 /* The padded source of one group, each channel split into stride * stride phases of height * width floats. */
-static void FN(split_phases)(const struct unit *u, const float *source, float *phases, int64_t height, int64_t width)
+static void FN(split_phases)(const struct unit *u, const float *source, float *phases, int64_t height,
+                             int64_t width)
 {
     const int64_t channels = u->channels_in / u->groups, s = u->stride, pad = u->padding;
     const int64_t plane = padded(u->height_in * u->width_in);
@@ -447,10 +454,10 @@ static void FN(split_phases)(const struct unit *u, const float *source, float *p
     for (int64_t c = 0; c < channels; c++, source += plane, phases += s * s * height * width)
         for (int64_t y = 0; y < u->height_in; y++)
             for (int64_t phase = 0; phase < s; phase++) {
-                const int64_t column = (phase + s * pad - pad) % s; /* the first of this phase */
+                const int64_t first = (phase + s * pad - pad) % s; /* the first column of this phase */
                 float *row = phases + (((y + pad) % s * s + phase) * height + (y + pad) / s) * width;
-                row += (column + pad) / s;
-                for (int64_t x = column; x < u->width_in; x += s)
+                row += (first + pad) / s;
+                for (int64_t x = first; x < u->width_in; x += s)
                     *row++ = source[y * u->width_in + x];
             }
 }
@@ -463,7 +470,8 @@ static void FN(convolve_float)(const struct unit *u, float *arena)
     const int64_t s = u->stride, k = u->kernel, channels = u->channels_in / u->groups;
     const int64_t filters = u->channels_out / u->groups;
     const int64_t height = u->height_out + (k - 1) / s, width = u->width_out + (k - 1) / s;
-    const int64_t plane_in = padded(u->height_in * u->width_in), plane_out = padded(u->height_out * u->width_out);
+    const int64_t plane_in = padded(u->height_in * u->width_in);
+    const int64_t plane_out = padded(u->height_out * u->width_out);
     const int64_t row_length = padded(u->height_out * width);
     float *phases = arena + u->scratch, *rows = phases + padded(channels * s * s * height * width) + 128;
     const float *weight = u->weight;

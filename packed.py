@@ -122,7 +122,11 @@ _STEP_RANGES = {
     "dilation": (1, 4),
     "groups": (1, 4096),
 }
-_POOLS = {(1, 1, 0), (2, 2, 0), (3, 1, 1), (3, 2, 1)}  # kernel, stride, padding
+_POOLS = {  # kernel, stride, padding, average
+    (1, 1, 0, False),
+    (2, 2, 0, True),
+    *((3, stride, 1, average) for stride in (1, 2) for average in (False, True)),
+}
 
 
 def read_program(path: str | os.PathLike) -> Program:
@@ -278,8 +282,8 @@ def _check_sizes(step: Step, buffers: list, what: str) -> None:
         _require(ok, f"{what}: the residual does not fit the target")
     if step.op == "pool":
         _require(step.source.channels == target.channels, f"{what}: a pool keeps its channels")
-        _require((step.kernel, step.stride, step.padding) in _POOLS, f"{what}: no such pool")
-        _require(step.kernel != 2 or (step.average and not step.add), f"{what}: no such pool")
+        known = (step.kernel, step.stride, step.padding, step.average) in _POOLS
+        _require(known and not (step.kernel == 2 and step.add), f"{what}: no such pool")
         return
     divides = step.source.channels % step.groups == 0 and target.channels % step.groups == 0
     _require(divides and step.kernel % 2 == 1, f"{what}: no such convolution")
