@@ -52,7 +52,6 @@ struct unit {
 };
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t padded(int64_t n) { return (n + 63) & ~(int64_t)63; }
 
 /* How many of a group's filters are convolved at once, where `left` are left. */
@@ -63,7 +62,11 @@ static inline int64_t block_size(int64_t left, int64_t at_once)
 }
 
 #define INLINE static inline __attribute__((always_inline))
-#define NOINLINE static __attribute__((noinline, noclone)) /* nor cloned per constant: that doubles the build */
+#if defined(__clang__)
+#define NOINLINE __attribute__((noinline))
+#else
+#define NOINLINE __attribute__((noinline, noclone)) /* clones per constant would double the time to build */
+#endif
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #define FN(name) JOIN(name, PATH)
@@ -393,8 +396,8 @@ INLINE void FN(finish)(const uint16_t *restrict count, const int16_t *restrict v
 }
 
 /* From the counts of LANES pixels, p and on, and of `filters` filters, c and on, to their outputs. */
-NOINLINE void FN(finish_filters)(int filters, const struct unit *u, int64_t c, int64_t p,
-                                 const uint16_t count[FILTERS][LANES], float *arena)
+static NOINLINE void FN(finish_filters)(int filters, const struct unit *u, int64_t c, int64_t p,
+                                        const uint16_t count[FILTERS][LANES], float *arena)
 {
     const int64_t plane = padded(u->height_out * u->width_out);
     for (int f = 0; f < filters; f++, c++) {
@@ -513,10 +516,11 @@ static void FN(convolve_float)(const struct unit *u, float *arena)
 INLINE float FN(combine)(const int average, float a, float b) { return average ? a + b : a > b ? a : b; }
 
 /* Windows of kernel x kernel, what lies outside counted neither as a maximum nor in the average; kernel 1 is
-   the identity. Every pixel's window is combined, in flat loops over the plane, and stride 2 keeps every other
-   one. Above and below a plane lie margins; a neighbour across the left or right border is put out of effect
+   the identity. Every pixel's window is combined, in flat loops over the plane, and stride 2 keeps every
+   other one. Above and below a plane lie margins; a neighbour across the left or right border is overruled
    by its entry in weight [kernel][pixel]: a limit of -inf for a maximum, a factor of 0 for an average. */
-INLINE void FN(pool_windows)(const int k, const int average, const int add, const struct unit *u, float *arena)
+INLINE void FN(pool_windows)(const int k, const int average, const int add, const struct unit *u,
+                             float *arena)
 {
     const int64_t pixels = u->height_in * u->width_in, plane = padded(pixels), width = u->width_in;
     const int64_t margin = padded(width) + 64, before = u->padding;
@@ -576,7 +580,8 @@ INLINE float FN(total)(FN(floats) v)
 /* Mean over space, then a matrix; its rows are padded with zeros to a multiple of 64. */
 static void FN(classify)(const struct unit *u, float *arena)
 {
-    const int64_t pixels = u->height_in * u->width_in, plane = padded(pixels), length = padded(u->channels_in);
+    const int64_t pixels = u->height_in * u->width_in, plane = padded(pixels);
+    const int64_t length = padded(u->channels_in);
     float *means = arena + u->scratch;
     memset(means, 0, length * sizeof(float));
     for (int64_t c = 0; c < u->channels_in; c++) {
