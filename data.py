@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -557,16 +557,30 @@ def imagenet_loaders(
 
     Raises InputError for a missing `train` or `val`, an empty class, and classes that differ between them.
     """
-    roots = [Path(root), Path(root, "ILSVRC2012"), Path(root, "ImageNet-ILSVRC2012")]
-    train, val = _image_folders(roots, held_out=("val",))
-    shared = {"device": device, "workers": workers, "seed": seed, "rank": rank, "world_size": world_size}
+    train, val = _imagenet_folders(root)
+    shared = {"device": device, "workers": workers, "rank": rank, "world_size": world_size}
     train_files = _ImageFiles(train, image_size, seed=seed)
-    val_files = _ImageFiles(val, image_size, resize=image_size * 256 // 224)
-    return (
-        _FileLoader(train_files, batch_size, shuffle=True, lighting_std=0.1, **shared),
-        _FileLoader(val_files, batch_size, shuffle=False, lighting_std=0.0, **shared),
-        tuple(train.classes),
-    )
+    train_loader = _FileLoader(train_files, batch_size, shuffle=True, seed=seed, lighting_std=0.1, **shared)
+    return train_loader, _val_loader(val, batch_size, image_size, **shared), tuple(train.classes)
+
+
+def imagenet_val_loader(
+    root: str | Path, batch_size: int, *, device: torch.device | str, workers: int, image_size: int = 224
+) -> tuple[_FileLoader, tuple[str, ...]]:
+    """The validation loader of `imagenet_loaders` alone, and the classes' names."""
+    _, val = _imagenet_folders(root)
+    shared = {"device": device, "workers": workers, "rank": 0, "world_size": 1}
+    return _val_loader(val, batch_size, image_size, **shared), tuple(val.classes)
+
+
+def _val_loader(val: ImageFolder, batch_size: int, image_size: int, **shared: Any) -> _FileLoader:
+    files = _ImageFiles(val, image_size, resize=image_size * 256 // 224)
+    return _FileLoader(files, batch_size, shuffle=False, seed=0, lighting_std=0.0, **shared)
+
+
+def _imagenet_folders(root: str | Path) -> tuple[ImageFolder, ImageFolder]:
+    roots = [Path(root), Path(root, "ILSVRC2012"), Path(root, "ImageNet-ILSVRC2012")]
+    return _image_folders(roots, held_out=("val",))
 
 
 def _mix(*key: int | str) -> int:

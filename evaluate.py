@@ -11,7 +11,7 @@ from __future__ import annotations
 import options
 from checkpoint import load_checkpoint
 from cost import Cost, measure_cost
-from data import BatchLoader, imagenet_loaders, load_set
+from data import BatchLoader, imagenet_val_loader, load_set
 from distributed import World, setup
 from engine import PRECISIONS, Precision, evaluate
 from genotypes import describe
@@ -54,13 +54,8 @@ def test_loader(data: dict, args, world: World):
     """The images that a checkpoint's training was tested on, as it saw them."""
     root = args.data or data["root"]
     if data["set"] == "imagenet":
-        _, loader, classes = imagenet_loaders(
-            root,
-            args.batch_size,
-            device=world.device,
-            workers=args.workers,
-            seed=0,
-            image_size=data["image_size"],
+        loader, classes = imagenet_val_loader(
+            root, args.batch_size, device=world.device, workers=args.workers, image_size=data["image_size"]
         )
     else:
         test_set = load_set(data["set"], root, train=False, image_size=data["image_size"], workers=args.workers)

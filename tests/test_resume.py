@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from conftest import TINY_SEARCH, TINY_STAGE
+from conftest import TINY_SEARCH, TINY_STAGE, Scripts
 
 from checkpoint import load_checkpoint
 from logger import read_metrics
@@ -51,8 +51,6 @@ def final_state(run) -> tuple[dict, list[dict]]:
 
 @pytest.fixture(scope="module", params=CASES)
 def uninterrupted(request, tmp_path_factory, data_flags):
-    from conftest import Scripts
-
     script, flags = CASES[request.param]
     whole = Scripts(tmp_path_factory.mktemp(request.param))
     whole.run(script, *data_flags, *flags)
@@ -75,9 +73,9 @@ def test_killed_mid_epoch(uninterrupted, scripts):
     assert_same(final_state(run), expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_mid_epoch(uninterrupted, scripts, number):
+def test_interrupted_mid_epoch(uninterrupted, scripts):
     script, flags, expected = uninterrupted
+    number = signal.SIGINT if script == "train_search.py" else signal.SIGTERM
     process = scripts.start(script, *flags)
     wait_for(process, r"train 000 ")
     process.send_signal(number)
@@ -90,14 +88,15 @@ def test_interrupted_mid_epoch(uninterrupted, scripts, number):
     assert_same(final_state(run), expected)
 
 
-def test_resume_with_other_flags_is_refused(uninterrupted, scripts):
-    script, flags, _ = uninterrupted
-    process = scripts.start(script, *flags)
+def test_resume_with_other_flags_is_refused(scripts, data_flags):
+    flags = [*data_flags, *TINY_STAGE, "--epochs", 50]
+    process = scripts.start("train.py", *flags)
     wait_for(process, r"train 000 ")
     process.send_signal(signal.SIGINT)
     process.stdout.read()
-    process.wait()
+    assert process.wait() == 128 + signal.SIGINT
     (run,) = scripts.runs("*")
-    result = scripts.run(script, "--resume", run, "--seed", 5, code=2)
+    result = scripts.run("train.py", "--resume", run, "--seed", 5, code=2)
     assert "--seed 0, not 5" in result.stderr and result.stderr.count("\n") == 1
-    assert "a new run" in scripts.run(script, *flags, "--seed", 5, "--epochs", 1, "--resume", "auto").stdout
+    fresh = [*data_flags, *TINY_STAGE, "--epochs", 1, "--resume", "auto"]
+    assert "nothing to resume: a new run" in scripts.run("train.py", *fresh).stdout

@@ -1,11 +1,18 @@
 """The real scripts, run as a user runs them: the pipeline, and every kind of bad input."""
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
 import shutil
+import struct
+import subprocess
+import termios
 
 import pytest
 import torch
-from conftest import TINY_SEARCH, TINY_STAGE
+from conftest import TINY_SEARCH, TINY_STAGE, environment
 
 from checkpoint import load_checkpoint
 from genotypes import GENOTYPES, genotype_to_dict, get_genotype
@@ -69,6 +76,38 @@ def test_holdout_reports_the_test_accuracy_of_the_epoch_it_chose(scripts, data_f
     best = max(records, key=lambda record: record["valid_top1"])
     assert f"epoch {best['epoch']}, the best on 30 held-out training images: test top-1" in output
     assert "optimistic" not in output
+
+
+def test_imagenet_trains_both_stages(scripts, images):
+    shutil.copytree(images / "train", scripts.folder / "ILSVRC2012" / "train")
+    shutil.copytree(images / "test", scripts.folder / "ILSVRC2012" / "val")
+    flags = "--image_size 64 --init_channels 8 --groups 2 --layers 3 --batch_size 32 --epochs 1 --workers 1".split()
+    command = ["--tmp_data_dir", scripts.folder, "--save", "log_path", "--auxiliary", *flags, "--note", "a note"]
+    assert "first run `python" in scripts.run("train_imagenet.py", *command, "--binary", code=2).stderr
+    scripts.run("train_imagenet.py", *command)
+    output = scripts.run("train_imagenet.py", *command, "--binary").stdout
+    (stage1,), (stage2,) = scripts.runs("eval-log_path-stage1-*"), scripts.runs("eval-log_path-stage2-*")
+    assert f"starting from runs/{stage1.name}/last.pt" in output
+    assert json.loads((stage2 / "args.json").read_text())["note"] == "a note"
+    record = read_metrics(stage2)[-1]
+    assert f"{record['valid_top1']:.2f}" in scripts.run("evaluate.py", stage2, "--workers", 1).stdout
+
+
+def test_progress_bars_are_for_terminals_only(scripts, data_flags):
+    flags = [*data_flags, *TINY_STAGE, "--epochs", 1]
+    assert scripts.run("train.py", *flags).stderr == ""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # 24 lines of 80 columns
+    process = subprocess.Popen(
+        scripts.command("train.py", *flags), cwd=scripts.folder, env=environment(), stdout=subprocess.PIPE, stderr=slave
+    )
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal whose other end has closed
+        while chunk := os.read(master, 4096):
+            shown += chunk
+    assert process.wait() == 0
+    assert b"epoch 0" in shown and b"4/4" in shown
 
 
 def test_two_runs_of_one_second_do_not_collide(tmp_path, monkeypatch):

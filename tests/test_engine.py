@@ -1,0 +1,108 @@
+"""The batch loop: exact means, precision, and a loss that is not finite."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from data import Batch
+from distributed import World
+from engine import FiniteWatch, Precision, StopSignal, Sums, evaluate, train_one_epoch
+from genotypes import GENOTYPES
+from logger import Run
+from model import ModelConfig, build_model
+from utils import RunFailed
+
+WORLD = World(torch.device("cpu"))
+
+
+def test_means_are_over_samples_not_batches():
+    sums = Sums(WORLD.device)
+    logits = torch.eye(10)
+    sums.add(torch.tensor(1.0), logits[:8], torch.arange(8))  # all right
+    sums.add(torch.tensor(4.0), logits[:2], torch.tensor([9, 9]))  # wrong; and not among the first five ties
+    means = sums.means(WORLD)
+    assert means["samples"] == 10
+    assert means["loss"] == pytest.approx(1.6)
+    assert means["top1"] == pytest.approx(80.0)
+
+
+def test_soft_targets_count_by_their_largest_class():
+    sums = Sums(WORLD.device)
+    sums.add(torch.tensor(0.0), torch.eye(3), torch.tensor([[0.6, 0.4, 0], [0.7, 0.3, 0], [0, 0.1, 0.9]]))
+    assert sums.means(WORLD)["top1"] == pytest.approx(200 / 3)
+    assert sums.means(WORLD)["top5"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_names_epoch_and_step(value):
+    watch = FiniteWatch(4, "try something")
+    watch.add(0, torch.tensor(1.0))
+    with pytest.raises(RunFailed, match="epoch 4, step 7; try something"):
+        watch.add(7, torch.tensor(value))
+
+
+class Batches:
+    """Two fixed batches, as a loader."""
+
+    def __init__(self, count: int = 2):
+        generator = torch.Generator().manual_seed(0)
+        self.batches = [
+            Batch(torch.randn(8, 3, 16, 16, generator=generator), torch.arange(8) % 4, 8) for _ in range(count)
+        ]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, _epoch, start=0):
+        yield from self.batches[start:]
+
+
+def train(precision: str, **changes) -> tuple[dict, nn.Module]:
+    torch.manual_seed(0)
+    config = ModelConfig(GENOTYPES["EBNAS"], init_channels=4, groups=2, layers=3, num_classes=4, auxiliary=True)
+    model = build_model(config)
+    parameters = list(model.parameters())
+    settings = {
+        "parameters": parameters,
+        "epoch": 0,
+        "world": WORLD,
+        "precision": Precision(precision, WORLD.device),
+        "run": Run(None),
+        "stop": SimpleNamespace(received=0),
+        "grad_clip": 5.0,
+        "auxiliary_weight": 0.4,
+        **changes,
+    }
+    optimizer = torch.optim.Adam(parameters, 1e-2)
+    means = [train_one_epoch(model, Batches(), optimizer, nn.CrossEntropyLoss(), **settings) for _ in range(15)]
+    return {"first": means[0]["loss"], "last": means[-1]["loss"]}, model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_learns_in_every_precision(precision):
+    losses, model = train(precision)
+    assert losses["last"] < 0.6 * losses["first"]
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    means = evaluate(
+        model, Batches(), world=WORLD, precision=Precision(precision, WORLD.device), run=Run(None)
+    )
+    assert means["samples"] == 16 and not model.training
+
+
+def test_the_clip_bounds_the_gradient():
+    _, model = train("fp32", grad_clip=1e-3)
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
+    assert norm <= 1.001e-3
+
+
+def test_a_signal_is_noted_and_the_handlers_come_back():
+    import os
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
