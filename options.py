@@ -28,6 +28,9 @@ AT_LEAST = {
     "cutout_length": 1,
     "holdout": 0,
     "workers": 0,
+    "repeats": 1,
+    "warmup": 0,
+    "images": 1,
     "seed": 0,
     "gpu": 0,
     "grad_clip": 0,
@@ -44,8 +47,10 @@ PROBABILITIES = ("drop_path_prob", "label_smooth")
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are InputErrors: one line, exit code 2."""
 
-    def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, description: str | None = None, **keywords):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords
+        )
 
     def error(self, message: str):
         raise InputError(f"{message}; {self.prog} --help lists the flags")

@@ -1,0 +1,94 @@
+"""The benchmark's table and its line of JSON, at sizes that take seconds."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import benchmark
+
+TINY = "--init_channels 8 --layers 3 --batch_size 4 --repeats 3 --warmup 0 --device cpu --precision fp32"
+NETWORK = f"{TINY} --groups 2"
+CASES = {
+    f"search {TINY} --image_size 16": [
+        "weight",
+        "weight, per edge",
+        "architecture + weight",
+        "architecture + weight, per edge",
+    ],
+    f"train {NETWORK} --image_size 16 --bits w1a32": ["training", "training, plain"],
+    f"train {NETWORK} --image_size 64 --family imagenet": ["training", "training, plain"],
+    f"data {NETWORK} --image_size 32 --images 6 --workers 0 --clock cpu": [
+        "cifar loader",
+        "cifar training",
+        "imagenet loader",
+        "imagenet training",
+    ],
+}
+
+
+@pytest.mark.parametrize(("flags", "names"), CASES.items())
+def test_table_and_json(flags, names, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags.split()])
+    benchmark.main()
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    head, body = table[0], table[2:]
+    assert [row[0] for row in body] == [row["case"] for row in result["rows"]] == names
+    assert result["settings"]["layers"] == 3 and result["machine"]["torch"] == torch.__version__
+    assert torch.__version__ in lines[0] and "layers 3" in lines[1]
+    by_name = {row["case"]: row for row in result["rows"]}
+    for row, cells in zip(result["rows"], body, strict=True):
+        assert len(cells) == len(head)
+        assert 0 < row["min"] <= row["median"] <= row["max"]
+        assert cells[1] == f"{1000 * row['median']:.1f}"
+        if "loader" not in row["case"]:
+            assert row["images_per_second"] == pytest.approx(4 / row["median"])
+            assert row["memory_bytes"] > 0
+    ours, against = result["rows"][0], by_name[names[1]]
+    assert against.keys().isdisjoint({"ratio", "memory_ratio"})
+    low = against["min"] / ours["max"] if "data" not in flags else 0
+    assert low <= ours["ratio"] and body[0][6] == f"{ours['ratio']:.2f}"
+    if "data" not in flags:
+        assert ours["memory_ratio"] < 1
+
+
+def test_bytes_kept_for_the_backward_pass():
+    x = torch.randn(100, requires_grad=True)  # 400 bytes
+
+    def step() -> None:
+        y = x.exp()  # keeps its result
+        (y[:50] * y[50:]).sum().backward()  # keeps two views of that storage
+        (x * x).sum().backward()  # keeps x, twice, after y is gone
+
+    assert benchmark.measure_memory(step, torch.device("cpu")) == 400
+
+
+def test_ratio_is_of_rates_and_not_of_calls():
+    turns = iter(range(100))
+    moments = [0, 1, 1, 3, 3, 4, 4, 6]  # seconds: one a call of the first case, two of the second
+
+    args = type("Args", (), {"clock": "fake", "warmup": 1, "repeats": 1})
+    cases = [
+        benchmark.Case("one", lambda: None, 10, against="other"),
+        benchmark.Case("other", lambda: None, 40),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(benchmark.CLOCKS, "fake", lambda: moments[next(turns)])
+        one, other = benchmark.measure(cases, args, torch.device("cpu"))
+    assert (one["median"], other["median"]) == (1, 2)
+    assert (one["images_per_second"], other["images_per_second"]) == (10, 20)
+    assert one["ratio"] == 0.5
+
+
+def test_without_the_tests_it_says_what_is_missing(monkeypatch, fails):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "__file__", "/nowhere/benchmark.py")
+        patch.setattr(sys, "path", [p for p in sys.path if "tests" not in p])
+        patch.delitem(sys.modules, "plain_forms", raising=False)
+        line = fails("benchmark.py", *f"train {NETWORK} --image_size 16".split())
+    assert "plain_forms.py" in line and "full checkout" in line
+    assert "invalid choice" in fails("benchmark.py", "serach")
+    assert "--repeats is 0" in fails("benchmark.py", "search", "--repeats", 0)
