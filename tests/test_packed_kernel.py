@@ -173,7 +173,8 @@ def test_sanitizers(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",
     }
     tests = [__file__, str(Path(__file__).with_name("test_packed_fuzz.py"))]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    reaching = "not truncated and not lying and not no_numbers"  # these files never get as far as the kernel
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", reaching, *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert list((tmp_path / "ebnas").glob("*.so")), "the kernel with sanitizers was not the one that ran"
