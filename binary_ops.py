@@ -45,6 +45,32 @@ def binary_sign(x: Tensor) -> Tensor:
     return _BinarySign.apply(x)
 
 
+class _SignConvolution(Function):
+    """conv2d(binary_sign(x), weight). It keeps x alone for the backward pass, and takes the signs again there:
+    a pass over x costs less than a second tensor of its size."""
+
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding, dilation, groups):
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = stride, padding, dilation, groups
+        return F.conv2d(sign(x), weight, None, *ctx.geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        # under autocast the forward pass was in the type of grad, x and weight are not
+        signs, weight = sign(x).to(grad.dtype), weight.to(grad.dtype)
+        wanted = (*ctx.needs_input_grad[:2], False)
+        geometry = stride, padding, dilation, False, (0, 0), groups
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, signs, weight, None, *geometry, wanted
+        )
+        if grad_x is not None:
+            grad_x = grad_x * _sign_slope(x)
+        return grad_x, grad_weight, None, None, None, None
+
+
 class _ClippedSign(Function):
     @staticmethod
     def forward(ctx, w):
@@ -135,11 +161,13 @@ class BinaryConv2d(nn.Conv2d):
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        stride = self.stride
+        if self.kernel_size == (1, 1):  # reads only every other pixel at stride 2: take these first
+            x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+        geometry = stride, self.padding, self.dilation, self.groups
         if self.activation_bits == 1:
-            x = binary_sign(x)
-        return F.conv2d(
-            x, self.effective_weight(), None, self.stride, self.padding, self.dilation, self.groups
-        )
+            return _SignConvolution.apply(x, self.effective_weight(), *geometry)
+        return F.conv2d(x, self.effective_weight(), None, *geometry)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, W{self.weight_bits}A{self.activation_bits}"

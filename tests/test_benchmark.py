@@ -68,7 +68,7 @@ def test_bytes_kept_for_the_backward_pass():
 
 def test_ratio_is_of_rates_and_not_of_calls():
     turns = iter(range(100))
-    moments = [0, 1, 1, 3, 3, 4, 4, 6]  # seconds: one a call of the first case, two of the second
+    moments = [0, 0, 0, 1, 1, 3]  # in seconds: two warm-up calls, then one of 1 s and one of 2 s
 
     args = type("Args", (), {"clock": "fake", "warmup": 1, "repeats": 1})
     cases = [
