@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from binary_ops import binary_sign
 from genotypes import EDGES, NODES, PRIMITIVES, Genotype
 from operations import SearchPreprocess, SourceOperations
 from utils import InputError, nearest_multiples
@@ -72,7 +73,7 @@ def edge_weights(beta: Tensor) -> Tensor:
 
 
 class SearchCell(nn.Module):
-    """A cell of the supernet: s0, s1 -> (n, 4 * channels, h', w').
+    """A cell of the supernet: the signs of its two inputs, s0, s1 -> (n, 4 * channels, h', w').
 
     `mixing` holds by source, for each edge that leaves it, the edge's weight times the softmax of its
     alphas (m, 7); `weights` (14,) the edges' weights alone, which the bypassing channels get.
@@ -162,10 +163,12 @@ class Supernet(nn.Module):
             weights[kind] = edge_weights(beta)
             of_edges = weights[kind].unsqueeze(1) * alpha.softmax(1)  # (14, 7)
             mixing[kind] = of_edges[self.by_source].split([len(edges) for edges in LEAVING])
-        s0 = s1 = self.stem(x)
+        x = self.stem(x)
+        s0 = s1 = binary_sign(x)
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, mixing[cell.reduction], weights[cell.reduction])
-        return self.classifier(s1.mean((2, 3))), None
+            x = cell(s0, s1, mixing[cell.reduction], weights[cell.reduction])
+            s0, s1 = s1, binary_sign(x)
+        return self.classifier(x.mean((2, 3))), None
 
     def genotype(self) -> Genotype:
         """The genotype that the architecture parameters stand for now (a host synchronisation on a GPU)."""

@@ -8,6 +8,8 @@ At stride 2 every operation gives ceil(size / 2), so that all edges of a node ag
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -264,13 +266,23 @@ class SourceOperations(nn.Module):
 
     def _reduced(self, signs: Tensor, edges: int) -> Tensor:
         """The skip connection at stride 2, a factorised reduction before its BN: (n, m * c, h', w')."""
-        even, odd = self.skip
-        halves = [even(signs), pad_to_half(odd(signs[:, :, 1:, 1:]), signs)]
-        return torch.cat([half.unflatten(1, (edges, -1)) for half in halves], 2).flatten(1, 2)
+        halves = [half.unflatten(1, (edges, -1)) for half in reduced_halves(signs, self.skip)]
+        return torch.cat(halves, 2).flatten(1, 2)
+
+
+def reduced_halves(signs: Tensor, convolutions: Iterable[nn.Conv2d]) -> list[Tensor]:
+    """The two halves of a factorised reduction: 1x1 convolutions of the pixels that stride 2 meets, and of
+    those one further right and down. Taking these pixels first spares the convolutions the others."""
+    pixels = (signs[:, :, ::2, ::2], signs[:, :, 1::2, 1::2])
+    even, odd = (F.conv2d(x, conv.weight) for x, conv in zip(pixels, convolutions, strict=True))
+    return [even, pad_to_half(odd, signs)]
 
 
 class SearchPreprocess(nn.Module):
-    """Search form: BN(conv1x1(sign(x))), or its factorised reduction, (n, c_in, h, w) -> (n, c_out, ...)."""
+    """Search form: BN(conv1x1(signs)), or its factorised reduction, (n, c_in, h, w) -> (n, c_out, ...).
+
+    It is given the signs of its input: two cells read each cell's output.
+    """
 
     def __init__(self, c_in: int, c_out: int, *, reduce: bool):
         super().__init__()
@@ -280,9 +292,7 @@ class SearchPreprocess(nn.Module):
         )
         self.norm = nn.BatchNorm2d(c_out, affine=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        signs = binary_sign(x)
-        y = self.convolutions[0](signs)
+    def forward(self, signs: Tensor) -> Tensor:
         if len(self.convolutions) == 2:
-            y = torch.cat([y, pad_to_half(self.convolutions[1](signs[:, :, 1:, 1:]), signs)], 1)
-        return self.norm(y)
+            return self.norm(torch.cat(reduced_halves(signs, self.convolutions), 1))
+        return self.norm(self.convolutions[0](signs))
