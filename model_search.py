@@ -60,9 +60,11 @@ class SearchConfig:
         return dataclasses.asdict(self)
 
 
-def channel_shuffle(x: Tensor, groups: int) -> Tensor:
-    """Interleave `groups` groups of channels: (n, g * c, h, w), channel i * c + j goes to j * g + i."""
-    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+def shuffled(first: Tensor, others: Tensor, groups: int) -> Tensor:
+    """Channel shuffle, for a network of `groups` groups of c channels: the first group (n, c, h, w) and the
+    others (n, (groups - 1) * c, h, w) interleaved; channel j of group i goes to j * groups + i."""
+    others = others.unflatten(1, (groups - 1, -1)).transpose(1, 2)  # (n, c, groups - 1, h, w)
+    return torch.cat([first.unsqueeze(2), others], 2).flatten(1, 2)
 
 
 def edge_weights(beta: Tensor) -> Tensor:
@@ -97,17 +99,18 @@ class SearchCell(nn.Module):
         bypassed: list[Tensor] = []  # by source: (n, c - c / k, h', w')
         for node in range(NODES):
             for source in range(len(bypassed), len(states)):
-                x = states[source]
-                outputs = self.sources[source](x[:, : self.sampled], mixing[source])
+                sampled, rest = states[source].tensor_split([self.sampled], 1)
+                outputs = self.sources[source](sampled, mixing[source])
                 mixed.update(zip(LEAVING[source], outputs.unbind(1), strict=True))
-                rest = x[:, self.sampled :]
                 if self.reduction and source < 2:
                     rest = F.max_pool2d(rest, 2, 2, ceil_mode=True)
                 bypassed.append(rest)
-            entering = [e for e, (to, _) in enumerate(EDGES) if to == node]
-            through = sum(mixed[e] for e in entering)
-            around = sum(weights[e] * rest for e, rest in zip(entering, bypassed, strict=True))
-            states.append(channel_shuffle(torch.cat([through, around], 1), self.k))
+            first, *others = (e for e, (to, _) in enumerate(EDGES) if to == node)
+            through, around = mixed[first], weights[first] * bypassed[0]
+            for e, rest in zip(others, bypassed[1:], strict=True):
+                through = through + mixed[e]
+                around = torch.addcmul(around, weights[e], rest)
+            states.append(shuffled(through, around, self.k))
         return torch.cat(states[2:], 1)
 
 
