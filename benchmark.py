@@ -4,6 +4,7 @@
     python benchmark.py train                       # a step of stage 2 at CIFAR's size, lean and plain
     python benchmark.py train --family imagenet
     python benchmark.py data                        # the loaders' rates beside those of the networks
+    python benchmark.py infer model.ebnas           # a packed network beside its float form in other engines
     python benchmark.py search --device cuda --precision bf16 --compile --batch_size 256
 
 The obvious forms stand in tests/: the supernet edge by edge, binarisation in float tensors by autograd, the
@@ -46,6 +47,8 @@ from engine import PRECISIONS, Precision
 from genotypes import get_genotype
 from model import FAMILIES, ModelConfig, Network, build_model
 from model_search import SearchConfig, Supernet
+from packed import PackedNetwork, available_kernels, load
+from rivals import RIVALS, Logits, float_network, make_runner
 from utils import InputError, run_main
 
 PUBLISHED = {
@@ -79,6 +82,9 @@ def parser() -> options.Parser:
         flag("--repeats", type=int, default=5, help="rounds that are timed")
         flag("--warmup", type=int, default=1, help="rounds before them that are not")
         flag("--clock", choices=CLOCKS, default="wall", help="cpu: this process's time on a busy machine")
+        if name == "infer":  # always float32, on the CPU
+            benchmark.set_defaults(precision="fp32", device="cpu")
+            continue
         flag("--precision", choices=PRECISIONS, help="default: bf16 on a CUDA GPU that has it, else fp32")
         flag("--compile", action="store_true", help="torch.compile of our form")
         flag("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
@@ -227,10 +233,59 @@ def data_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
         yield cases
 
 
+def add_infer_flags(parser: options.Parser) -> None:
+    parser.add_argument("model", help="a packed network (export.py)")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=RIVALS)
+
+
+@contextmanager
+def infer_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
+    """a packed network, on every path of its kernel that this processor runs, and its float form elsewhere"""
+    torch.set_num_threads(args.threads)
+    try:
+        packed = load(args.model)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    images = torch.randn(args.batch_size, 3, packed.image_size, packed.image_size)
+    model = Logits(float_network(packed.program)).eval()
+    n = args.batch_size
+    with torch.inference_mode():
+        cases = [Case("eager", lambda: model(images).numpy(), n)]
+        for rival in args.rivals:
+            try:
+                runner = make_runner(rival, model, images, args.threads)
+                runner()
+            except (
+                Exception
+            ) as error:  # each engine has errors of its own; one that fails must not end the rest
+                print(f"{rival} is left out: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            else:
+                cases.append(Case(rival, runner, n, against="eager"))
+        for kernel in available_kernels():
+            network = PackedNetwork(packed.program, threads=args.threads, kernel=kernel)
+            cases.append(
+                Case(f"packed, {kernel}", lambda network=network: network(images.numpy()), n, "eager")
+            )
+        expected = cases[0].run()
+        for case in cases[1:]:
+            logits = case.run()
+            same = (logits.argmax(1) == expected.argmax(1)).mean()
+            print(
+                f"{case.name}: top-1 as eager {same:.1%}, largest difference {abs(logits - expected).max():.1e}"
+            )
+        weights = 4 * sum(parameter.numel() for parameter in float_network(packed.program).parameters())
+        size = Path(args.model).stat().st_size
+        print(f"file {size:,} bytes, {weights / size:.1f} times less than float32's {weights:,}")
+        yield cases
+
+
 BENCHMARKS = {
     "search": (add_search_flags, search_cases),
     "train": (add_train_flags, train_cases),
     "data": (add_data_flags, data_cases),
+    "infer": (add_infer_flags, infer_cases),
 }
 """By name: a function that adds its flags, and a context that gives its cases."""
 

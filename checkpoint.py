@@ -151,7 +151,9 @@ def find_resumable(resume: str, *, script: str, args: dict, explicit: set[str], 
     path = resolve_checkpoint(resume)
     checkpoint = load_checkpoint(path)
     if checkpoint["script"] != script:
-        raise InputError(f"{path} is a checkpoint of {checkpoint['script']}.py, not of {script}.py: resume it there")
+        raise InputError(
+            f"{path} is a checkpoint of {checkpoint['script']}.py, not of {script}.py: resume it there"
+        )
     if checkpoint["finished"]:
         raise InputError(f"{path} is of a finished run; leave --resume out to start another")
     if differing := differing_flags(checkpoint["args"], args, explicit):

@@ -1,12 +1,15 @@
 """Accuracy and cost of trained networks: each checkpoint knows its network, its data and its classes.
 
-    python evaluate.py runs/eval-EXP-stage2-TIME             # a run's folder: its last checkpoint
-    python evaluate.py runs/eval-EXP-stage2-TIME/best.pt     # or a checkpoint file
-    python evaluate.py runs/eval-*-stage?-*                  # several, in one table
-    python evaluate.py RUN --data DIR                        # where the images are now
+python evaluate.py runs/eval-EXP-stage2-TIME             # a run's folder: its last checkpoint
+python evaluate.py runs/eval-EXP-stage2-TIME/best.pt     # or a checkpoint file
+python evaluate.py runs/eval-*-stage?-*                  # several, in one table
+python evaluate.py RUN --data DIR                        # where the images are now
+python evaluate.py runs/eval-EXP-stage2-TIME --packed    # and as packed bits: do the two agree?
 """
 
 from __future__ import annotations
+
+import torch
 
 import options
 from checkpoint import load_checkpoint
@@ -16,16 +19,24 @@ from distributed import World, setup
 from engine import PRECISIONS, Precision, evaluate
 from genotypes import describe
 from logger import Run
-from model import ModelConfig
+from lowering import lower
+from model import ModelConfig, Network
+from packed import PackedNetwork
 from stages import trained_network
 from utils import InputError, human, run_main
 
+
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a checkpoint file or a run's folder")
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="a checkpoint file or a run's folder"
+    )
     parser.add_argument("--data", help="where the images are; default: where they were in training")
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument(
+        "--packed", action="store_true", help="run W1A1 networks as packed bits too, on the CPU"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     return parser
@@ -47,7 +58,29 @@ def main() -> None:
         model.to(world.device)
         means = evaluate(model, loaders[key], world=world, precision=precision, run=Run(None))
         rows.append((path, checkpoint, means, measure_cost(model, data["image_size"])))
+        if args.packed:
+            compare_packed(path, model, loaders[key], data)
     print_table(rows)
+
+
+@torch.no_grad()
+def compare_packed(path: str, model: Network, loader, data: dict) -> None:
+    """Print the packed network's top-1, and on how many images it names the class that the float form names.
+
+    Raises InputError on a network that is not W1A1.
+    """
+    network = PackedNetwork(lower(model, data))
+    right = same = images = 0
+    for batch in loader.epoch(0):
+        packed = network(batch.images.cpu().contiguous()).argmax(1)
+        floating = model(batch.images)[0].argmax(1).cpu()
+        right += (packed == batch.targets.cpu()).sum().item()
+        same += (packed == floating).sum().item()
+        images += len(packed)
+    print(
+        f"{path} packed ({network.kernel}): top-1 {100 * right / images:.2f} %, "
+        f"the class of the float form on {100 * same / images:.2f} % of {images} images"
+    )
 
 
 def test_loader(data: dict, args, world: World):
@@ -58,7 +91,9 @@ def test_loader(data: dict, args, world: World):
             root, args.batch_size, device=world.device, workers=args.workers, image_size=data["image_size"]
         )
     else:
-        test_set = load_set(data["set"], root, train=False, image_size=data["image_size"], workers=args.workers)
+        test_set = load_set(
+            data["set"], root, train=False, image_size=data["image_size"], workers=args.workers
+        )
         classes = test_set.classes
         loader = BatchLoader(test_set.to(world.device), args.batch_size, mean=data["mean"], std=data["std"])
     if list(classes) != data["classes"]:
@@ -83,9 +118,15 @@ def print_table(rows: list[tuple[str, dict, dict, Cost]]) -> None:
             f"{means['top1']:>8.2f} {means['top5']:>8.2f} {human(cost.parameters):>8} {human(cost.ops):>8} "
             f"{human(cost.convolution_ops):>8} {human(cost.binary_bytes) + 'B':>9} {human(cost.float_bytes) + 'B':>9}"
         )
-    print("\nOPs of one image: 1-bit MACs / 64 + float MACs + 2 per BN, 1 per PReLU and average-pool element;")
-    print("`conv` without the last three. 1-bit and float: bytes of the weights, stored a bit and 32 bits each.")
-    genotypes = {describe(ModelConfig.from_dict(checkpoint["config"]).genotype) for _, checkpoint, _, _ in rows}
+    print(
+        "\nOPs of one image: 1-bit MACs / 64 + float MACs + 2 per BN, 1 per PReLU and average-pool element;"
+    )
+    print(
+        "`conv` without the last three. 1-bit and float: bytes of the weights, stored a bit and 32 bits each."
+    )
+    genotypes = {
+        describe(ModelConfig.from_dict(checkpoint["config"]).genotype) for _, checkpoint, _, _ in rows
+    }
     for genotype in sorted(genotypes):
         print(f"\ngenotype\n{genotype}")
 

@@ -224,7 +224,7 @@ class SourceOperations(nn.Module):
     def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
         edges = mixing.shape[0]
         signs = binary_sign(x)
-        outputs = [convolution(signs) for convolution in self.convolutions]
+        outputs = [self._convolved(signs, *pair) for pair in (self.convolutions[:2], self.convolutions[2:])]
         if self.stride == 2:
             outputs.append(self._reduced(signs, edges))
         pools = [
@@ -263,6 +263,11 @@ class SourceOperations(nn.Module):
         y = y.unflatten(1, (*coefficient.shape, -1))
         statistics = mean.view(layout), (var + norm.eps).rsqrt().view(layout)
         return _NormalizedMixture.apply(y, coefficient, *statistics, self.training)
+
+    def _convolved(self, signs: Tensor, small: nn.Conv2d, large: nn.Conv2d) -> Tensor:
+        """3x3 and 5x5 of one dilation as one convolution, the 3x3 kernels with a border of zeros."""
+        weight = torch.cat([F.pad(small.weight, (1, 1, 1, 1)), large.weight])
+        return F.conv2d(signs, weight, None, large.stride, large.padding, large.dilation)
 
     def _reduced(self, signs: Tensor, edges: int) -> Tensor:
         """The skip connection at stride 2, a factorised reduction before its BN: (n, m * c, h', w')."""

@@ -14,8 +14,32 @@ from data import draw_shapes
 from utils import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY_SEARCH = "--batch_size 32 --init_channels 8 --layers 3 --epochs 2 --report_freq 1".split()
-TINY_STAGE = "--batch_size 32 --init_channels 4 --groups 2 --layers 3 --epochs 2 --report_freq 1".split()
+TINY_SEARCH = [
+    "--batch_size",
+    "32",
+    "--init_channels",
+    "8",
+    "--layers",
+    "3",
+    "--epochs",
+    "2",
+    "--report_freq",
+    "1",
+]
+TINY_STAGE = [
+    "--batch_size",
+    "32",
+    "--init_channels",
+    "4",
+    "--groups",
+    "2",
+    "--layers",
+    "3",
+    "--epochs",
+    "2",
+    "--report_freq",
+    "1",
+]
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 

@@ -20,7 +20,11 @@ def checkpointer(tmp_path):
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.Adam(model.parameters())
     return Checkpointer(
-        tmp_path, header={"kind": "stage1", "args": {}}, model=model, stateful={"optimizer": optimizer}, world=WORLD
+        tmp_path,
+        header={"kind": "stage1", "args": {}},
+        model=model,
+        stateful={"optimizer": optimizer},
+        world=WORLD,
     )
 
 

@@ -49,7 +49,8 @@ class Batches:
     def __init__(self, count: int = 2):
         generator = torch.Generator().manual_seed(0)
         self.batches = [
-            Batch(torch.randn(8, 3, 16, 16, generator=generator), torch.arange(8) % 4, 8) for _ in range(count)
+            Batch(torch.randn(8, 3, 16, 16, generator=generator), torch.arange(8) % 4, 8)
+            for _ in range(count)
         ]
 
     def __len__(self):
@@ -61,7 +62,9 @@ class Batches:
 
 def train(precision: str, **changes) -> tuple[dict, nn.Module]:
     torch.manual_seed(0)
-    config = ModelConfig(GENOTYPES["EBNAS"], init_channels=4, groups=2, layers=3, num_classes=4, auxiliary=True)
+    config = ModelConfig(
+        GENOTYPES["EBNAS"], init_channels=4, groups=2, layers=3, num_classes=4, auxiliary=True
+    )
     model = build_model(config)
     parameters = list(model.parameters())
     settings = {
@@ -76,7 +79,9 @@ def train(precision: str, **changes) -> tuple[dict, nn.Module]:
         **changes,
     }
     optimizer = torch.optim.Adam(parameters, 1e-2)
-    means = [train_one_epoch(model, Batches(), optimizer, nn.CrossEntropyLoss(), **settings) for _ in range(15)]
+    means = [
+        train_one_epoch(model, Batches(), optimizer, nn.CrossEntropyLoss(), **settings) for _ in range(15)
+    ]
     return {"first": means[0]["loss"], "last": means[-1]["loss"]}, model
 
 

@@ -19,6 +19,7 @@ import checkpoint
 import data
 import export
 import infer
+import lowering
 import packed
 from genotypes import GENOTYPES
 from operations import BinaryUnit, FactorizedReduce
@@ -62,7 +63,7 @@ def models() -> dict[str, nn.Module]:
 
 
 def packed_form(model: nn.Module, **options) -> PackedNetwork:
-    return PackedNetwork(export.lower(model, data_entry(model.config.num_classes)), **options)
+    return PackedNetwork(lowering.lower(model, data_entry(model.config.num_classes)), **options)
 
 
 def float_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -89,7 +90,7 @@ def assert_only_rounding(model: nn.Module, net: PackedNetwork, image: torch.Tens
     for step, result in zip(net.program.steps, net.trace(image.numpy()), strict=True):
         if step.op == "binary":
             bn = model.get_submodule(step.name).bn1
-            scale, shift = (values.view(-1, 1, 1) for values in export._affine(bn))
+            scale, shift = (values.view(-1, 1, 1) for values in lowering._affine(bn))
             x = torch.from_numpy(buffers[step.source.buffer][step.source.slice].copy())
             ours, theirs = x.double() * scale + shift, signed[step.name].double()
             assert (ours - theirs).abs().max() < 1e-4, f"{step.name}: values differ before any sign does"
@@ -148,8 +149,8 @@ def test_sign_thresholds_are_those_of_the_exact_bn():
         bn.weight[40:60] *= 1e-30
         bn.weight[60:80] = 1e-44  # zero where no float32 is
         bn.bias[60:80] *= 1e10
-    threshold, inverted = export.sign_thresholds(bn)
-    scale, shift = (values.numpy() for values in export._affine(bn))
+    threshold, inverted = lowering.sign_thresholds(bn)
+    scale, shift = (values.numpy() for values in lowering._affine(bn))
     assert not np.isnan(threshold).any() and (threshold < np.inf).all()
     largest = np.finfo(np.float32).max
     finite = np.clip(threshold, -largest, largest)
@@ -165,17 +166,17 @@ def test_sign_thresholds_are_those_of_the_exact_bn():
 
 def test_export_refuses(models):
     with pytest.raises(InputError, match="W1A32"):
-        export.lower(network(**NETWORKS["cifar"][0], activation_bits=32), data_entry())
+        lowering.lower(network(**NETWORKS["cifar"][0], activation_bits=32), data_entry())
     model = network(**NETWORKS["deep"][0])
     model.cells[3].preprocess1.bn1.running_var[2] = np.inf
     with pytest.raises(InputError, match=r"cells\.3\.preprocess1\.bn1\.running_var is not finite"):
-        export.lower(model, data_entry())
+        lowering.lower(model, data_entry())
 
 
 def test_file_round_trip_and_size(tmp_path):
     """The published CIFAR configuration at its full width: the file has at most 1/20 of the float32 bytes."""
     model = network(genotype=GENOTYPES["EBNAS"], init_channels=84, layers=16)
-    program = export.lower(model, data_entry())
+    program = lowering.lower(model, data_entry())
     path = tmp_path / "model.ebnas"
     path.write_bytes(program_bytes(program))
     assert path.stat().st_size * 20 <= 4 * sum(p.numel() for p in model.parameters())
@@ -270,7 +271,7 @@ assert net.kernel != "torch" and "torch" not in sys.modules
 def test_two_processes_compile_at_once_and_need_no_torch(models, tmp_path):
     images, path = tmp_path / "images.npy", tmp_path / "model.ebnas"
     np.save(images, np.random.default_rng(0).standard_normal((2, 3, 24, 24), np.float32))
-    path.write_bytes(program_bytes(export.lower(models["deep"], data_entry())))
+    path.write_bytes(program_bytes(lowering.lower(models["deep"], data_entry())))
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", USE, str(path)]
     runs = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from packed_programs import SEVEN, data_entry, network
 
-import export
+import lowering
 from packed import PackedFileError, PackedNetwork, program_bytes, read_program
 
 ODD_VALUES = (
@@ -39,7 +39,7 @@ ODD_VALUES = (
 def content() -> bytes:
     torch.set_num_threads(1)
     model = network(genotype=SEVEN, init_channels=4, layers=3, groups=2, num_classes=3)
-    return program_bytes(export.lower(model, data_entry(3, image_size=8)))
+    return program_bytes(lowering.lower(model, data_entry(3, image_size=8)))
 
 
 @pytest.fixture

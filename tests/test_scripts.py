@@ -52,7 +52,18 @@ def test_the_stages_follow_each_other(pipeline):
 def test_stage_2_begins_with_the_weights_of_stage_1(pipeline, scripts, data_flags):
     shutil.copytree(pipeline.folder, scripts.folder, dirs_exist_ok=True)
     (search,) = pipeline.runs("search-*")
-    flags = [*data_flags, *TINY_STAGE, "--epochs", 1, "--arch", search, "--learning_rate", 1e-30, "--save", "still"]
+    flags = [
+        *data_flags,
+        *TINY_STAGE,
+        "--epochs",
+        1,
+        "--arch",
+        search,
+        "--learning_rate",
+        1e-30,
+        "--save",
+        "still",
+    ]
     scripts.run("train.py", *flags, "--binary", "--auxiliary")
     (stage1,), (stage2,) = scripts.runs("eval-EXP-stage1-*"), scripts.runs("eval-still-stage2-*")
     before, after = load_checkpoint(stage1)["model"], load_checkpoint(stage2)["model"]
@@ -81,8 +92,32 @@ def test_holdout_reports_the_test_accuracy_of_the_epoch_it_chose(scripts, data_f
 def test_imagenet_trains_both_stages(scripts, images):
     shutil.copytree(images / "train", scripts.folder / "ILSVRC2012" / "train")
     shutil.copytree(images / "test", scripts.folder / "ILSVRC2012" / "val")
-    flags = "--image_size 64 --init_channels 8 --groups 2 --layers 3 --batch_size 32 --epochs 1 --workers 1".split()
-    command = ["--tmp_data_dir", scripts.folder, "--save", "log_path", "--auxiliary", *flags, "--note", "a note"]
+    flags = [
+        "--image_size",
+        "64",
+        "--init_channels",
+        "8",
+        "--groups",
+        "2",
+        "--layers",
+        "3",
+        "--batch_size",
+        "32",
+        "--epochs",
+        "1",
+        "--workers",
+        "1",
+    ]
+    command = [
+        "--tmp_data_dir",
+        scripts.folder,
+        "--save",
+        "log_path",
+        "--auxiliary",
+        *flags,
+        "--note",
+        "a note",
+    ]
     assert "first run `python" in scripts.run("train_imagenet.py", *command, "--binary", code=2).stderr
     scripts.run("train_imagenet.py", *command)
     output = scripts.run("train_imagenet.py", *command, "--binary").stdout
@@ -99,7 +134,11 @@ def test_progress_bars_are_for_terminals_only(scripts, data_flags):
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # 24 lines of 80 columns
     process = subprocess.Popen(
-        scripts.command("train.py", *flags), cwd=scripts.folder, env=environment(), stdout=subprocess.PIPE, stderr=slave
+        scripts.command("train.py", *flags),
+        cwd=scripts.folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=slave,
     )
     os.close(slave)
     shown = b""
@@ -161,7 +200,9 @@ BAD_FLAGS = [
 ]
 
 
-@pytest.mark.parametrize(("script", "flags", "expected"), BAD_FLAGS, ids=[f"{s} {f}" for s, f, _ in BAD_FLAGS])
+@pytest.mark.parametrize(
+    ("script", "flags", "expected"), BAD_FLAGS, ids=[f"{s} {f}" for s, f, _ in BAD_FLAGS]
+)
 def test_bad_flags_get_one_line(fails, data_flags, script, flags, expected):
     tiny = {"train_search.py": [*data_flags, *TINY_SEARCH], "train.py": [*data_flags, *TINY_STAGE]}
     assert expected in fails(script, *tiny.get(script, []), *flags.split())
@@ -172,7 +213,10 @@ def test_bad_flags_get_one_line(fails, data_flags, script, flags, expected):
     [
         (lambda g: g.pop("reduce"), "field 'reduce' is missing"),
         (lambda g: g["normal"].pop(), "field 'normal' must list 8"),
-        (lambda g: g["normal"].__setitem__(2, ["bin_conv_3x3", 3]), "node 1 takes input 3, which does not exist"),
+        (
+            lambda g: g["normal"].__setitem__(2, ["bin_conv_3x3", 3]),
+            "node 1 takes input 3, which does not exist",
+        ),
         (lambda g: g["reduce"].__setitem__(0, ["sep_conv_3x3", 0]), "unknown operation 'sep_conv_3x3'"),
         (lambda g: g.update(normal_concat=[2, 2]), "'normal_concat'"),
     ],
