@@ -89,7 +89,7 @@ class Architect:
 
 @contextmanager
 def only_gradients_of(parameters: list[nn.Parameter], *, not_of: list[nn.Parameter]) -> Iterator[None]:
-    """Within the block, gradients of `parameters` are computed, and none of `not_of`; outside, the reverse."""
+    """Within the block `parameters` get gradients, and `not_of` none; outside it is the reverse."""
     for wanted, group in ((True, parameters), (False, not_of)):
         for parameter in group:
             parameter.requires_grad_(wanted)

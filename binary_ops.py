@@ -46,8 +46,8 @@ def binary_sign(x: Tensor) -> Tensor:
 
 
 class _SignConvolution(Function):
-    """conv2d(binary_sign(x), weight). It keeps x alone for the backward pass, and takes the signs again there:
-    a pass over x costs less than a second tensor of its size."""
+    """conv2d(binary_sign(x), weight). It keeps x alone for the backward pass, and takes the signs again
+    there: a pass over x costs less than a second tensor of its size."""
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding, dilation, groups):

@@ -93,7 +93,7 @@ def set_random_state(state: dict, device: torch.device) -> None:
 
 
 def resolve_checkpoint(path: str | Path, prefer: str = LAST) -> Path:
-    """The checkpoint file that `path`, a file or a run's folder, stands for. Raises InputError: none there."""
+    """The checkpoint file that `path`, a file or a run's folder, stands for. Raises InputError: none."""
     path = Path(path)
     if path.is_dir():
         for name in (prefer, LAST, BEST):

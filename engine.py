@@ -166,9 +166,10 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train `parameters` for one epoch, and give its means: loss, top1, top5 (percent), samples, seconds.
 
-    `model` maps images to (logits, auxiliary logits or None); it is put into training mode. `before_step(step)`
-    runs before each weight step. An epoch that was interrupted goes on from `start_step` with its `sums`.
-    Raises RunFailed on a loss that is not finite; Interrupted, after the step that a signal arrived in.
+    `model` maps images to (logits, auxiliary logits or None); it is put into training mode.
+    `before_step(step)` runs before each weight step. An epoch that was interrupted goes on from
+    `start_step` with its `sums`. Raises RunFailed on a loss that is not finite; Interrupted, after the
+    step that a signal arrived in.
     """
     model.train()
     totals = Sums(world.device, sums if sums and world.is_main else None)

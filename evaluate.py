@@ -106,18 +106,30 @@ def test_loader(data: dict, args, world: World):
 
 def print_table(rows: list[tuple[str, dict, dict, Cost]]) -> None:
     """Accuracy and cost of each checkpoint, and the genotypes they are of."""
-    print(
-        f"{'checkpoint':<44} {'set':<9} {'stage':<13} {'epoch':>5} {'top-1 %':>8} {'top-5 %':>8} {'params':>8} "
-        f"{'OPs':>8} {'OPs conv':>8} {'1-bit':>9} {'float':>9}"
-    )
+    columns = "checkpoint,set,stage,epoch,top-1 %,top-5 %,params,OPs,OPs conv,1-bit,float"
+    lines = [tuple(columns.split(","))]
     for path, checkpoint, means, cost in rows:
         config = checkpoint["config"]
-        stage = f"{checkpoint['kind']} W{config['weight_bits']}A{config['activation_bits']}"
-        print(
-            f"{shorten(path):<44} {checkpoint['data']['set']:<9} {stage:<13} {checkpoint['epoch']:>5} "
-            f"{means['top1']:>8.2f} {means['top5']:>8.2f} {human(cost.parameters):>8} {human(cost.ops):>8} "
-            f"{human(cost.convolution_ops):>8} {human(cost.binary_bytes) + 'B':>9} {human(cost.float_bytes) + 'B':>9}"
+        lines.append(
+            (
+                path,
+                checkpoint["data"]["set"],
+                f"{checkpoint['kind']} W{config['weight_bits']}A{config['activation_bits']}",
+                str(checkpoint["epoch"]),
+                f"{means['top1']:.2f}",
+                f"{means['top5']:.2f}",
+                human(cost.parameters),
+                human(cost.ops),
+                human(cost.convolution_ops),
+                human(cost.binary_bytes) + "B",
+                human(cost.float_bytes) + "B",
+            )
         )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        texts = [cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True)]
+        numbers = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
+        print("  ".join(texts + numbers))
     print(
         "\nOPs of one image: 1-bit MACs / 64 + float MACs + 2 per BN, 1 per PReLU and average-pool element;"
     )
@@ -129,10 +141,6 @@ def print_table(rows: list[tuple[str, dict, dict, Cost]]) -> None:
     }
     for genotype in sorted(genotypes):
         print(f"\ngenotype\n{genotype}")
-
-
-def shorten(path: str, width: int = 44) -> str:
-    return path if len(path) <= width else "..." + path[3 - width :]
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def get_genotype(name: str) -> Genotype:
     if not path.is_file():
         known = ", ".join(sorted(GENOTYPES))
         raise InputError(
-            f"unknown genotype {name!r}: choose from {known}, or give a genotype file or a search run's folder"
+            f"unknown genotype {name!r}: choose from {known}, or give a genotype file or a search's folder"
         )
     try:
         fields = json.loads(path.read_text())

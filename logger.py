@@ -28,12 +28,12 @@ class Run:
         self.folder, self.report_freq = folder, report_freq
         self.tensorboard = None
         if folder is not None:
-            self._lock = open(folder / ".lock", "w")
+            self._lock = open(folder / ".lock", "w")  # noqa: SIM115 (closed by close)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(f"{folder} is in use by another process") from None
-            self._text = open(folder / "log.txt", "a", buffering=1)
+            self._text = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
 
     def log(self, text: str) -> None:
         """Print, with the time, and append to log.txt."""
@@ -45,7 +45,7 @@ class Run:
             sys.stdout.flush()
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Append an epoch's record (with the key `epoch`) to metrics.jsonl, and its numbers to TensorBoard."""
+        """Append an epoch's record, with its key `epoch`, to metrics.jsonl and its numbers to TensorBoard."""
         if self.folder is None:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
@@ -59,7 +59,7 @@ class Run:
                 self.tensorboard.add_scalar(name, value, record["epoch"])
 
     def last_record(self) -> dict[str, Any] | None:
-        """The newest record of metrics.jsonl, None before the first epoch's end (and off the main process)."""
+        """The newest record of metrics.jsonl; None before the first epoch's end, and off the main process."""
         if self.folder is None or not (self.folder / "metrics.jsonl").exists():
             return None
         return (read_metrics(self.folder) or [None])[-1]

@@ -1,7 +1,7 @@
 """The float form of a packed network in other engines, for `benchmark.py infer`.
 
-PyTorch eager, channels-last and compiled; ONNX Runtime in float32 and static int8; OpenVINO. Each has its binary
-weights fixed beforehand, as any deployment in float would. What is not installed is left out.
+PyTorch eager, channels-last and compiled; ONNX Runtime in float32 and static int8; OpenVINO. Each has its
+binary weights fixed beforehand, as any deployment in float would.
 """
 
 from __future__ import annotations

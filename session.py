@@ -2,8 +2,8 @@
 
 A script makes a Session, builds its networks and optimisers, and runs its epoch loop inside `start`:
 
-    session = Session(args, explicit, script="train_search", name=lambda args: f"search-{args.save}", world=world)
-    with session.start(kind="search", model=model, ...) as run:
+    session = Session(args, explicit, script="train", name=stages.run_name, world=world)
+    with session.start(model=model, stateful=..., kind="stage1", ...) as run:
         for epoch in session.epochs(args.epochs):
             train = train_one_epoch(..., **session.position())
             session.finish_epoch(epoch, {...}, score=...)

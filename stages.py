@@ -88,7 +88,8 @@ def find_start(args: argparse.Namespace, config: ModelConfig, data: dict) -> Pat
             return folder / LAST
     stage1 = " ".join(["python", *(word for word in sys.argv if word != "--binary")])
     raise InputError(
-        f"no finished stage-1 run of this set, genotype and size to start from; first run `{stage1}`, or give "
+        "no finished stage-1 run of this set, genotype and size to start from; "
+        f"first run `{stage1}`, or give "
         "--pretrained PATH, or --from_scratch"
     )
 
@@ -191,7 +192,8 @@ def finish(run: Run, args: argparse.Namespace, best: dict, *, held_out: str) -> 
         return
     last = read_metrics(run.folder)[-1]
     run.log(
-        f"last epoch {last['epoch']}: {held_out} top-1 {last['valid_top1']:.2f} %, top-5 {last['valid_top5']:.2f} %"
+        f"last epoch {last['epoch']}: {held_out} top-1 {last['valid_top1']:.2f} %, "
+        f"top-5 {last['valid_top5']:.2f} %"
     )
     note = (
         "chosen on the test set, so optimistic" if held_out == "test" else f"chosen on the {held_out} images"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -34,7 +35,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: aside in the same folder, synced to disk, then renamed over `path`."""
+    """Write a file whole or not at all: aside in the same folder, synced, then renamed over `path`."""
     path = Path(path)
     descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -64,8 +65,7 @@ def nearest_multiples(value: int, divisor: int) -> str:
 
 def human(number: float) -> str:
     """1496678400 -> `1.50G`: three digits and a decimal prefix."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(number) < 1000:
-            break
-        number /= 1000
-    return f"{number:.3g}{prefix}" if abs(number) < 1 or prefix == "" else f"{number:.2f}{prefix}"
+    if abs(number) < 1000:
+        return f"{number:.3g}"
+    power = min(int(math.log10(abs(number)) // 3), 4)
+    return f"{number / 1000**power:.2f}{' kMGT'[power]}"

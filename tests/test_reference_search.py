@@ -17,7 +17,7 @@ CONVOLUTION_INDEX = 3  # of the first convolution in PRIMITIVES
 
 
 def reference_names(network: Supernet):
-    """Yield (tensor of this program, or a part of it; its name in the reference), for parameters' and BN state.
+    """Yield (tensor of this program, or a part of it; its name in the reference): weights and BN statistics.
 
     A convolution of `SourceOperations` holds, one after another, the output channels of the same operation
     on all edges that leave its state; its BN the channels of all its convolutions; its pools' BN stands for

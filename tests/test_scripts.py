@@ -252,7 +252,7 @@ def test_bad_checkpoints(pipeline, fails, tmp_path, data_flags):
 
 
 def test_bad_input_of_a_real_process(scripts, data_flags):
-    """What the other tests see within one process holds for a user's: one line, code 2, nothing left behind."""
+    """What the other tests see in their own process: one line, code 2, nothing left behind."""
     assert "choose from EBNAS" in scripts.fails("train.py", *data_flags, *TINY_STAGE, "--arch", "DARTS")
 
 
