@@ -16,6 +16,8 @@ NETWORK := $(SHAPES) --init_channels 14 --layers 3 --learning_rate 3e-3 --drop_p
 
 .PHONY: demo test lint clean
 
+# networks this small gain little from a second thread, and lose much where other programs want the cores
+demo: export OMP_NUM_THREADS = 1
 demo: $(SETUP)
 	$(PYTHON) train_search.py $(SHAPES) --epochs 4 --init_channels 8 --layers 3 --learning_rate 3e-3 --arch_learning_rate 1e-2
 	$(PYTHON) train.py $(NETWORK) --epochs 3 --arch "$$(ls -td runs/search-demo-* | head -n 1)"

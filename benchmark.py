@@ -206,7 +206,7 @@ def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
 def add_data_flags(parser: options.Parser) -> None:
     add_network_flags(parser)
     parser.add_argument("--images", type=int, default=256, help="JPEG files of 500 x 375 that are made")
-    parser.add_argument("--workers", type=int, default=4, help="processes that read them")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read them")
 
 
 @contextmanager

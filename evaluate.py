@@ -9,6 +9,8 @@ python evaluate.py runs/eval-EXP-stage2-TIME --packed    # and as packed bits: d
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 import options
@@ -33,7 +35,7 @@ def parser() -> options.Parser:
     )
     parser.add_argument("--data", help="where the images are; default: where they were in training")
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument(
         "--packed", action="store_true", help="run W1A1 networks as packed bits too, on the CPU"
     )

@@ -31,8 +31,9 @@ def drop_path(x: Tensor, probability: float) -> Tensor:
     A new tensor, never in place (Larsson et al., FractalNet, 2017; per sample as in DARTS).
     """
     keep = 1.0 - probability
-    mask = torch.empty((x.shape[0], 1, 1, 1), device=x.device, dtype=x.dtype).bernoulli_(keep)
-    return x * (mask / keep)
+    # not bernoulli_, which torch.compile would compile anew for every probability
+    mask = torch.rand((x.shape[0], 1, 1, 1), device=x.device) < keep
+    return x * (mask / keep).to(x.dtype)
 
 
 def halving_pool() -> nn.AvgPool2d:
@@ -179,16 +180,12 @@ class _NormalizedMixture(Function):
         grad_y = None
         if ctx.needs_input_grad[0]:
             scale = _per_channel(coefficient) * inverse_std
-            grad_y = torch.empty_like(y)
+            grad_y = grad.unsqueeze(1) * scale
             if ctx.batch_statistics:
                 count = grad.numel() // total.numel()
                 slope = -scale * inverse_std * along / count
                 offset = -scale * total / count - slope * mean
-                for p in range(y.shape[1]):
-                    torch.addcmul(offset[p], y[:, p], slope[p], out=grad_y[:, p]).addcmul_(grad, scale[p])
-            else:
-                for p in range(y.shape[1]):
-                    torch.mul(grad, scale[p], out=grad_y[:, p])
+                grad_y.addcmul_(y, slope).add_(offset)
         return grad_y, along.sum((2, 3, 4)), None, None, None
 
 

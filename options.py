@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from binary_ops import WEIGHT_BINARIZATIONS
 from engine import PRECISIONS
@@ -20,7 +21,7 @@ RETIRED = {
 POSITIVE = ("learning_rate", "arch_learning_rate", "alpha", "report_freq")
 AT_LEAST = {
     "epochs": 1,
-    "batch_size": 2,
+    "batch_size": 1,
     "init_channels": 1,
     "layers": 3,
     "groups": 1,
@@ -71,7 +72,7 @@ def add_run_flags(parser: Parser, *, save: str, epochs: int, batch_size: int) ->
     flag("--grad_clip", type=float, default=5.0, help="largest norm of the gradient; 0 leaves it as it is")
     flag("--report_freq", type=int, default=50, help="steps between log lines")
     flag("--seed", type=int, default=0)
-    flag("--workers", type=int, default=4, help="processes that read image files")
+    flag("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read images")
     flag(
         "--resume",
         metavar="PATH",
