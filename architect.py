@@ -56,7 +56,11 @@ class Architect:
             parameter.requires_grad_(False)
         self.path_reg_weight, self.edge_reg_weight = path_reg_weight, edge_reg_weight
         self.optimizer = torch.optim.Adam(
-            model.arch_parameters(), lr=learning_rate, betas=(0.5, 0.999), weight_decay=weight_decay
+            model.arch_parameters(),
+            lr=learning_rate,
+            betas=(0.5, 0.999),
+            weight_decay=weight_decay,
+            fused=True,
         )
 
     def regularizers(self) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,10 @@ from utils import InputError, write_atomically
 
 FORMAT = "ebnas-checkpoint-1"
 LAST, BEST = "last.pt", "best.pt"
-LOCATION = ("resume", "device", "gpu", "workers", "report_freq", "note", "model_path", "data", "tmp_data_dir")
+LOCATION = (
+    *("resume", "device", "gpu", "compile", "workers"),
+    *("report_freq", "note", "model_path", "data", "tmp_data_dir"),
+)
 """Flags that say where or how a run is made, not what it computes: they may differ when it is resumed."""
 
 

@@ -180,12 +180,14 @@ class _NormalizedMixture(Function):
         grad_y = None
         if ctx.needs_input_grad[0]:
             scale = _per_channel(coefficient) * inverse_std
-            grad_y = grad.unsqueeze(1) * scale
+            grad = grad.unsqueeze(1)
             if ctx.batch_statistics:
                 count = grad.numel() // total.numel()
                 slope = -scale * inverse_std * along / count
                 offset = -scale * total / count - slope * mean
-                grad_y.addcmul_(y, slope).add_(offset)
+                grad_y = torch.addcmul(offset, y, slope).addcmul_(grad, scale)
+            else:
+                grad_y = grad * scale
         return grad_y, along.sum((2, 3, 4)), None, None, None
 
 

@@ -79,6 +79,7 @@ def add_run_flags(parser: Parser, *, save: str, epochs: int, batch_size: int) ->
         help="go on with a run's folder or checkpoint; `auto`: the newest unfinished one",
     )
     flag("--precision", choices=PRECISIONS, help="default: bf16 on a CUDA GPU that has it, else fp32")
+    flag("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps")
     flag("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     flag("--gpu", type=int, default=0, help="number of the CUDA GPU")
 

@@ -147,8 +147,10 @@ def build(args: argparse.Namespace, session: Session, *, family: str, data: dict
     if device.type == "cpu":  # pools and small grouped convolutions are 1.5 times faster there
         model.to(memory_format=torch.channels_last)
     torch.manual_seed(args.seed + session.world.rank)  # drop-path differs between processes
+    if args.compile:
+        model.compile()
     optimizer = torch.optim.Adam(
-        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type == "cuda"
+        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
     return Training(config, model, optimizer, make_scheduler(optimizer, args, warmup=warmup), start)
 

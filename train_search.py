@@ -65,11 +65,13 @@ def main() -> None:
     seed_everything(args.seed)
     config = SearchConfig(args.init_channels, args.layers, len(data["classes"]))
     model = Supernet(config).to(world.device)
+    if args.compile:
+        model.compile()
     optimizer = torch.optim.Adam(
         model.weight_parameters(),
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
-        fused=world.device.type == "cuda",
+        fused=True,
     )
     architect = Architect(
         model,

@@ -1,8 +1,11 @@
 """Every operation at both strides and odd sizes, networks at sizes no pool was made for, and drop-path."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from genotypes import GENOTYPES, PRIMITIVES
 from model import ModelConfig, build_model
@@ -131,3 +134,33 @@ def test_drop_path_acts_in_training_alone_and_grows_with_its_probability():
     assert differs()
     network.eval()
     assert not differs()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_operations_equal_eager_ones(stride, training):
+    """Each is one graph: nothing in it waits for the host, or makes torch.compile give up."""
+    source = SourceOperations(2, 3, stride).double().train(training)
+    unit = make_operation("bin_dil_conv_3x3", 4, stride, groups=2, bits=BITS).double().train(training)
+    mixing = torch.randn(3, len(PRIMITIVES), dtype=torch.float64, requires_grad=True)
+    for module, inputs in (
+        (source, (torch.randn(2, 2, 9, 9, dtype=torch.float64, requires_grad=True), mixing)),
+        (unit, (torch.randn(2, 4, 9, 9, dtype=torch.float64, requires_grad=True),)),
+    ):
+        compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+        outcomes = []
+        for network in (module, compiled):
+            y = network(*inputs)
+            outcomes.append((y, *torch.autograd.grad(y.square().sum(), (*inputs, *network.parameters()))))
+        torch.testing.assert_close(*outcomes)
+
+
+def test_a_compiled_network_follows_drop_path_without_another_compilation():
+    config = ModelConfig(GENOTYPES["EBNAS"], init_channels=4, layers=3, groups=2)
+    network, images = build_model(config), torch.randn(4, 3, 16, 16)
+    counter = CompileCounter()
+    network.compile(backend=counter, fullgraph=True)
+    for probability in (0.1, 0.2, 0.3):
+        network.drop_path_prob = probability
+        network(images)
+    assert counter.frame_count <= 2  # for the first value, and for all others
