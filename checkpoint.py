@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from logger import RUNS
 from utils import InputError, write_atomically
 
 FORMAT = "ebnas-checkpoint-1"
+ENTRIES = {
+    *("script", "kind", "args", "config", "data", "model", "state", "random"),
+    *("epoch", "step", "sums", "best", "finished"),
+}
 LAST, BEST = "last.pt", "best.pt"
 LOCATION = (
     *("resume", "device", "gpu", "compile", "workers"),
@@ -59,7 +64,7 @@ class Checkpointer:
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        for name in (LAST, BEST) if is_best else (LAST,):
+        for name in (BEST, LAST) if is_best else (LAST,):  # a last.pt never names a best.pt that is not there
             write_atomically(self.folder / name, buffer.getvalue())
 
     def restore(self, checkpoint: dict) -> None:
@@ -115,11 +120,17 @@ def load_checkpoint(path: str | Path, prefer: str = LAST) -> dict:
     """
     path = resolve_checkpoint(path, prefer)
     try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises a dozen kinds on a damaged or foreign file
         reason = str(error).strip().split("\n")[0][:120]
         raise InputError(f"{path} is truncated or is no checkpoint ({reason}); use an earlier one") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    if (
+        not isinstance(checkpoint, dict)
+        or checkpoint.get("format") != FORMAT
+        or not set(checkpoint) >= ENTRIES
+    ):
         raise InputError(f"{path} is a checkpoint of another program or version, not {FORMAT}")
     return checkpoint
 
@@ -147,11 +158,16 @@ def find_resumable(resume: str, *, script: str, args: dict, explicit: set[str], 
     """
     if resume == "auto":
         for folder in runs_newest_first(runs):
-            checkpoint = load_checkpoint(folder)
+            try:
+                checkpoint = load_checkpoint(folder)
+            except InputError:  # a damaged run does not hide an older good one
+                continue
             if not checkpoint["finished"] and not differing_flags(checkpoint["args"], args, args):
                 return folder / LAST
         return None
     path = resolve_checkpoint(resume)
+    if path.name != LAST or not (path.parent / "args.json").is_file():
+        raise InputError(f"{path} is not the last checkpoint of a run; --resume takes a run's folder")
     checkpoint = load_checkpoint(path)
     if checkpoint["script"] != script:
         raise InputError(

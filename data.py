@@ -267,9 +267,9 @@ def _one_line(error: Exception) -> str:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the main one decides what it means and ends the workers."""
+    """A signal may reach a whole group of processes; the main one decides what it means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler that a forked worker inherits
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------

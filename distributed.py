@@ -1,7 +1,7 @@
 """One process or many (torchrun): set-up, exact means over processes, and who may write.
 
 Gradients are averaged explicitly after the backward pass, in one flat all-reduce: the supernet's two
-optimisers, accumulation of nothing, and checkpoints without `module.` prefixes need no wrapper.
+optimisers, and checkpoints without `module.` prefixes, then need no wrapper.
 """
 
 from __future__ import annotations

@@ -164,7 +164,8 @@ def train_one_epoch(
     start_step: int = 0,
     sums: Iterable[float] | None = None,
 ) -> dict[str, float]:
-    """Train `parameters` for one epoch, and give its means: loss, top1, top5 (percent), samples, seconds.
+    """Train `parameters` for one epoch, and give its means: loss, top1, top5 (percent), samples,
+    seconds, images_per_second.
 
     `model` maps images to (logits, auxiliary logits or None); it is put into training mode.
     `before_step(step)` runs before each weight step. An epoch that was interrupted goes on from
@@ -204,7 +205,10 @@ def train_one_epoch(
                     stop.received or signal.SIGTERM, step + 1, world.sum(totals.values).tolist()
                 )
     watch.finish()
-    return {**totals.means(world), "seconds": time.perf_counter() - started}
+    means = totals.means(world)
+    seconds = time.perf_counter() - started
+    images = means["samples"] - (list(sums)[-1] if sums else 0)  # of this part of an interrupted epoch
+    return {**means, "seconds": seconds, "images_per_second": images / seconds}
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ python evaluate.py runs/eval-EXP-stage2-TIME --packed    # and as packed bits: d
 
 from __future__ import annotations
 
+import json
 import os
 
 import torch
@@ -54,7 +55,7 @@ def main() -> None:
     for path, checkpoint in checkpoints:
         model = trained_network(checkpoint)
         data = checkpoint["data"]
-        key = f"{data['set']} {args.data or data['root']} {data['image_size']}"
+        key = json.dumps(data)
         if key not in loaders:
             loaders[key] = test_loader(data, args, world)
         model.to(world.device)
@@ -108,7 +109,7 @@ def test_loader(data: dict, args, world: World):
 
 def print_table(rows: list[tuple[str, dict, dict, Cost]]) -> None:
     """Accuracy and cost of each checkpoint, and the genotypes they are of."""
-    columns = "checkpoint,set,stage,epoch,top-1 %,top-5 %,params,OPs,OPs conv,1-bit,float"
+    columns = "checkpoint,set,stage,epochs,top-1 %,top-5 %,params,OPs,OPs conv,1-bit,float"
     lines = [tuple(columns.split(","))]
     for path, checkpoint, means, cost in rows:
         config = checkpoint["config"]

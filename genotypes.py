@@ -88,7 +88,7 @@ def get_genotype(name: str) -> Genotype:
         )
     try:
         fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"genotype file {path} is not JSON: {error}") from None
     return genotype_from_dict(fields, origin=str(path))
 

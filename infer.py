@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +28,15 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 BATCH = 64
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="classify pictures with a packed network (see export.py)")
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors: one line. (options.py has its like, but needs PyTorch.)"""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; {self.prog} --help lists the flags")
+
+
+def make_parser() -> Parser:
+    parser = Parser(description="classify pictures with a packed network (see export.py)")
     parser.add_argument("model", help="the .ebnas file")
     parser.add_argument("pictures", nargs="+", type=Path, help="pictures, or one folder of pictures")
     parser.add_argument("--top", type=int, default=5, help="how many classes to print per picture")
@@ -78,7 +86,12 @@ def write_csv(net: PackedNetwork, folder: Path, output: Path | None, top: int) -
     if len(unreadable) == len(paths):
         raise ValueError(f"none of the {len(paths)} pictures in {folder} can be read: {unreadable[0]}")
     if output:
-        output.write_text(text.getvalue(), newline="")
+        aside = output.with_name(f".{output.name}.{os.getpid()}")
+        try:
+            aside.write_text(text.getvalue(), newline="")
+            os.replace(aside, output)  # whole or not at all
+        finally:
+            aside.unlink(missing_ok=True)
     else:
         sys.stdout.write(text.getvalue())
     if unreadable:
@@ -139,3 +152,5 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -28,12 +29,14 @@ class Run:
         self.folder, self.report_freq = folder, report_freq
         self.tensorboard = None
         if folder is not None:
-            self._lock = open(folder / ".lock", "w")  # noqa: SIM115 (closed by close)
             try:
+                self._lock = open(folder / ".lock", "w")  # noqa: SIM115 (closed by close)
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                self._text = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
+            except BlockingIOError:
                 raise InputError(f"{folder} is in use by another process") from None
-            self._text = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
+            except OSError as error:
+                raise InputError(f"cannot write in {folder}: {error.strerror}") from None
 
     def log(self, text: str) -> None:
         """Print, with the time, and append to log.txt."""
@@ -92,15 +95,16 @@ def create_run(name: str, args: dict[str, Any]) -> Path:
     for attempt in range(1, 1000):
         folder = RUNS / (stamp if attempt == 1 else f"{stamp}-{attempt}")
         try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
+            RUNS.mkdir(exist_ok=True)
+            if folder.exists():
+                continue
+            folder.mkdir()
         except OSError as error:
             raise InputError(
                 f"cannot make the run folder {folder}: {error.strerror}; start where you may write"
             ) from None
         break
-    record = {**args, "command": " ".join(sys.argv), "commit": code_commit()}
+    record = {**args, "command": shlex.join(["python", *sys.argv]), "commit": code_commit()}
     write_atomically(folder / "args.json", json.dumps(record, indent=1).encode())
     return folder
 

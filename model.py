@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -51,19 +52,13 @@ class ModelConfig:
             raise InputError(
                 f"layers is {self.layers}; a network needs at least 3 cells (two reduce the size)"
             )
-        if self.init_channels % self.groups:
+        # halves of a factorised reduction; ImageNet's stem has a convolution in 4 groups of C/2 channels
+        halves = 8 if self.family == "imagenet" else 2
+        step = math.lcm(self.groups, halves)
+        if self.init_channels % step:
             raise InputError(
-                f"init_channels {self.init_channels} does not divide into {self.groups} groups; "
-                f"the nearest that do: {nearest_multiples(self.init_channels, self.groups)}"
-            )
-        if self.family == "imagenet" and self.init_channels % 8:
-            raise InputError(
-                f"init_channels {self.init_channels} must be a multiple of 8 (the stem's second convolution "
-                f"has 4 groups of half as many); the nearest: {nearest_multiples(self.init_channels, 8)}"
-            )
-        if self.init_channels % 2:
-            raise InputError(
-                f"init_channels {self.init_channels} is odd; a factorised reduction needs even channels"
+                f"init_channels {self.init_channels} does not divide into {self.groups} groups "
+                f"and by {halves}; the nearest that do: {nearest_multiples(self.init_channels, step)}"
             )
 
     @property

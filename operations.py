@@ -249,7 +249,8 @@ class SourceOperations(nn.Module):
         norm = self.norm
         if self.training:
             with torch.no_grad():
-                mean = y.mean((0, 2, 3), keepdim=True)
+                wide = torch.promote_types(y.dtype, torch.float32)  # in autocast too, as nn.BatchNorm2d
+                mean = y.mean((0, 2, 3), keepdim=True, dtype=wide)
                 var = (y - mean).square_().mean((0, 2, 3))  # on a CPU 8 times faster than torch.var_mean
                 mean = mean.flatten()
                 count = y.numel() / y.shape[1]

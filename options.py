@@ -18,30 +18,36 @@ RETIRED = {
 }
 """Flags of PC-DARTS that some script accepts only to say why they have no use there."""
 
-POSITIVE = ("learning_rate", "arch_learning_rate", "alpha", "report_freq")
-AT_LEAST = {
-    "epochs": 1,
-    "batch_size": 1,
-    "init_channels": 1,
-    "layers": 3,
-    "groups": 1,
-    "image_size": 16,
-    "cutout_length": 1,
-    "holdout": 0,
-    "workers": 0,
-    "repeats": 1,
-    "warmup": 0,
-    "images": 1,
-    "seed": 0,
-    "gpu": 0,
-    "grad_clip": 0,
-    "weight_decay": 0,
-    "arch_weight_decay": 0,
-    "learning_rate_min": 0,
-    "auxiliary_weight": 0,
-    "warmup_epochs": 0,
-    "arch_start_epoch": 0,
+LARGE = 1e30
+"""What is larger does not fit float32 in an optimiser, or is a slip of the hand."""
+
+BOUNDS = {  # least and largest value, both allowed
+    "epochs": (1, LARGE),
+    "batch_size": (1, LARGE),
+    "init_channels": (1, 10_000),
+    "layers": (3, 1_000),
+    "groups": (1, 10_000),
+    "image_size": (16, 4096),
+    "cutout_length": (1, 4096),
+    "holdout": (0, LARGE),
+    "workers": (0, 1024),
+    "seed": (0, 2**32 - 1024),  # NumPy's largest, less room for the processes' own
+    "gpu": (0, 1024),
+    "threads": (1, 1024),
+    "repeats": (1, LARGE),
+    "warmup": (0, LARGE),
+    "report_freq": (1, LARGE),
+    "warmup_epochs": (0, LARGE),
+    "arch_start_epoch": (0, LARGE),
+    "grad_clip": (0, LARGE),
+    "weight_decay": (0, LARGE),
+    "arch_weight_decay": (0, LARGE),
+    "learning_rate_min": (0, LARGE),
+    "auxiliary_weight": (0, LARGE),
+    "path_reg_weight": (-LARGE, LARGE),
+    "edge_reg_weight": (-LARGE, LARGE),
 }
+POSITIVE = ("learning_rate", "arch_learning_rate", "alpha")
 PROBABILITIES = ("drop_path_prob", "label_smooth")
 
 
@@ -146,14 +152,17 @@ def log_retired(run: Run, args: argparse.Namespace, explicit: set[str]) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
-        if isinstance(value, float) and value != value:
-            raise InputError(f"--{name} is nan; give a number")
+        if value == "" and name != "note":
+            raise InputError(f"--{name} is empty; give a value, or leave the flag out")
+        if name == "save" and "/" in value:
+            raise InputError(f"--save is {value}; it is a name without slashes, the folder is under runs/")
         if isinstance(value, str | None):
             continue
-        if name in POSITIVE and not 0 < value < float("inf"):
-            raise InputError(f"--{name} is {value}; it must be a number above 0")
-        if name in AT_LEAST and not AT_LEAST[name] <= value < float("inf"):
-            raise InputError(f"--{name} is {value}; it must be at least {AT_LEAST[name]}")
+        if name in BOUNDS and not BOUNDS[name][0] <= value <= BOUNDS[name][1]:
+            least, most = (f"{bound:g}" if bound == LARGE else bound for bound in BOUNDS[name])
+            raise InputError(f"--{name} is {value}; it must be at least {least} and at most {most}")
+        if name in POSITIVE and not 0 < value <= LARGE:
+            raise InputError(f"--{name} is {value}; it must be above 0 and at most {LARGE:g}")
         if name in PROBABILITIES and not 0 <= value < 1:
             raise InputError(f"--{name} is {value}; it must be at least 0 and below 1")
         if name == "train_portion" and not 0 < value < 1:

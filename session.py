@@ -12,7 +12,9 @@ A script makes a Session, builds its networks and optimisers, and runs its epoch
 from __future__ import annotations
 
 import argparse
+import glob
 import math
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ from distributed import World, restarted
 from engine import Interrupted, StopSignal
 from logger import Run, create_run
 from model import ModelConfig
-from utils import RunFailed
+from utils import InputError, RunFailed
 
 
 class Session:
@@ -50,16 +52,20 @@ class Session:
         self.args, self.script, self.name, self.world = args, script, name, world
         self.stop = StopSignal()
         self.checkpoint, self.folder = None, None
-        resume = "auto" if restarted() else args.resume
+        resume = args.resume or ("auto" if restarted() else None)
         if resume:
             path = find_resumable(
-                resume, script=script, args=vars(args), explicit=explicit, runs=f"{name(args)}-[0-9]*"
+                resume,
+                script=script,
+                args=vars(args),
+                explicit=explicit,
+                runs=f"{glob.escape(name(args))}-[0-9]*",
             )
             path = world.broadcast(path)
             if path is not None:
                 self.folder, self.checkpoint = path.parent, load_checkpoint(path)
                 for flag, value in self.checkpoint["args"].items():
-                    if flag not in explicit:
+                    if flag not in explicit and flag not in ("device", "gpu", "resume"):
                         setattr(args, flag, value)
         self._epoch = self.checkpoint["epoch"] if self.checkpoint else 0
         self._step = self.checkpoint["step"] if self.checkpoint else 0
@@ -90,6 +96,7 @@ class Session:
         try:
             with self.stop:
                 if self.checkpoint is not None:
+                    self._check_unchanged(header["data"])
                     self.checkpoints.restore(self.checkpoint)
                     run.rewind(self._epoch)
                     run.log(f"resumed {self.folder} at epoch {self._epoch}, step {self._step}")
@@ -99,15 +106,31 @@ class Session:
                         run.log("nothing to resume: a new run")
                 run.log(f"run folder {self.folder}")
                 yield run
+        except RunFailed as error:
+            run.log(f"stopped: {error}")
+            raise
         except Interrupted as interrupted:
             if interrupted.step:  # within an epoch; else finish_epoch has saved
                 self._step, self._sums = interrupted.step, interrupted.sums
                 self._save()
             run.log(f"{interrupted}: stopped at epoch {self._epoch}, step {interrupted.step}; to go on:")
-            run.log(f"python {Path(sys.argv[0]).name} --resume {self.folder}")
+            run.log(shlex.join(["python", sys.argv[0], "--resume", str(self.folder)]))
             sys.exit(128 + interrupted.signum)
         finally:
             run.close()
+
+    def _check_unchanged(self, data: dict[str, Any]) -> None:
+        """Raise InputError where the images are others, or the run has moved on before it was locked."""
+        for entry in ("set", "image_size", "classes", "mean", "std"):
+            if data[entry] != self.checkpoint["data"][entry]:
+                raise InputError(
+                    f"{self.folder} was run on other images: their {entry} differs; give its --data"
+                )
+        current = load_checkpoint(self.folder)
+        if any(current[entry] != self.checkpoint[entry] for entry in ("epoch", "step", "finished")):
+            raise InputError(
+                f"{self.folder} has moved on in another process; look at it, then resume it again"
+            )
 
     def epochs(self, total: int) -> Iterator[int]:
         """The epochs still to run."""
@@ -134,7 +157,8 @@ class Session:
         self._epoch, self._step, self._sums = epoch + 1, 0, None
         finished = self._epoch == self.args.epochs
         self._save(is_best=is_best, finished=finished)
-        if not finished and self.world.any(self.stop.received > 0):
+        stopped = self.world.any(self.stop.received > 0)  # also: nobody goes on before the files are written
+        if stopped and not finished:
             raise Interrupted(self.stop.received or signal.SIGTERM, 0, [])
 
     def path(self, name: str) -> Path:

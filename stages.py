@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,9 @@ from checkpoint import LAST, load_checkpoint, resolve_checkpoint, runs_newest_fi
 from genotypes import get_genotype
 from logger import Run, read_metrics
 from model import ModelConfig, Network, build_model
+from pictures import draw_curves
 from session import Session
 from utils import InputError, human, seed_everything
-from visualize import draw_curves
 
 STAGE1_BITS = {"w1a32": (1, 32), "w32a1": (32, 1)}
 """Bits of weights and of activations in stage 1; stage 2 is W1A1."""
@@ -74,6 +76,11 @@ def find_start(args: argparse.Namespace, config: ModelConfig, data: dict) -> Pat
             )
         if differing := _differences(checkpoint, config, data):
             raise InputError(f"{path} is of another configuration: {', '.join(differing)}")
+        if _saw_holdout(checkpoint, args):
+            raise InputError(
+                f"{path} has trained on images that --holdout {args.holdout} holds out; "
+                "train stage 1 with the same --holdout and --seed"
+            )
         return path
     for folder in runs_newest_first("eval-*-stage1-*"):
         try:
@@ -84,13 +91,14 @@ def find_start(args: argparse.Namespace, config: ModelConfig, data: dict) -> Pat
             checkpoint["kind"] == "stage1"
             and checkpoint["finished"]
             and not _differences(checkpoint, config, data)
+            and not _saw_holdout(checkpoint, args)
+            and _made_as_asked(checkpoint["config"], args)
         ):
             return folder / LAST
-    stage1 = " ".join(["python", *(word for word in sys.argv if word != "--binary")])
+    stage1 = shlex.join(["python", *(word for word in sys.argv if word != "--binary")])
     raise InputError(
-        "no finished stage-1 run of this set, genotype and size to start from; "
-        f"first run `{stage1}`, or give "
-        "--pretrained PATH, or --from_scratch"
+        f"no finished stage-1 run of this set, genotype and size to start from; first run `{stage1}`, "
+        "or give --pretrained PATH, or --from_scratch"
     )
 
 
@@ -99,9 +107,22 @@ def _differences(checkpoint: dict, config: ModelConfig, data: dict) -> list[str]
     auxiliary head need not be in both."""
     ours = {**config.to_dict(), **data}
     theirs = {**checkpoint["config"], **checkpoint["data"]}
-    names = ("family", "init_channels", "layers", "groups", "num_classes", "set", "image_size", "classes")
+    names = ("family", "init_channels", "layers", "groups", "num_classes", "set", "image_size")
     differing = [f"{name} {theirs[name]}, not {ours[name]}" for name in names if theirs[name] != ours[name]]
-    return differing + (["another genotype"] if theirs["genotype"] != ours["genotype"] else [])
+    return differing + [f"other {name}" for name in ("classes", "genotype") if theirs[name] != ours[name]]
+
+
+def _saw_holdout(checkpoint: dict, args: argparse.Namespace) -> bool:
+    """Whether stage 1 trained on images that this run holds out to choose an epoch."""
+    if not getattr(args, "holdout", 0):
+        return False
+    return any(checkpoint["args"].get(name) != getattr(args, name) for name in ("holdout", "seed"))
+
+
+def _made_as_asked(theirs: dict, args: argparse.Namespace) -> bool:
+    """Whether stage 1 had the bits of --stage1 and the same --weight_binarization."""
+    bits = (theirs["weight_bits"], theirs["activation_bits"])
+    return bits == STAGE1_BITS[args.stage1] and theirs["weight_binarization"] == args.weight_binarization
 
 
 def load_start(model: Network, path: Path) -> None:
@@ -132,6 +153,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     start: Path | None
+    resumed: bool
 
 
 def build(args: argparse.Namespace, session: Session, *, family: str, data: dict, warmup: int) -> Training:
@@ -152,7 +174,14 @@ def build(args: argparse.Namespace, session: Session, *, family: str, data: dict
     optimizer = torch.optim.Adam(
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
-    return Training(config, model, optimizer, make_scheduler(optimizer, args, warmup=warmup), start)
+    return Training(
+        config,
+        model,
+        optimizer,
+        make_scheduler(optimizer, args, warmup=warmup),
+        start,
+        session.checkpoint is not None,
+    )
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, *, warmup: int) -> LRScheduler:
@@ -160,7 +189,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, *
     cosine = CosineAnnealingLR(optimizer, max(args.epochs - warmup, 1), eta_min=args.learning_rate_min)
     if not warmup:
         return cosine
-    rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+    rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=max(warmup - 1, 1))
     return SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
 
 
@@ -174,7 +203,7 @@ def epoch_record(train: dict, valid: dict, learning_rate: float) -> dict:
             for name in ("loss", "top1", "top5")
         },
         "seconds": train["seconds"] + valid["seconds"],
-        "images_per_second": train["samples"] / train["seconds"],
+        "images_per_second": train["images_per_second"],
     }
 
 
@@ -184,7 +213,7 @@ def log_start(run: Run, args: argparse.Namespace, training: Training) -> None:
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     run.log(
         f"{stage(args)}: W{config.weight_bits}A{config.activation_bits}, {human(parameters)} parameters, "
-        f"starting from {training.start or ('its checkpoint' if args.resume else 'random weights')}"
+        f"starting from {training.start or ('its checkpoint' if training.resumed else 'random weights')}"
     )
 
 
@@ -201,9 +230,13 @@ def finish(run: Run, args: argparse.Namespace, best: dict, *, held_out: str) -> 
         "chosen on the test set, so optimistic" if held_out == "test" else f"chosen on the {held_out} images"
     )
     run.log(f"best epoch {best['epoch']}: {held_out} top-1 {best['score']:.2f} %, {note}")
-    for picture in draw_curves(run.folder):
-        run.log(f"picture {picture}")
+    try:
+        for picture in draw_curves(run.folder):
+            run.log(f"picture {picture}")
+    except InputError as error:  # the run is done, with a picture or without
+        run.log(f"no pictures: {error}")
     if not args.binary:
-        run.log(f"next: python {' '.join([*sys.argv, '--binary', '--pretrained', str(run.folder)])}")
+        command = json.loads((run.folder / "args.json").read_text())["command"]  # not the one that resumed it
+        run.log(f"next: {command} --binary --pretrained {shlex.quote(str(run.folder))}")
     else:
         run.log(f"next: python evaluate.py {run.folder}")

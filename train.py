@@ -45,6 +45,7 @@ def parser() -> options.Parser:
 def main() -> None:
     args, explicit = options.parse(parser())
     world = setup(args.device, args.gpu)
+    args.precision = Precision(args.precision, world.device).name  # as a resumed run will keep it
     session = Session(args, explicit, script="train", name=stages.run_name, world=world)
     precision = Precision(args.precision, world.device)
     train_set, test_set, data = prepare_data(args, world, test=True)
@@ -82,7 +83,6 @@ def main() -> None:
             valid = evaluate(model, valid_loader, **shared)
             run.log(f"train_acc {train['top1']:.2f} valid_acc {valid['top1']:.2f} loss {valid['loss']:.4f}")
             session.finish_epoch(epoch, stages.epoch_record(train, valid, learning_rate), score=valid["top1"])
-        stages.finish(run, args, session.best, held_out="held-out" if args.holdout else "test")
         if args.holdout:
             model.load_state_dict(load_checkpoint(session.folder, BEST)["model"])
             test = evaluate(model, test_loader, **shared)
@@ -90,6 +90,8 @@ def main() -> None:
                 f"epoch {session.best['epoch']}, the best on {args.holdout} held-out training images: "
                 f"test top-1 {test['top1']:.2f} %, top-5 {test['top5']:.2f} %"
             )
+        stages.finish(run, args, session.best, held_out="held-out" if args.holdout else "test")
+    world.close()
 
 
 def make_loaders(

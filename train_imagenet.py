@@ -17,10 +17,7 @@ from data import STATISTICS, imagenet_loaders
 from distributed import setup
 from engine import Precision, evaluate, train_one_epoch
 from session import Session
-from utils import run_main
-
-WARMUP_EPOCHS = 5
-"""Epochs of rising learning rate where the batch exceeds 256, as in PC-DARTS."""
+from utils import InputError, run_main
 
 
 def parser() -> options.Parser:
@@ -28,7 +25,8 @@ def parser() -> options.Parser:
     options.add_run_flags(parser, save="EXP", epochs=100, batch_size=256)
     options.add_network_flags(parser, init_channels=112, layers=14)
     flag = parser.add_argument
-    flag("--tmp_data_dir", required=True, help="where train/ and val/ are")
+    flag("--tmp_data_dir", help="where train/ and val/ are")
+    flag("--warmup_epochs", type=int, default=5, help="of rising learning rate, where the batch exceeds 256")
     flag("--image_size", type=int, default=224)
     flag("--drop_path_prob", type=float, default=0.0, help="at the last epoch; it grows from 0")
     flag("--label_smooth", type=float, default=0.1)
@@ -39,7 +37,10 @@ def parser() -> options.Parser:
 def main() -> None:
     args, explicit = options.parse(parser())
     world = setup(args.device, args.gpu)
+    args.precision = Precision(args.precision, world.device).name  # as a resumed run will keep it
     session = Session(args, explicit, script="train_imagenet", name=stages.run_name, world=world)
+    if args.tmp_data_dir is None:
+        raise InputError("--tmp_data_dir is missing: give the folder where train/ and val/ are")
     precision = Precision(args.precision, world.device)
     train_loader, valid_loader, classes = imagenet_loaders(
         args.tmp_data_dir,
@@ -60,7 +61,7 @@ def main() -> None:
         "mean": list(mean),
         "std": list(std),
     }
-    warmup = WARMUP_EPOCHS if args.batch_size > 256 else 0
+    warmup = args.warmup_epochs if args.batch_size > 256 else 0
     training = stages.build(args, session, family="imagenet", data=data, warmup=warmup)
     model, optimizer, scheduler = training.model, training.optimizer, training.scheduler
     parameters = list(model.parameters())
@@ -98,6 +99,7 @@ def main() -> None:
             )
             session.finish_epoch(epoch, stages.epoch_record(train, valid, learning_rate), score=valid["top1"])
         stages.finish(run, args, session.best, held_out="validation")
+    world.close()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ Leaves runs/search-EXP-TIME/genotype.json (rewritten every epoch), for train.py 
 
 from __future__ import annotations
 
+import argparse
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -25,9 +27,9 @@ from engine import Precision, evaluate, train_one_epoch
 from genotypes import Genotype, describe, genotype_from_dict, genotype_to_dict, save_genotype
 from logger import Run
 from model_search import SearchConfig, Supernet
+from pictures import draw_curves, draw_genotype
 from session import Session, prepare_data
-from utils import run_main, seed_everything
-from visualize import draw_curves, draw_genotype
+from utils import InputError, run_main, seed_everything
 
 
 def parser() -> options.Parser:
@@ -55,6 +57,7 @@ def main() -> None:
     if args.arch_start_epoch is None:
         args.arch_start_epoch = args.epochs // 2
     world = setup(args.device, args.gpu)
+    args.precision = Precision(args.precision, world.device).name  # as a resumed run will keep it
     session = Session(
         args, explicit, script="train_search", name=lambda args: f"search-{args.save}", world=world
     )
@@ -120,7 +123,8 @@ def main() -> None:
                 )
             session.finish_epoch(epoch, record, score=valid["top1"])
         if world.is_main:
-            finish(run, genotype)
+            finish(run, args, genotype)
+    world.close()
 
 
 def make_loaders(args, train_set, data, world: World) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
@@ -179,7 +183,7 @@ def epoch_record(
         "genotype": genotype_to_dict(now),
         "arch": {name: value.tolist() for name, value in model.arch_state().items()},
         "seconds": train["seconds"] + valid["seconds"],
-        "images_per_second": train["samples"] / train["seconds"],
+        "images_per_second": train["images_per_second"],
     }
 
 
@@ -194,12 +198,16 @@ def log_epoch(run: Run, epoch: int, record: dict, genotype: Genotype) -> None:
     )
 
 
-def finish(run: Run, genotype: Genotype) -> None:
+def finish(run: Run, args: argparse.Namespace, genotype: Genotype) -> None:
     """Pictures of the cells and of the search's course, and what to do next."""
-    for picture in [*draw_genotype(genotype, run.folder), *draw_curves(run.folder)]:
-        run.log(f"picture {picture}")
+    try:
+        for picture in [*draw_genotype(genotype, run.folder), *draw_curves(run.folder)]:
+            run.log(f"picture {picture}")
+    except InputError as error:  # the search is done, with pictures or without
+        run.log(f"no pictures: {error}")
     run.log(f"genotype written to {run.folder / 'genotype.json'}; train it:")
-    run.log(f"python train.py --auxiliary --cutout --arch {run.folder}")
+    where = ["--set", args.set, "--data", args.data, "--image_size", str(args.image_size)]
+    run.log(shlex.join(["python", "train.py", *where, "--auxiliary", "--cutout", "--arch", str(run.folder)]))
 
 
 if __name__ == "__main__":

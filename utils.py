@@ -23,13 +23,16 @@ class RunFailed(RuntimeError):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main: an InputError or RunFailed becomes one line on stderr, not a traceback."""
+    """Run a script's main: an InputError, RunFailed or OSError becomes one line on stderr."""
     try:
         main()
     except (InputError, RunFailed) as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except OSError as error:  # a full disk, a file that is not ours: the environment's fault, not a bug
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -51,7 +54,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices), and ask cuDNN for repeatable choices."""
+    """Seed Python, NumPy and torch, on all devices."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -21,7 +21,7 @@ def checkpointer(tmp_path):
     optimizer = torch.optim.Adam(model.parameters())
     return Checkpointer(
         tmp_path,
-        header={"kind": "stage1", "args": {}},
+        header={"script": "train", "kind": "stage1", "args": {}, "config": {}, "data": {}},
         model=model,
         stateful={"optimizer": optimizer},
         world=WORLD,
@@ -80,6 +80,15 @@ def test_truncation_anywhere_is_an_input_error(checkpointer, tmp_path):
         (tmp_path / "cut.pt").write_bytes(whole[:length])
         with pytest.raises(InputError, match="truncated or is no checkpoint"):
             load_checkpoint(tmp_path / "cut.pt")
+
+
+def test_a_flipped_byte_is_an_input_error(checkpointer, tmp_path):
+    checkpointer.save(epoch=1)
+    content = bytearray((tmp_path / "last.pt").read_bytes())
+    content[content.index(checkpointer.model.weight.detach().numpy().tobytes())] ^= 1
+    (tmp_path / "last.pt").write_bytes(content)
+    with pytest.raises(InputError, match="checksum"):
+        load_checkpoint(tmp_path)
 
 
 def test_best_is_kept_when_a_later_epoch_is_worse(checkpointer, tmp_path):

@@ -97,7 +97,7 @@ def test_supernet(size):
 
 
 def test_imagenet_stem_says_which_widths_it_takes():
-    with pytest.raises(InputError, match=r"init_channels 84 .* multiple of 8 .* 80 or 88"):
+    with pytest.raises(InputError, match=r"init_channels 84 .* by 8; .* 56 or 112"):
         ModelConfig(GENOTYPES["EBNAS"], "imagenet", init_channels=84, groups=14)
 
 

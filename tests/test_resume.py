@@ -1,6 +1,7 @@
 """A run that is killed or interrupted, and resumed, ends bit-identical to one that was not."""
 
 import re
+import shutil
 import signal
 
 import pytest
@@ -100,3 +101,22 @@ def test_resume_with_other_flags_is_refused(scripts, data_flags):
     assert "--seed 0, not 5" in result.stderr and result.stderr.count("\n") == 1
     fresh = [*data_flags, *TINY_STAGE, "--epochs", 1, "--resume", "auto"]
     assert "nothing to resume: a new run" in scripts.run("train.py", *fresh).stdout
+
+
+def test_resume_on_other_images_is_refused(scripts, data_flags, images, tmp_path_factory):
+    flags = [*data_flags, *TINY_STAGE, "--epochs", 50]
+    process = scripts.start("train.py", *flags)
+    wait_for(process, r"train 000 ")
+    process.send_signal(signal.SIGTERM)
+    process.stdout.read()
+    process.wait()
+    (run,) = scripts.runs("*")
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(images, other, dirs_exist_ok=True)
+    for part in ("train", "test"):
+        first = sorted((other / part).iterdir())[0]
+        first.rename(first.with_name("another"))
+    before = (run / "last.pt").read_bytes()
+    result = scripts.run("train.py", "--resume", run, "--data", other, code=2)
+    assert "was run on other images: their classes differs" in result.stderr
+    assert (run / "last.pt").read_bytes() == before

@@ -194,6 +194,12 @@ BAD_FLAGS = [
     ("train.py", "--pretrained nowhere", "--pretrained is for stage 2"),
     ("train.py", "--resume nowhere", "no checkpoint nowhere"),
     ("train.py", "--nonsense", "unrecognized arguments"),
+    ("train.py", "--seed 5000000000", "--seed is 5000000000"),
+    ("train.py", "--learning_rate 1e39", "--learning_rate is 1e+39"),
+    ("train.py", "--image_size 1000000", "--image_size is 1000000"),
+    ("train.py", "--save ../evil", "a name without slashes"),
+    ("train.py", "--resume=", "--resume is empty"),
+    ("train_search.py", "--path_reg_weight inf", "--path_reg_weight is inf"),
     ("train_imagenet.py", "--tmp_data_dir nowhere", "nowhere"),
     ("train_imagenet.py", "", "--tmp_data_dir"),
     ("evaluate.py", "nowhere", "no checkpoint nowhere"),
@@ -245,8 +251,9 @@ def test_bad_checkpoints(pipeline, fails, tmp_path, data_flags):
     ]:
         assert expected in fails("train.py", *stage, "--pretrained", path)
     assert "layers 3, not 4" in fails("train.py", *stage, "--layers", 4, "--pretrained", stage1)
-    assert "another genotype" in fails("train.py", *stage, "--arch", "EBNAS", "--pretrained", stage1)
+    assert "other genotype" in fails("train.py", *stage, "--arch", "EBNAS", "--pretrained", stage1)
     assert "is of a finished run" in fails("train.py", "--resume", stage1)
+    assert "--resume takes a run's folder" in fails("train.py", "--resume", stage1 / "best.pt")
     assert "resume it there" in fails("train.py", "--resume", search)
     assert "is a search" in fails("evaluate.py", search)
 

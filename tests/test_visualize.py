@@ -15,14 +15,15 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, PathPatc
 from matplotlib.transforms import Affine2D
 from reference_values import REFERENCE
 
+import pictures
 import visualize
 from architect import Architect
 from genotypes import EDGES, GENOTYPES, PRIMITIVES, Genotype, genotype_from_dict, save_genotype
 from model_search import SearchConfig, Supernet
+from pictures import COLORS, LABELS, STATES, cell_figure, curve_figures, draw_curves, draw_genotype
 from stages import epoch_record as training_record
 from train_search import epoch_record as search_record
 from utils import InputError
-from visualize import COLORS, LABELS, STATES, cell_figure, curve_figures, draw_curves, draw_genotype
 
 ROOT = Path(__file__).parent.parent
 DRAWS = [
@@ -75,7 +76,7 @@ class Cell:
         self.states = [shape for shape in shapes if shape not in self.labels and shape not in self.badges]
         curves = [p for p in axes.patches if type(p) is PathPatch and p.get_edgecolor() != WHITE]
         arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
-        grey = to_rgba(visualize.GREY)
+        grey = to_rgba(pictures.GREY)
         self.curves = {curve: points(curve) for curve in curves}
         self.concat = {arrow: points(arrow) for arrow in arrows if arrow.get_edgecolor() == grey}
         self.arrows = {arrow: points(arrow) for arrow in arrows if arrow not in self.concat}
