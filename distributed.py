@@ -7,6 +7,8 @@ optimisers, and checkpoints without `module.` prefixes, then need no wrapper.
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,8 +127,31 @@ def setup(device: str | None = None, gpu: int = 0) -> World:
     if "WORLD_SIZE" not in os.environ:
         return World(chosen)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(_agree_on_prefix(store, rank, size), store)
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
+        )
     return World(chosen, rank=dist.get_rank(), size=dist.get_world_size())
+
+
+def _agree_on_prefix(store: dist.Store, rank: int, size: int) -> str:
+    """A name that these processes share, and no earlier ones.
+
+    torchrun may keep its store when it restarts workers, and with it the addresses of those that are gone,
+    which the new ones would wait for. (The number of the restart would not do: each machine counts its own.)
+    """
+    name = uuid.uuid4().hex
+    store.set(f"member {rank}", name)
+    if rank == 0:  # tell every member, again and again, for what stands there may be of an earlier process
+        while store.add(f"members of {name}", 0) < size - 1:
+            for other in range(1, size):
+                store.set(f"prefix of {store.get(f'member {other}').decode()}", name)
+            time.sleep(0.01)
+        return name
+    prefix = store.get(f"prefix of {name}").decode()
+    store.add(f"members of {prefix}", 1)
+    return prefix
 
 
 def restarted() -> bool:

@@ -1,0 +1,204 @@
+"""Two gloo processes compute what one computes on the joined batch; a run survives the loss of one."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_SEARCH, environment
+from test_resume import assert_same, final_state, wait_for
+from torch import Tensor, multiprocessing, nn
+
+from architect import Architect
+from checkpoint import load_checkpoint
+from data import BatchLoader, ImageSet
+from distributed import World, setup
+from engine import Precision, StopSignal, evaluate, train_one_epoch
+from logger import Run
+from model_search import SearchConfig, Supernet
+
+PROCESSES = 2
+TRAIN, TEST = 21, 17  # images, in batches of 8: of the last ones a process gets 2 or 3, and none or 1
+
+
+class DoubleSupernet(Supernet):
+    """In float64, so that the order of sums is not what differs; BN always in evaluation mode, if told so."""
+
+    batch_statistics = True
+
+    def train(self, mode: bool = True):
+        return super().train(mode and self.batch_statistics)
+
+    def forward(self, x: Tensor):
+        return super().forward(x.double())
+
+
+def loader(n: int, world: World, **keywords) -> BatchLoader:
+    generator = torch.Generator().manual_seed(n)
+    images = torch.randint(256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(7, (n,), generator=generator)
+    place = {"rank": world.rank, "world_size": world.size}
+    scale = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    return BatchLoader(ImageSet(images, labels, tuple("abcdefg")), 8, **scale, **place, **keywords)
+
+
+def search(world: World, *, batch_statistics: bool) -> dict:
+    """An epoch of a search with both kinds of step, and its evaluation."""
+    torch.manual_seed(0)
+    model = DoubleSupernet(SearchConfig(8, 3, 7)).double()
+    model.batch_statistics = batch_statistics
+    weights = model.weight_parameters()
+    optimizer = torch.optim.SGD(weights, lr=0.1)  # Adam would magnify rounding in small gradients
+    architect = Architect(
+        model, learning_rate=6e-4, weight_decay=1e-3, path_reg_weight=1.5, edge_reg_weight=0.8
+    )
+    shared = {"world": world, "precision": Precision("fp32", world.device), "run": Run(None)}
+    batches = loader(TRAIN, world, shuffle=True, stream=1).epoch(0)
+    arch_step = partial(architect.step, batches, ramp=1.0, world=world, precision=shared["precision"])
+    gradients = []
+    optimizer.register_step_post_hook(lambda *_: gradients.append([p.grad.clone() for p in weights]))
+    with StopSignal() as stop:
+        train = train_one_epoch(
+            model,
+            loader(TRAIN, world, shuffle=True, stream=0),
+            optimizer,
+            nn.CrossEntropyLoss(),
+            parameters=weights,
+            epoch=0,
+            before_step=arch_step,
+            grad_clip=5.0,
+            stop=stop,
+            **shared,
+        )
+    world.average_buffers(model)
+    test = evaluate(model, loader(TEST, world), **shared)
+    for means in (train, test):
+        del means["seconds"]
+    del train["images_per_second"]
+    return {
+        "gradients": gradients,
+        "model": model.state_dict(),
+        "train": train,
+        "test": test,
+        "genotype": model.genotype(),
+    }
+
+
+def search_in_processes(rank: int, port: int, folder: Path) -> None:
+    place = {"RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    world = setup("cpu")
+    assert (world.rank, world.size, world.is_main) == (rank, PROCESSES, rank == 0)
+    with world.first_on_machine():
+        pass
+    results = {statistics: search(world, batch_statistics=statistics) for statistics in (False, True)}
+    results["votes"] = [world.any(rank == 1), world.any(False)]
+    results["gathered"] = world.gather({"rank": rank})
+    results["broadcast"] = world.broadcast(f"from {rank}")
+    torch.save(results, folder / f"{rank}.pt")
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(search_in_processes, (port, folder), nprocs=PROCESSES)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+
+
+def test_gradients_and_metrics_equal_those_of_one_process_on_the_joined_batch(by_rank):
+    alone = search(World(torch.device("cpu")), batch_statistics=False)
+    assert len(alone["gradients"]) == 3 and alone["train"]["samples"] == TRAIN
+    for together in (results[False] for results in by_rank):
+        for ours, theirs in zip(together["gradients"], alone["gradients"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)  # losses are in float32
+        torch.testing.assert_close(together["model"], alone["model"], rtol=1e-5, atol=1e-7)
+        assert together["train"] == pytest.approx(alone["train"], rel=1e-6)
+        assert together["test"] == pytest.approx(alone["test"], rel=1e-6)
+        assert together["test"]["samples"] == TEST
+        assert together["genotype"] == alone["genotype"]
+
+
+def test_processes_agree_to_the_last_bit(by_rank):
+    """Also where each normalises by the statistics of its own part of the batch."""
+    one, other = by_rank
+    for statistics in (False, True):
+        assert_same(one[statistics]["gradients"], other[statistics]["gradients"])
+        assert_same(dict(one[statistics]["model"]), dict(other[statistics]["model"]))
+        assert one[statistics]["genotype"] == other[statistics]["genotype"]
+    assert one[True]["model"]["alphas_normal"].std() > 0
+
+
+def test_what_processes_tell_each_other(by_rank):
+    for results in by_rank:
+        assert results["votes"] == [True, False]
+        assert results["gathered"] == [{"rank": 0}, {"rank": 1}]
+        assert results["broadcast"] == "from 0"
+
+
+class Torchrun:
+    """The real search in two processes, in `folder`."""
+
+    def __init__(self, folder: Path, flags: list):
+        self.folder = folder
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts=1"]
+        script = [ROOT / "train_search.py", *flags, *TINY_SEARCH, "--arch_start_epoch", 0]
+        self.command = [str(word) for word in (*launcher, f"--nproc_per_node={PROCESSES}", *script)]
+
+    def start(self) -> subprocess.Popen:
+        return subprocess.Popen(
+            self.command,
+            cwd=self.folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def result(self) -> Path:
+        """The folder of the one run there is."""
+        (run,) = (self.folder / "runs").iterdir()
+        assert load_checkpoint(run)["finished"]
+        return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_flags) -> tuple[Path, str]:
+    torchrun = Torchrun(tmp_path_factory.mktemp("torchrun"), data_flags)
+    process = torchrun.start()
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return torchrun.result(), output
+
+
+def test_only_the_main_process_writes(finished):
+    run, output = finished
+    assert output.count("run folder ") == 1
+    assert len(re.findall(r"train 000 ", output)) == 2  # one line in each epoch
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(load_checkpoint(run)["random"]) == PROCESSES
+    assert (run / "genotype.json").is_file()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through /proc")
+def test_a_killed_process_is_survived(finished, tmp_path, data_flags):
+    torchrun = Torchrun(tmp_path, data_flags)
+    process = torchrun.start()
+    wait_for(process, r"epoch 1 lr")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == PROCESSES
+    os.kill(int(children[1]), signal.SIGKILL)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "resumed " in output and "at epoch 1, step 0" in output
+    assert_same(final_state(torchrun.result()), final_state(finished[0]))
