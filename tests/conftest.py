@@ -41,7 +41,7 @@ TINY_STAGE = [
     "1",
 ]
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # two threads that share cores with other processes wait for each other
 
 
 def environment() -> dict[str, str]:
