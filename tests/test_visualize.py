@@ -181,7 +181,8 @@ def write_run(folder: Path, records: list[dict]) -> Path:
 
 def means(epoch: int) -> dict:
     top1 = 20 + 7 * epoch - epoch**2  # highest at epoch 3 and, again, at 4
-    return {"loss": 2.3 - 0.1 * epoch, "top1": top1, "top5": 60 + epoch, "samples": 100, "seconds": 2.0}
+    speed = {"samples": 100, "seconds": 2.0, "images_per_second": 50.0}
+    return {"loss": 2.3 - 0.1 * epoch, "top1": top1, "top5": 60 + epoch, **speed}
 
 
 def training_records(epochs: int) -> list[dict]:
@@ -197,13 +198,13 @@ def search_records(epochs: int) -> list[dict]:
     torch.manual_seed(0)
     model = Supernet(SearchConfig(8, 3, 10))
     weights = {"learning_rate": 1e-3, "weight_decay": 0.0, "path_reg_weight": 1.5, "edge_reg_weight": 0.8}
-    architect, before, records = Architect(model, **weights), model.genotype(), []
+    architect, records = Architect(model, **weights), []
     for epoch in range(epochs):
         with torch.no_grad():
             for parameter in model.arch_state().values():
                 parameter += 0.3 * torch.randn_like(parameter)
-        record = search_record(architect, means(epoch), means(epoch), before, model.genotype())
-        before = model.genotype()
+        before = records[-1] if records else None
+        record = search_record(architect, means(epoch), means(epoch), model.genotype(), before=before)
         records.append(json.loads(json.dumps({"epoch": epoch, **record})))
     return records
 
