@@ -303,6 +303,7 @@ def run_folder(tmp_path, models) -> Path:
     model = models["deep"]
     torch.save(
         {
+            **dict.fromkeys(checkpoint.ENTRIES),
             "format": checkpoint.FORMAT,
             "kind": "stage2",
             "config": model.config.to_dict(),
