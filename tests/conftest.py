@@ -14,32 +14,9 @@ from data import draw_shapes
 from utils import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY_SEARCH = [
-    "--batch_size",
-    "32",
-    "--init_channels",
-    "8",
-    "--layers",
-    "3",
-    "--epochs",
-    "2",
-    "--report_freq",
-    "1",
-]
-TINY_STAGE = [
-    "--batch_size",
-    "32",
-    "--init_channels",
-    "4",
-    "--groups",
-    "2",
-    "--layers",
-    "3",
-    "--epochs",
-    "2",
-    "--report_freq",
-    "1",
-]
+TINY = ["--batch_size", "32", "--layers", "3", "--epochs", "2", "--report_freq", "1"]
+TINY_SEARCH = [*TINY, "--init_channels", "8"]
+TINY_STAGE = [*TINY, "--init_channels", "4", "--groups", "2"]
 
 torch.set_num_threads(1)  # two threads that share cores with other processes wait for each other
 
