@@ -133,6 +133,8 @@ def _load_cifar(name: str, root: str | Path, *, train: bool) -> ImageSet:
         with contextlib.redirect_stdout(sys.stderr):  # some versions of torchvision report on stdout
             dataset = source(root, train=train, download=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError
+        with contextlib.suppress(OSError):
+            Path(root).rmdir()  # torchvision has made it; it goes where it is empty
         raise InputError(
             f"{name} is not in {root} and could not be downloaded ({_one_line(error)}); "
             f"put {source.filename} from {source.url} there, or use the set shapes, which needs no download"
