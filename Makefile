@@ -20,7 +20,7 @@ NETWORK := $(SHAPES) --init_channels 14 --layers 3 --learning_rate 3e-3 --drop_p
 demo: export OMP_NUM_THREADS = 1
 demo: $(SETUP)
 	$(PYTHON) train_search.py $(SHAPES) --epochs 3 --init_channels 8 --layers 3 --learning_rate 3e-3 --arch_learning_rate 1e-2
-	$(PYTHON) train.py $(NETWORK) --epochs 3 --arch "$$(ls -td runs/search-demo-* | head -n 1)"
+	$(PYTHON) train.py $(NETWORK) --epochs 2 --arch "$$(ls -td runs/search-demo-* | head -n 1)"
 	$(PYTHON) train.py $(NETWORK) --epochs 4 --arch "$$(ls -td runs/search-demo-* | head -n 1)" --binary
 	$(PYTHON) evaluate.py "$$(ls -td runs/eval-demo-stage1-* | head -n 1)" "$$(ls -td runs/eval-demo-stage2-* | head -n 1)"
 	@echo; echo "pictures:"; ls "$$(ls -td runs/search-demo-* | head -n 1)"/*.png "$$(ls -td runs/eval-demo-stage2-* | head -n 1)"/*.png
