@@ -73,13 +73,12 @@ class Architect:
     def step(
         self,
         batches: Iterator[Batch],
-        _step: int,
         *,
         ramp: float,
         world: World,
         precision: Precision,
     ) -> None:
-        """One step on the next of `batches`, before the weight step of the same number."""
+        """One step on the next of `batches`."""
         batch = next(batches)
         arch, weights = self.model.arch_parameters(), self.model.weight_parameters()
         with only_gradients_of(arch, not_of=weights):

@@ -128,7 +128,7 @@ def search_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]
     weight_step = training_step(fused, fused.weight_parameters(), batch, precision, world)
 
     def both_steps() -> None:
-        architect.step(itertools.repeat(batch), 0, ramp=1.0, world=world, precision=precision)
+        architect.step(itertools.repeat(batch), ramp=1.0, world=world, precision=precision)
         weight_step()
 
     plain_weight_step, plain_both_steps = per_edge_steps(per_edge, batch, precision)

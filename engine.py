@@ -160,7 +160,7 @@ def train_one_epoch(
     stop: StopSignal,
     grad_clip: float,
     auxiliary_weight: float = 0.0,
-    before_step: Callable[[int], None] | None = None,
+    before_step: Callable[[], None] | None = None,
     start_step: int = 0,
     sums: Iterable[float] | None = None,
 ) -> dict[str, float]:
@@ -168,7 +168,7 @@ def train_one_epoch(
     seconds, images_per_second.
 
     `model` maps images to (logits, auxiliary logits or None); it is put into training mode.
-    `before_step(step)` runs before each weight step. An epoch that was interrupted goes on from
+    `before_step` runs before each weight step. An epoch that was interrupted goes on from
     `start_step` with its `sums`. Raises RunFailed on a loss that is not finite; Interrupted, after the
     step that a signal arrived in.
     """
@@ -181,7 +181,7 @@ def train_one_epoch(
     with run.progress(f"epoch {epoch}", total=len(loader), start=start_step) as bar:
         for step, batch in enumerate(loader.epoch(epoch, start_step), start_step):
             if before_step is not None:
-                before_step(step)
+                before_step()
             with precision.autocast():
                 logits, auxiliary_logits = model(batch.images)
                 logits = logits.float()

@@ -200,3 +200,14 @@ def prepare_data(
         "std": list(std),
     }
     return train.to(world.device), held_out.to(world.device) if test else None, description
+
+
+def loader_settings(args: argparse.Namespace, data: dict[str, Any], world: World) -> dict[str, Any]:
+    """The arguments that all loaders of a run have in common."""
+    return {
+        "mean": data["mean"],
+        "std": data["std"],
+        "seed": args.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+    }

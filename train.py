@@ -10,6 +10,8 @@ torchrun --nproc_per_node=4 train.py --auxiliary --cutout  # 4 GPUs, batch_size 
 
 from __future__ import annotations
 
+import argparse
+
 from torch import nn
 
 import options
@@ -18,7 +20,7 @@ from checkpoint import BEST, load_checkpoint
 from data import SETS, Augmentation, BatchLoader, ImageSet, holdout_split
 from distributed import World, setup
 from engine import Precision, evaluate, train_one_epoch
-from session import Session, prepare_data
+from session import Session, loader_settings, prepare_data
 from utils import run_main
 
 
@@ -95,7 +97,7 @@ def main() -> None:
 
 
 def make_loaders(
-    args, train_set: ImageSet, test_set: ImageSet, data: dict, world: World
+    args: argparse.Namespace, train_set: ImageSet, test_set: ImageSet, data: dict, world: World
 ) -> tuple[BatchLoader, ...]:
     """For training, for choosing an epoch (held-out training images, or the test set), and for testing."""
     augmentation = Augmentation(
@@ -104,13 +106,7 @@ def make_loaders(
         cutout_length=args.cutout_length if args.cutout else 0,
         mixup_alpha=args.alpha if args.mixup else 0.0,
     )
-    shared = {
-        "mean": data["mean"],
-        "std": data["std"],
-        "seed": args.seed,
-        "rank": world.rank,
-        "world_size": world.size,
-    }
+    shared = loader_settings(args, data, world)
     valid_set = test_set
     if args.holdout:
         kept, held_out = holdout_split(len(train_set), args.holdout, args.seed)

@@ -1,7 +1,7 @@
 """Search for a cell on a supernet with binary activations, and write its genotype.
 
     python train_search.py                                          # CIFAR-10, downloaded to data/
-    python train_search.py --set folder --data DIR  # your own images
+    python train_search.py --set folder --data DIR                  # your own images
     python train_search.py --resume auto                            # go on after a crash
     torchrun --nproc_per_node=4 train_search.py                     # 4 GPUs, batch_size images in all
 
@@ -21,14 +21,14 @@ from torch import nn
 
 import options
 from architect import Architect
-from data import SETS, Augmentation, Batch, BatchLoader, split_halves
+from data import SETS, Augmentation, Batch, BatchLoader, ImageSet, split_halves
 from distributed import World, setup
 from engine import Precision, evaluate, train_one_epoch
 from genotypes import Genotype, describe, genotype_from_dict, genotype_to_dict, save_genotype
 from logger import Run
 from model_search import SearchConfig, Supernet
 from pictures import draw_curves, draw_genotype
-from session import Session, prepare_data
+from session import Session, loader_settings, prepare_data
 from utils import InputError, run_main, seed_everything
 
 
@@ -127,7 +127,9 @@ def main() -> None:
     world.close()
 
 
-def make_loaders(args, train_set, data, world: World) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
+def make_loaders(
+    args: argparse.Namespace, train_set: ImageSet, data: dict, world: World
+) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
     """The halves of the training set: the weights' and, in its own order, the architecture's, both augmented,
     and the architecture's again as it is, for evaluation."""
     halves = split_halves(len(train_set), args.train_portion, args.seed)
@@ -135,13 +137,7 @@ def make_loaders(args, train_set, data, world: World) -> tuple[BatchLoader, Batc
     augmentation = Augmentation(
         crop_padding=args.image_size // 8, flip=True, cutout_length=args.cutout_length if args.cutout else 0
     )
-    shared = {
-        "mean": data["mean"],
-        "std": data["std"],
-        "seed": args.seed,
-        "rank": world.rank,
-        "world_size": world.size,
-    }
+    shared = loader_settings(args, data, world)
     training = {"augmentation": augmentation, "shuffle": True, **shared}
     return (
         BatchLoader(weight_half, args.batch_size, stream=0, **training),

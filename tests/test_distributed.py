@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -90,6 +91,12 @@ def search(world: World, *, batch_statistics: bool) -> dict:
     }
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def search_in_processes(rank: int, port: int, folder: Path) -> None:
     place = {"RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
@@ -109,10 +116,7 @@ def search_in_processes(rank: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(search_in_processes, (port, folder), nprocs=PROCESSES)
+    multiprocessing.spawn(search_in_processes, (free_port(), folder), nprocs=PROCESSES)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
 
@@ -146,14 +150,17 @@ def test_what_processes_tell_each_other(by_rank):
         assert results["broadcast"] == "from 0"
 
 
-class Torchrun:
-    """The real search in two processes, in `folder`."""
+ONE_MACHINE = ("--standalone", "--max_restarts=1", f"--nproc_per_node={PROCESSES}")
 
-    def __init__(self, folder: Path, flags: list):
+
+class Torchrun:
+    """The real search in two processes, in `folder`; `place` says to torchrun how they are spread."""
+
+    def __init__(self, folder: Path, flags: list, place: Sequence[str] = ONE_MACHINE):
         self.folder = folder
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts=1"]
         script = [ROOT / "train_search.py", *flags, *TINY_SEARCH, "--arch_start_epoch", 0]
-        self.command = [str(word) for word in (*launcher, f"--nproc_per_node={PROCESSES}", *script)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", *place]
+        self.command = [str(word) for word in (*launcher, *script)]
 
     def start(self) -> subprocess.Popen:
         return subprocess.Popen(
@@ -188,6 +195,21 @@ def test_only_the_main_process_writes(finished):
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert len(load_checkpoint(run)["random"]) == PROCESSES
     assert (run / "genotype.json").is_file()
+
+
+def test_two_machines_search_as_one_does(finished, tmp_path, data_flags):
+    """Two launchers of one process each meet at an address, as on two machines that share a folder."""
+    place = (
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=localhost:{free_port()}",
+    )
+    torchrun = Torchrun(tmp_path, data_flags, place)
+    for machine in [torchrun.start() for _ in range(2)]:
+        output, _ = machine.communicate()
+        assert machine.returncode == 0, output
+    assert_same(final_state(torchrun.result()), final_state(finished[0]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through /proc")
