@@ -33,7 +33,7 @@ class _BinarySign(Function):
 
 def _sign_slope(x: Tensor) -> Tensor:
     """max(0, 2 - 2|x|), the derivative of Bi-Real Net's piecewise quadratic approximation of sign."""
-    return x.abs().clamp_max_(1).mul_(-2).add_(2)
+    return torch.rsub(x.abs(), 2, alpha=2).relu_()
 
 
 def binary_sign(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from binary_ops import binary_sign
 from genotypes import EDGES, NODES, PRIMITIVES, Genotype
-from operations import SearchPreprocess, SourceOperations
+from operations import SearchPreprocess, SourceOperations, coefficients
 from utils import InputError, nearest_multiples
 
 SAMPLING = {"normal": 8, "reduce": 4}
@@ -77,8 +77,8 @@ def edge_weights(beta: Tensor) -> Tensor:
 class SearchCell(nn.Module):
     """A cell of the supernet: the signs of its two inputs, s0, s1 -> (n, 4 * channels, h', w').
 
-    `mixing` holds by source, for each edge that leaves it, the edge's weight times the softmax of its
-    alphas (m, 7); `weights` (14,) the edges' weights alone, which the bypassing channels get.
+    `mixing` holds by source the `coefficients` of the edges that leave it, each edge's weight times the
+    softmax of its alphas; `weights` the 14 edges' weights alone, which the bypassing channels get.
     """
 
     def __init__(self, c_older: int, c_newer: int, channels: int, *, reduction: bool, reduction_before: bool):
@@ -93,14 +93,16 @@ class SearchCell(nn.Module):
             for source, edges in enumerate(LEAVING)
         )
 
-    def forward(self, s0: Tensor, s1: Tensor, mixing: tuple[Tensor, ...], weights: Tensor) -> Tensor:
+    def forward(
+        self, s0: Tensor, s1: Tensor, mixing: list[tuple[Tensor, Tensor]], weights: tuple[Tensor, ...]
+    ) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         mixed: dict[int, Tensor] = {}  # by edge: (n, c / k, h', w')
         bypassed: list[Tensor] = []  # by source: (n, c - c / k, h', w')
         for node in range(NODES):
             for source in range(len(bypassed), len(states)):
-                sampled, rest = states[source].tensor_split([self.sampled], 1)
-                outputs = self.sources[source](sampled, mixing[source])
+                sampled, rest = states[source].split([self.sampled, (self.k - 1) * self.sampled], 1)
+                outputs = self.sources[source](sampled, *mixing[source])
                 mixed.update(zip(LEAVING[source], outputs.unbind(1), strict=True))
                 if self.reduction and source < 2:
                     rest = F.max_pool2d(rest, 2, 2, ceil_mode=True)
@@ -159,13 +161,17 @@ class Supernet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         weights, mixing = {}, {}
-        for kind, alpha, beta in (
+        for reduction, alpha, beta in (
             (False, self.alphas_normal, self.betas_normal),
             (True, self.alphas_reduce, self.betas_reduce),
         ):
-            weights[kind] = edge_weights(beta)
-            of_edges = weights[kind].unsqueeze(1) * alpha.softmax(1)  # (14, 7)
-            mixing[kind] = of_edges[self.by_source].split([len(edges) for edges in LEAVING])
+            of_edges = edge_weights(beta)
+            weights[reduction] = of_edges.unbind()
+            by_source = (of_edges.unsqueeze(1) * alpha.softmax(1))[self.by_source]  # (14, 7)
+            mixing[reduction] = [
+                coefficients(part, 2 if reduction and source < 2 else 1)
+                for source, part in enumerate(by_source.split([len(edges) for edges in LEAVING]))
+            ]
         x = self.stem(x)
         s0 = s1 = binary_sign(x)
         for cell in self.cells:

@@ -164,7 +164,7 @@ class _NormalizedMixture(Function):
     @staticmethod
     def forward(ctx, y, coefficient, mean, inverse_std, batch_statistics):
         scale = _per_channel(coefficient) * inverse_std  # (p, m, c, 1, 1)
-        mixed = torch.addcmul(-(mean * scale).sum(0), y[:, 0], scale[0])
+        mixed = torch.addcmul((mean * scale).sum(0).neg_(), y[:, 0], scale[0])
         for p in range(1, y.shape[1]):
             mixed.addcmul_(y[:, p], scale[p])
         ctx.save_for_backward(y, coefficient, mean, inverse_std)
@@ -175,24 +175,40 @@ class _NormalizedMixture(Function):
     def backward(ctx, grad):
         y, coefficient, mean, inverse_std = ctx.saved_tensors
         total = grad.sum((0, 3, 4), keepdim=True)[0]  # (m, c, 1, 1)
-        along = torch.stack([(grad * y[:, p]).sum((0, 3, 4), keepdim=True)[0] for p in range(y.shape[1])])
-        along = (along - mean * total) * inverse_std  # sum of grad times normalised y, (p, m, c, 1, 1)
-        grad_y = None
+        grad = grad.unsqueeze(1)
+        along = (grad * y).sum((0, 4, 5), keepdim=True)[0]
+        # the sum of grad times normalised y, (p, m, c, 1, 1)
+        along = torch.addcmul(along, mean, total, value=-1).mul_(inverse_std)
+        grad_y = grad_coefficient = None
         if ctx.needs_input_grad[0]:
             scale = _per_channel(coefficient) * inverse_std
-            grad = grad.unsqueeze(1)
             if ctx.batch_statistics:
-                count = grad.numel() // total.numel()
-                slope = -scale * inverse_std * along / count
-                offset = -scale * total / count - slope * mean
+                share = scale / -(grad.numel() // total.numel())
+                slope = share * inverse_std * along
+                offset = torch.addcmul(share * total, slope, mean, value=-1)
                 grad_y = torch.addcmul(offset, y, slope).addcmul_(grad, scale)
             else:
                 grad_y = grad * scale
-        return grad_y, along.sum((2, 3, 4)), None, None, None
+        if ctx.needs_input_grad[1]:
+            grad_coefficient = along.sum((2, 3, 4))
+        return grad_y, grad_coefficient, None, None, None
 
 
 def _per_channel(coefficient: Tensor) -> Tensor:
     return coefficient[:, :, None, None, None]
+
+
+def coefficients(mixing: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """mixing (m, 7), by edge and operation of PRIMITIVES -> what multiplies the convolutions' normalised
+    results (p, m), p = 4, or 5 at stride 2, where the skip connection is one of them; and what multiplies
+    all that edges share, max-pool, average-pool and residual (m, 3)."""
+    skip, pooling, convolving = mixing.split((1, 2, 4), dim=1)
+    residual = convolving.sum(1, keepdim=True)
+    if stride == 1:
+        residual = residual + skip
+    else:
+        convolving = torch.cat([convolving, skip], 1)
+    return convolving.t(), torch.cat([pooling, residual], 1)
 
 
 class SourceOperations(nn.Module):
@@ -200,8 +216,8 @@ class SourceOperations(nn.Module):
 
     These edges read the same channels, so the sign, both pools with their BN (without affine parameters
     they are the same on every edge) and the residual are computed once, and a kind of convolution is one
-    convolution with m times the output channels. x (n, c, h, w), mixing (m, 7) -> (n, m, c, h', w'): on
-    edge e the sum of mixing[e, p] times operation p of PRIMITIVES.
+    convolution with m times the output channels. x (n, c, h, w) and the `coefficients` of the edges' mixing
+    (m, 7) -> (n, m, c, h', w'): on edge e the sum of mixing[e, p] times operation p of PRIMITIVES.
     """
 
     def __init__(self, channels: int, edges: int, stride: int):
@@ -220,29 +236,20 @@ class SourceOperations(nn.Module):
         self.pool_norm = nn.BatchNorm2d(2 * channels, affine=False)
         self.shortcut = nn.Identity() if stride == 1 else halving_pool()
 
-    def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
-        edges = mixing.shape[0]
+    def forward(self, x: Tensor, convolving: Tensor, sharing: Tensor) -> Tensor:
         signs = binary_sign(x)
         outputs = [self._convolved(signs, *pair) for pair in (self.convolutions[:2], self.convolutions[2:])]
         if self.stride == 2:
-            outputs.append(self._reduced(signs, edges))
+            outputs.append(self._reduced(signs, len(sharing)))
         pools = [
             F.max_pool2d(x, 3, self.stride, 1),
             F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False),
         ]
         pools = self.pool_norm(torch.cat(pools, 1))
-
-        skip, pooling, convolving = mixing.split((1, 2, 4), dim=1)
-        through_shortcut = convolving.sum(1, keepdim=True)
-        if self.stride == 1:
-            through_shortcut = through_shortcut + skip
-        else:
-            convolving = torch.cat([convolving, skip], 1)
-        mixed = self._normalized_mixture(torch.cat(outputs, 1), convolving.t())
+        mixed = self._normalized_mixture(torch.cat(outputs, 1), convolving)
         # what all edges share: both pools and the residual, (n, 3, c * h' * w')
         shared = torch.cat([pools, self.shortcut(x)], 1).unflatten(1, (3, -1)).flatten(2)
-        weights = torch.cat([pooling, through_shortcut], 1).to(shared.dtype)
-        return mixed + torch.matmul(weights, shared).view_as(mixed)
+        return mixed + torch.matmul(sharing.to(shared.dtype), shared).view_as(mixed)
 
     def _normalized_mixture(self, y: Tensor, coefficient: Tensor) -> Tensor:
         """BN, then the mixture of the convolutions: y (n, p * m * c, h, w), coefficient (p, m)."""
@@ -256,7 +263,6 @@ class SourceOperations(nn.Module):
                 count = y.numel() / y.shape[1]
                 norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
                 norm.running_var.lerp_(var.to(norm.running_var.dtype) * (count / (count - 1)), norm.momentum)
-                norm.num_batches_tracked.add_(1)
         else:
             var, mean = norm.running_var, norm.running_mean
         layout = (*coefficient.shape, -1, 1, 1)

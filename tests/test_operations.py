@@ -10,7 +10,14 @@ from torch._dynamo.testing import CompileCounter
 from genotypes import GENOTYPES, PRIMITIVES
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
-from operations import FactorizedReduce, SearchPreprocess, SourceOperations, drop_path, make_operation
+from operations import (
+    FactorizedReduce,
+    SearchPreprocess,
+    SourceOperations,
+    coefficients,
+    drop_path,
+    make_operation,
+)
 from utils import InputError
 
 BITS = {"weight_bits": 1, "activation_bits": 1, "weight_binarization": "plain"}
@@ -42,7 +49,7 @@ def test_search_operations_give_the_size_of_their_edges(stride, size):
     for index in range(len(PRIMITIVES)):
         mixing = torch.zeros(3, len(PRIMITIVES))
         mixing[1, index] = 1.0
-        y = operations(x, mixing)
+        y = operations(x, *coefficients(mixing, stride))
         assert y.shape == (2, 3, 2, *(-(-n // stride) for n in size))
         assert y[:, 1].any() and not y[:, 0].any() and not y[:, 2].any()
     assert torch.equal(x, before)
@@ -142,9 +149,9 @@ def test_compiled_operations_equal_eager_ones(stride, training):
     """Each is one graph: nothing in it waits for the host, or makes torch.compile give up."""
     source = SourceOperations(2, 3, stride).double().train(training)
     unit = make_operation("bin_dil_conv_3x3", 4, stride, groups=2, bits=BITS).double().train(training)
-    mixing = torch.randn(3, len(PRIMITIVES), dtype=torch.float64, requires_grad=True)
+    mixing = coefficients(torch.randn(3, len(PRIMITIVES), dtype=torch.float64, requires_grad=True), stride)
     for module, inputs in (
-        (source, (torch.randn(2, 2, 9, 9, dtype=torch.float64, requires_grad=True), mixing)),
+        (source, (torch.randn(2, 2, 9, 9, dtype=torch.float64, requires_grad=True), *mixing)),
         (unit, (torch.randn(2, 4, 9, 9, dtype=torch.float64, requires_grad=True),)),
     ):
         compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
