@@ -9,7 +9,8 @@
 
 The obvious forms stand in tests/: the supernet edge by edge, binarisation in float tensors by autograd, the
 gradients of everything in every step. Cases take turns, round by round; `ratio` is the median over the rounds
-of a case's images per second over those of the case that it is set against.
+of a case's images per second over those of the case that it is set against. `operations` counts the tensor
+operations of a call that do work (no views): on a GPU each is a kernel to launch, or a few.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import options
 from architect import Architect, edge_regularizer, path_regularizer
@@ -394,6 +396,8 @@ def measure(cases: list[Case], args: argparse.Namespace, device: torch.device) -
     """A row for each case: seconds of a call (median, min, max), images per second, memory, ratio."""
     clock = CLOCKS[args.clock]
     memory = {case.name: measure_memory(case.run, device) for case in cases}
+    eager = not getattr(args, "compile", True)  # what compiled code and other engines do is not dispatched
+    operations = {case.name: count_operations(case.run) if eager else 0 for case in cases}
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     for repeat in range(-args.warmup, args.repeats):
         for case in cases:
@@ -414,6 +418,7 @@ def measure(cases: list[Case], args: argparse.Namespace, device: torch.device) -
             "max": max(seconds[case.name]),
             "images_per_second": 1 / median(per_image[case.name]),
             "memory_bytes": memory[case.name],
+            "operations": operations[case.name],
         }
         if case.against is not None:
             turns = zip(per_image[case.against], per_image[case.name], strict=True)
@@ -472,6 +477,26 @@ class KeptForBackward:
         self.peak = max(self.peak, self.bytes)
 
 
+def count_operations(run: Callable[[], Any]) -> int:
+    """Tensor operations of one call that do work."""
+    with OperationCount() as count:
+        run()
+    return count.operations
+
+
+class OperationCount(TorchDispatchMode):
+    """Within it, `operations` counts what is dispatched to a device, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.__name__
+        self.operations += not (operation.is_view or name.startswith(("empty", "new_empty", "_unsafe_view")))
+        return operation(*args, **(kwargs or {}))
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """The hardware and the versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
@@ -498,12 +523,26 @@ def print_table(rows: list[dict], args: argparse.Namespace, device: torch.device
     print(", ".join(f"{name} {value}" for name, value in vars(args).items() if value not in (None, False)))
     print()
     memory = MEMORY[device.type]
-    columns = ("case", "median ms", "min", "max", "images/s", f"{memory} MiB", "ratio", f"{memory} ratio")
+    columns = (
+        "case",
+        "median ms",
+        "min",
+        "max",
+        "images/s",
+        f"{memory} MiB",
+        "operations",
+        "ratio",
+        f"{memory} ratio",
+    )
     print("| " + " | ".join(columns) + " |")
     print("|---|" + "---:|" * (len(columns) - 1))
     for row in rows:
         cells = [row["case"], *(f"{1e3 * row[name]:.1f}" for name in ("median", "min", "max"))]
-        cells += [f"{row['images_per_second']:.1f}", f"{row['memory_bytes'] / 2**20:.0f}"]
+        cells += [
+            f"{row['images_per_second']:.1f}",
+            f"{row['memory_bytes'] / 2**20:.0f}",
+            str(row["operations"] or ""),
+        ]
         cells += [f"{row[name]:.2f}" if name in row else "" for name in ("ratio", "memory_ratio")]
         print("| " + " | ".join(cells) + " |")
     print()

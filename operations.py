@@ -249,7 +249,9 @@ class SourceOperations(nn.Module):
         mixed = self._normalized_mixture(torch.cat(outputs, 1), convolving)
         # what all edges share: both pools and the residual, (n, 3, c * h' * w')
         shared = torch.cat([pools, self.shortcut(x)], 1).unflatten(1, (3, -1)).flatten(2)
-        return mixed + torch.matmul(sharing.to(shared.dtype), shared).view_as(mixed)
+        # not matmul, which where `sharing` needs a gradient turns to a form that copies `shared`
+        sharing = sharing.to(shared.dtype).expand(len(x), -1, -1)
+        return mixed + torch.bmm(sharing, shared).view_as(mixed)
 
     def _normalized_mixture(self, y: Tensor, coefficient: Tensor) -> Tensor:
         """BN, then the mixture of the convolutions: y (n, p * m * c, h, w), coefficient (p, m)."""

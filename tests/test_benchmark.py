@@ -50,9 +50,20 @@ def test_table_and_json(flags, names, monkeypatch, capsys):
     ours, against = result["rows"][0], by_name[names[1]]
     assert against.keys().isdisjoint({"ratio", "memory_ratio"})
     low = against["min"] / ours["max"] if "data" not in flags else 0
-    assert low <= ours["ratio"] and body[0][6] == f"{ours['ratio']:.2f}"
+    assert low <= ours["ratio"] and body[0][7] == f"{ours['ratio']:.2f}"
     if "data" not in flags:
         assert ours["memory_ratio"] < 1
+    if "search" in flags:
+        assert 0 < ours["operations"] < against["operations"] / 4
+
+
+def test_operations_that_do_work_are_counted():
+    x = torch.ones(2, 2)
+    assert benchmark.count_operations(lambda: x.view(4).unbind()) == 0
+    assert benchmark.count_operations(lambda: x.t().mul(2).sum()) == 2
+    assert benchmark.count_operations(lambda: torch.empty(3).copy_(x[0, 0])) == 1
+    x.requires_grad_()
+    assert benchmark.count_operations(lambda: torch.autograd.grad(x.exp().sum(), x)) == 4  # and 1, 1 * exp(x)
 
 
 def test_bytes_kept_for_the_backward_pass():
