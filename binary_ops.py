@@ -99,18 +99,22 @@ def binarize_weight(weight: Tensor, method: str = "plain") -> Tensor:
     if latent.dtype in (torch.float16, torch.bfloat16):
         latent = latent.float()
     dims = tuple(range(1, weight.dim()))
+    if latent[0].numel() == 1:
+        return _ClippedSign.apply(weight)
     # std of the centred weight, in this order, as the original: the scale is then the same to the last bit.
     # It decides ties: a 1-bit convolution gives many pixels one value up to rounding, and which of them a
     # max pool picks, and so routes the gradient to, is that rounding's choice.
-    standardised = latent - latent.mean(dims, keepdim=True)
-    single = latent[0].numel() == 1
-    std = torch.zeros_like(latent) if single else standardised.std(dims, keepdim=True)
-    # a constant filter may leave a spread of rounding errors, which must not be blown up
-    spread = std > torch.finfo(latent.dtype).eps * latent.abs().amax(dims, keepdim=True)
-    standardised = standardised / torch.where(spread, std, 1)
-    scale = standardised.detach().abs().mean(dims, keepdim=True)
-    scale = torch.where(spread, scale, 1)
-    signed = torch.where(spread, standardised, weight) if method == "balanced" else weight
+    centred = latent - latent.mean(dims, keepdim=True)
+    std = centred.std(dims, keepdim=True)
+    if method == "plain":
+        signed, scale = weight, (centred / std).abs_().mean(dims, keepdim=True)
+        # below 1, but of a constant filter: there it is 0/0, or a quotient of rounding errors
+        scale = scale.nan_to_num_(nan=1.0).clamp_max_(1)
+    else:
+        # a constant filter may leave a spread of rounding errors, which must not be blown up
+        spread = std > torch.finfo(latent.dtype).eps * latent.abs().amax(dims, keepdim=True)
+        signed = torch.where(spread, centred, weight) / torch.where(spread, std, 1)
+        scale = torch.where(spread, signed.detach().abs().mean(dims, keepdim=True), 1)
     return (_ClippedSign.apply(signed) * scale).to(weight.dtype)
 
 
