@@ -77,8 +77,9 @@ def edge_weights(beta: Tensor) -> Tensor:
 class SearchCell(nn.Module):
     """A cell of the supernet: the signs of its two inputs, s0, s1 -> (n, 4 * channels, h', w').
 
-    `mixing` holds by source the `coefficients` of the edges that leave it, each edge's weight times the
-    softmax of its alphas; `weights` the 14 edges' weights alone, which the bypassing channels get.
+    `mixing` and `weights` hold by source, of the m edges that leave it: the `coefficients`, each edge's
+    weight times the softmax of its alphas, and the weights alone (m, 1, 1, 1), which the bypassing channels
+    get.
     """
 
     def __init__(self, c_older: int, c_newer: int, channels: int, *, reduction: bool, reduction_before: bool):
@@ -94,25 +95,21 @@ class SearchCell(nn.Module):
         )
 
     def forward(
-        self, s0: Tensor, s1: Tensor, mixing: list[tuple[Tensor, Tensor]], weights: tuple[Tensor, ...]
+        self, s0: Tensor, s1: Tensor, mixing: list[tuple[Tensor, Tensor]], weights: list[Tensor]
     ) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        mixed: dict[int, Tensor] = {}  # by edge: (n, c / k, h', w')
-        bypassed: list[Tensor] = []  # by source: (n, c - c / k, h', w')
-        for node in range(NODES):
-            for source in range(len(bypassed), len(states)):
-                sampled, rest = states[source].split([self.sampled, (self.k - 1) * self.sampled], 1)
-                outputs = self.sources[source](sampled, *mixing[source])
-                mixed.update(zip(LEAVING[source], outputs.unbind(1), strict=True))
-                if self.reduction and source < 2:
-                    rest = F.max_pool2d(rest, 2, 2, ceil_mode=True)
-                bypassed.append(rest)
-            first, *others = (e for e, (to, _) in enumerate(EDGES) if to == node)
-            through, around = mixed[first], weights[first] * bypassed[0]
-            for e, rest in zip(others, bypassed[1:], strict=True):
-                through = through + mixed[e]
-                around = torch.addcmul(around, weights[e], rest)
-            states.append(shuffled(through, around, self.k))
+        # sums over the edges that enter the nodes still to come, (n, nodes, channels, h', w')
+        through = around = s0.new_zeros(())
+        for source, operations in enumerate(self.sources):
+            sampled, rest = states[source].split([self.sampled, (self.k - 1) * self.sampled], 1)
+            if self.reduction and source < 2:
+                rest = F.max_pool2d(rest, 2, 2, ceil_mode=True)
+            through = through + operations(sampled, *mixing[source])
+            around = torch.addcmul(around, weights[source], rest.unsqueeze(1))
+            if source:  # now all edges have entered the first of these nodes
+                node, through = through.split([1, NODES - source], 1)
+                bypass, around = around.split([1, NODES - source], 1)
+                states.append(shuffled(node.squeeze(1), bypass.squeeze(1), self.k))
         return torch.cat(states[2:], 1)
 
 
@@ -165,12 +162,13 @@ class Supernet(nn.Module):
             (False, self.alphas_normal, self.betas_normal),
             (True, self.alphas_reduce, self.betas_reduce),
         ):
-            of_edges = edge_weights(beta)
-            weights[reduction] = of_edges.unbind()
-            by_source = (of_edges.unsqueeze(1) * alpha.softmax(1))[self.by_source]  # (14, 7)
+            of_edges = edge_weights(beta)[:, None, None, None]
+            leaving = [len(edges) for edges in LEAVING]
+            weights[reduction] = of_edges[self.by_source].split(leaving)
+            by_source = (of_edges.flatten(1) * alpha.softmax(1))[self.by_source]  # (14, 7)
             mixing[reduction] = [
                 coefficients(part, 2 if reduction and source < 2 else 1)
-                for source, part in enumerate(by_source.split([len(edges) for edges in LEAVING]))
+                for source, part in enumerate(by_source.split(leaving))
             ]
         x = self.stem(x)
         s0 = s1 = binary_sign(x)
