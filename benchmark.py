@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import options
 from architect import Architect, edge_regularizer, path_regularizer
 from binary_ops import WEIGHT_BINARIZATIONS
-from data import Augmentation, Batch, BatchLoader, ImageSet, imagenet_loaders
+from data import Augmentation, Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
 from engine import PRECISIONS, Precision
 from genotypes import get_genotype
@@ -378,7 +378,7 @@ def make_jpegs(root: Path, n: int) -> None:
             Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{index}.jpg")
 
 
-def epochs_of(loader: Any) -> Callable[[], None]:
+def epochs_of(loader: Loader) -> Callable[[], None]:
     """A call runs through the next epoch."""
     numbers = itertools.count()
 

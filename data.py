@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -356,7 +357,7 @@ class Batch(NamedTuple):
     global_size: int  # images of this step over all processes
 
 
-class _Loader:
+class Loader(ABC):
     """How an epoch falls into steps, and steps into the shares of the processes.
 
     `batch_size` is global: step s takes images [s * batch_size, (s + 1) * batch_size) of the epoch's order,
@@ -398,6 +399,10 @@ class _Loader:
     def __len__(self) -> int:
         return self.num_steps
 
+    @abstractmethod
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from step `start` on."""
+
     def _order(self, epoch: int) -> torch.Tensor:
         """The epoch's images, int64 (n,), on the CPU."""
         if not self.shuffle:
@@ -416,11 +421,11 @@ class _Loader:
         return _mix("step", *self.key, epoch, step, self.rank)
 
 
-class BatchLoader(_Loader):
+class BatchLoader(Loader):
     """Batches of an `ImageSet`, augmented and normalised on its device.
 
     Order and augmentation are functions of (seed, stream, epoch, step, rank) and the kind of device alone.
-    `mean` and `std` are in units of the full range, as `channel_statistics` gives them. See `_Loader` for how
+    `mean` and `std` are in units of the full range, as `channel_statistics` gives them. See `Loader` for how
     a batch is shared among processes, and `Augmentation` for what happens to it.
     """
 
@@ -454,7 +459,6 @@ class BatchLoader(_Loader):
         self.std = torch.tensor(std, device=device).view(3, 1, 1)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from step `start` on."""
         order = self._order(epoch).to(self.dataset.images.device)
         for step in range(start, len(self)):
             share, global_size = self._share(step)
@@ -478,7 +482,7 @@ class BatchLoader(_Loader):
         return images, targets
 
 
-class _FileLoader(_Loader):
+class _FileLoader(Loader):
     """Batches of image files, decoded by worker processes, normalised on the device; else like `BatchLoader`.
 
     A worker makes whole batches. Raises InputError, with its name, for a file that cannot be read.
@@ -526,7 +530,6 @@ class _FileLoader(_Loader):
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from step `start` on."""
         order = self._order(epoch)
         shares = [self._share(step) for step in range(start, len(self))]
         self.plan[:] = [(epoch, order[share]) for share, _ in shares]

@@ -7,12 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from data import Loader
 from distributed import World
+from logger import Run
 from utils import InputError, RunFailed
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -96,7 +97,7 @@ class FiniteWatch:
 
     def __init__(self, epoch: int, hint: str):
         self.epoch, self.hint = epoch, hint
-        self.pending: deque[tuple[int, Tensor, Any]] = deque()
+        self.pending: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
 
     def add(self, step: int, loss: Tensor) -> None:
         if loss.device.type != "cuda":
@@ -148,7 +149,7 @@ class StopSignal:
 
 def train_one_epoch(
     model: nn.Module,
-    loader: Any,
+    loader: Loader,
     optimizer: torch.optim.Optimizer,
     criterion: nn.Module,
     *,
@@ -156,7 +157,7 @@ def train_one_epoch(
     epoch: int,
     world: World,
     precision: Precision,
-    run: Any,
+    run: Run,
     stop: StopSignal,
     grad_clip: float,
     auxiliary_weight: float = 0.0,
@@ -213,7 +214,7 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Any, *, world: World, precision: Precision, run: Any
+    model: nn.Module, loader: Loader, *, world: World, precision: Precision, run: Run
 ) -> dict[str, float]:
     """Means over all samples of `loader`: loss, top1, top5 (percent), samples, seconds.
 

@@ -9,6 +9,7 @@ python evaluate.py runs/eval-EXP-stage2-TIME --packed    # and as packed bits: d
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 
@@ -17,7 +18,7 @@ import torch
 import options
 from checkpoint import load_checkpoint
 from cost import Cost, measure_cost
-from data import BatchLoader, imagenet_val_loader, load_set
+from data import BatchLoader, Loader, imagenet_val_loader, load_set
 from distributed import World, setup
 from engine import PRECISIONS, Precision, evaluate
 from genotypes import describe
@@ -86,7 +87,7 @@ def compare_packed(path: str, model: Network, loader, data: dict) -> None:
     )
 
 
-def test_loader(data: dict, args, world: World):
+def test_loader(data: dict, args: argparse.Namespace, world: World) -> Loader:
     """The images that a checkpoint's training was tested on, as it saw them."""
     root = args.data or data["root"]
     if data["set"] == "imagenet":
