@@ -393,11 +393,12 @@ def epochs_of(loader: Loader) -> Callable[[], None]:
 
 
 def measure(cases: list[Case], args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """A row for each case: seconds of a call (median, min, max), images per second, memory, ratio."""
+    """A row for each case: seconds of a call (median, min, max), images per second, and the columns after."""
     clock = CLOCKS[args.clock]
     memory = {case.name: measure_memory(case.run, device) for case in cases}
-    eager = not getattr(args, "compile", True)  # what compiled code and other engines do is not dispatched
-    operations = {case.name: count_operations(case.run) if eager else 0 for case in cases}
+    # what compiled code and other engines do is not dispatched
+    counted = args.benchmark != "infer" and not args.compile
+    operations = {case.name: count_operations(case.run) for case in cases} if counted else {}
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     for repeat in range(-args.warmup, args.repeats):
         for case in cases:
@@ -418,8 +419,9 @@ def measure(cases: list[Case], args: argparse.Namespace, device: torch.device) -
             "max": max(seconds[case.name]),
             "images_per_second": 1 / median(per_image[case.name]),
             "memory_bytes": memory[case.name],
-            "operations": operations[case.name],
         }
+        if counted:
+            row["operations"] = operations[case.name]
         if case.against is not None:
             turns = zip(per_image[case.against], per_image[case.name], strict=True)
             row["ratio"] = median(theirs / ours for theirs, ours in turns)
@@ -484,6 +486,10 @@ def count_operations(run: Callable[[], Any]) -> int:
     return count.operations
 
 
+IDLE = ("empty", "new_empty", "_unsafe_view", "promote_types", "scalar_tensor")
+"""Beginnings of the names of operations that only allocate, or only the host's."""
+
+
 class OperationCount(TorchDispatchMode):
     """Within it, `operations` counts what is dispatched to a device, forward and backward."""
 
@@ -492,8 +498,8 @@ class OperationCount(TorchDispatchMode):
         self.operations = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation.__name__
-        self.operations += not (operation.is_view or name.startswith(("empty", "new_empty", "_unsafe_view")))
+        works = operation.namespace == "aten" and not operation.is_view
+        self.operations += works and not operation.__name__.startswith(IDLE)
         return operation(*args, **(kwargs or {}))
 
 
@@ -541,7 +547,7 @@ def print_table(rows: list[dict], args: argparse.Namespace, device: torch.device
         cells += [
             f"{row['images_per_second']:.1f}",
             f"{row['memory_bytes'] / 2**20:.0f}",
-            str(row["operations"] or ""),
+            str(row.get("operations", "")),
         ]
         cells += [f"{row[name]:.2f}" if name in row else "" for name in ("ratio", "memory_ratio")]
         print("| " + " | ".join(cells) + " |")

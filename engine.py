@@ -7,14 +7,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from data import Loader
 from distributed import World
-from logger import Run
 from utils import InputError, RunFailed
+
+if TYPE_CHECKING:  # data brings torchvision, which not every script needs
+    from data import Loader
+    from logger import Run
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 STOP_FREQ = 8

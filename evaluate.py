@@ -51,7 +51,7 @@ def main() -> None:
     world = setup(args.device)
     precision = Precision(args.precision, world.device)
     checkpoints = [(path, load_checkpoint(path)) for path in args.checkpoints]
-    loaders: dict[str, object] = {}
+    loaders: dict[str, Loader] = {}
     rows = []
     for path, checkpoint in checkpoints:
         model = trained_network(checkpoint)
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def compare_packed(path: str, model: Network, loader, data: dict) -> None:
+def compare_packed(path: str, model: Network, loader: Loader, data: dict) -> None:
     """Print the packed network's top-1, and on how many images it names the class that the float form names.
 
     Raises InputError on a network that is not W1A1.

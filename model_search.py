@@ -74,12 +74,16 @@ def edge_weights(beta: Tensor) -> Tensor:
     return torch.cat([beta.new_ones(2), torch.sigmoid(torch.cat(biased))])
 
 
+def stride_of(source: int, reduction: bool) -> int:
+    """Of the edges that leave a state: a reduction cell halves what it reads from its two inputs."""
+    return 2 if reduction and source < 2 else 1
+
+
 class SearchCell(nn.Module):
     """A cell of the supernet: the signs of its two inputs, s0, s1 -> (n, 4 * channels, h', w').
 
-    `mixing` and `weights` hold by source, of the m edges that leave it: the `coefficients`, each edge's
-    weight times the softmax of its alphas, and the weights alone (m, 1, 1, 1), which the bypassing channels
-    get.
+    By source, for the m edges that leave it: `mixing` holds the `coefficients` of their weight times
+    softmax(alpha), `weights` (m, 1, 1, 1) their weights, for the channels that bypass the operations.
     """
 
     def __init__(self, c_older: int, c_newer: int, channels: int, *, reduction: bool, reduction_before: bool):
@@ -90,7 +94,7 @@ class SearchCell(nn.Module):
         self.preprocess0 = SearchPreprocess(c_older, channels, reduce=reduction_before)
         self.preprocess1 = SearchPreprocess(c_newer, channels, reduce=False)
         self.sources = nn.ModuleList(
-            SourceOperations(self.sampled, len(edges), 2 if reduction and source < 2 else 1)
+            SourceOperations(self.sampled, len(edges), stride_of(source, reduction))
             for source, edges in enumerate(LEAVING)
         )
 
@@ -98,18 +102,18 @@ class SearchCell(nn.Module):
         self, s0: Tensor, s1: Tensor, mixing: list[tuple[Tensor, Tensor]], weights: list[Tensor]
     ) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        # sums over the edges that enter the nodes still to come, (n, nodes, channels, h', w')
-        through = around = s0.new_zeros(())
+        # sums over the edges that enter the nodes still to come, (n, nodes, c / k or the rest of c, h', w')
+        mixed = bypassed = s0.new_zeros(())
         for source, operations in enumerate(self.sources):
             sampled, rest = states[source].split([self.sampled, (self.k - 1) * self.sampled], 1)
-            if self.reduction and source < 2:
+            if stride_of(source, self.reduction) == 2:
                 rest = F.max_pool2d(rest, 2, 2, ceil_mode=True)
-            through = through + operations(sampled, *mixing[source])
-            around = torch.addcmul(around, weights[source], rest.unsqueeze(1))
+            mixed = mixed + operations(sampled, *mixing[source])
+            bypassed = torch.addcmul(bypassed, weights[source], rest.unsqueeze(1))
             if source:  # now all edges have entered the first of these nodes
-                node, through = through.split([1, NODES - source], 1)
-                bypass, around = around.split([1, NODES - source], 1)
-                states.append(shuffled(node.squeeze(1), bypass.squeeze(1), self.k))
+                first_mixed, mixed = mixed.split([1, NODES - source], 1)
+                first_bypassed, bypassed = bypassed.split([1, NODES - source], 1)
+                states.append(shuffled(first_mixed.squeeze(1), first_bypassed.squeeze(1), self.k))
         return torch.cat(states[2:], 1)
 
 
@@ -162,13 +166,13 @@ class Supernet(nn.Module):
             (False, self.alphas_normal, self.betas_normal),
             (True, self.alphas_reduce, self.betas_reduce),
         ):
-            of_edges = edge_weights(beta)[:, None, None, None]
             leaving = [len(edges) for edges in LEAVING]
-            weights[reduction] = of_edges[self.by_source].split(leaving)
-            by_source = (of_edges.flatten(1) * alpha.softmax(1))[self.by_source]  # (14, 7)
+            of_edges = edge_weights(beta)[self.by_source].unsqueeze(1)  # (14, 1)
+            of_operations = of_edges * alpha.softmax(1)[self.by_source]  # (14, 7)
+            weights[reduction] = of_edges[:, :, None, None].split(leaving)
             mixing[reduction] = [
-                coefficients(part, 2 if reduction and source < 2 else 1)
-                for source, part in enumerate(by_source.split(leaving))
+                coefficients(part, stride_of(source, reduction))
+                for source, part in enumerate(of_operations.split(leaving))
             ]
         x = self.stem(x)
         s0 = s1 = binary_sign(x)

@@ -199,9 +199,11 @@ def _per_channel(coefficient: Tensor) -> Tensor:
 
 
 def coefficients(mixing: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """mixing (m, 7), by edge and operation of PRIMITIVES -> what multiplies the convolutions' normalised
-    results (p, m), p = 4, or 5 at stride 2, where the skip connection is one of them; and what multiplies
-    all that edges share, max-pool, average-pool and residual (m, 3)."""
+    """mixing (m, 7), by edge and operation of PRIMITIVES -> the arguments of SourceOperations.
+
+    `convolving` (p, m) multiplies the convolutions' normalised results, p = 4, or 5 at stride 2, where the
+    skip connection is one of them; `sharing` (m, 3) what the edges share: max-pool, average-pool, residual.
+    """
     skip, pooling, convolving = mixing.split((1, 2, 4), dim=1)
     residual = convolving.sum(1, keepdim=True)
     if stride == 1:
@@ -249,7 +251,7 @@ class SourceOperations(nn.Module):
         mixed = self._normalized_mixture(torch.cat(outputs, 1), convolving)
         # what all edges share: both pools and the residual, (n, 3, c * h' * w')
         shared = torch.cat([pools, self.shortcut(x)], 1).unflatten(1, (3, -1)).flatten(2)
-        # not matmul, which where `sharing` needs a gradient turns to a form that copies `shared`
+        # not matmul, which folds and copies `shared` where `sharing` needs a gradient
         sharing = sharing.to(shared.dtype).expand(len(x), -1, -1)
         return mixed + torch.bmm(sharing, shared).view_as(mixed)
 
@@ -263,6 +265,7 @@ class SourceOperations(nn.Module):
                 var = (y - mean).square_().mean((0, 2, 3))  # on a CPU 8 times faster than torch.var_mean
                 mean = mean.flatten()
                 count = y.numel() / y.shape[1]
+                # momentum is fixed, so that batches need not be counted
                 norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
                 norm.running_var.lerp_(var.to(norm.running_var.dtype) * (count / (count - 1)), norm.momentum)
         else:

@@ -23,7 +23,8 @@ def plain_sign(x: Tensor) -> Tensor:
 def plain_weight(weight: Tensor, method: str = "plain") -> Tensor:
     """Binary weights with one scale a filter; sign's gradient is that of its argument within (-1, 1)."""
     dims = (1, 2, 3)
-    standardised = (weight - weight.mean(dims, keepdim=True)) / weight.std(dims, keepdim=True)
+    centred = weight - weight.mean(dims, keepdim=True)
+    standardised = centred / centred.std(dims, keepdim=True)
     signed = standardised if method == "balanced" else weight
     value = torch.where(signed >= 0, 1.0, -1.0).to(weight.dtype)
     passed = torch.where(signed.abs() < 1, signed, signed.detach())

@@ -62,6 +62,7 @@ def test_operations_that_do_work_are_counted():
     assert benchmark.count_operations(lambda: x.view(4).unbind()) == 0
     assert benchmark.count_operations(lambda: x.t().mul(2).sum()) == 2
     assert benchmark.count_operations(lambda: torch.empty(3).copy_(x[0, 0])) == 1
+    assert benchmark.count_operations(lambda: torch.where(x > 0, 1.0, -1.0)) == 2
     x.requires_grad_()
     assert benchmark.count_operations(lambda: torch.autograd.grad(x.exp().sum(), x)) == 4  # and 1, 1 * exp(x)
 
@@ -81,7 +82,7 @@ def test_ratio_is_of_rates_and_not_of_calls():
     turns = iter(range(100))
     moments = [0, 0, 0, 1, 1, 3]  # in seconds: two warm-up calls, then one of 1 s and one of 2 s
 
-    args = type("Args", (), {"clock": "fake", "warmup": 1, "repeats": 1})
+    args = type("Args", (), {"benchmark": "infer", "clock": "fake", "warmup": 1, "repeats": 1})
     cases = [
         benchmark.Case("one", lambda: None, 10, against="other"),
         benchmark.Case("other", lambda: None, 40),

@@ -198,7 +198,7 @@ def test_only_the_main_process_writes(finished):
 
 
 def test_two_machines_search_as_one_does(finished, tmp_path, data_flags):
-    """Two launchers of one process each meet at an address, as on two machines that share a folder."""
+    """Two launchers of one process each meet at an address, as on two machines that share folder and data."""
     place = (
         "--nnodes=2",
         "--nproc_per_node=1",
@@ -206,9 +206,13 @@ def test_two_machines_search_as_one_does(finished, tmp_path, data_flags):
         f"--rdzv_endpoint=localhost:{free_port()}",
     )
     torchrun = Torchrun(tmp_path, data_flags, place)
-    for machine in [torchrun.start() for _ in range(2)]:
-        output, _ = machine.communicate()
-        assert machine.returncode == 0, output
+    machines = [torchrun.start() for _ in range(2)]
+    try:
+        outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert_same(final_state(torchrun.result()), final_state(finished[0]))
 
 

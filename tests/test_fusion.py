@@ -42,3 +42,13 @@ def test_fused_equals_per_edge(channels, layers, size):
                 assert theirs.grad.any()
                 compared += theirs.numel()
         assert compared == sum(p.numel() for p in fused.weight_parameters())
+
+
+def test_a_supernet_is_one_graph():
+    """Nothing in it waits for the host, or makes torch.compile give up."""
+    network = Supernet(SearchConfig(8, 3))
+    images = torch.randn(2, 3, 8, 8)
+    expected, _ = network(images)
+    network.compile(backend="eager", fullgraph=True)
+    actual, _ = network(images)
+    torch.testing.assert_close(actual, expected)
