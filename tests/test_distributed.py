@@ -213,7 +213,7 @@ def test_two_machines_search_as_one_does(finished, tmp_path, data_flags):
         deadline = time.monotonic() + 300
         while all(machine.poll() is None for machine in machines) and time.monotonic() < deadline:
             time.sleep(0.1)
-        for machine in machines:  # some versions of torchrun wait for each other for minutes after their work
+        for machine in machines:  # the other is given a while to end too
             with suppress(subprocess.TimeoutExpired):
                 machine.wait(timeout=30)
         codes = [machine.poll() for machine in machines]
