@@ -6,9 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -201,29 +199,21 @@ def test_only_the_main_process_writes(finished):
 
 def test_two_machines_search_as_one_does(finished, tmp_path, data_flags):
     """Two launchers of one process each meet at an address, as on two machines that share folder and data."""
-    place = (
-        "--nnodes=2",
-        "--nproc_per_node=1",
-        "--rdzv_backend=c10d",
-        f"--rdzv_endpoint=localhost:{free_port()}",
-    )
-    torchrun = Torchrun(tmp_path, data_flags, place)
-    machines = [torchrun.start() for _ in range(2)]
+    place = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d")
+    address = f"--rdzv_endpoint=localhost:{free_port()}"
+    # on one machine both would take themselves for the host of that address
+    torchruns = [
+        Torchrun(tmp_path, data_flags, (*place, address, f"--rdzv_conf=is_host={is_host}"))
+        for is_host in ("true", "false")
+    ]
+    machines = [torchrun.start() for torchrun in torchruns]
     try:
-        deadline = time.monotonic() + 300
-        while all(machine.poll() is None for machine in machines) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for machine in machines:  # the other is given a while to end too
-            with suppress(subprocess.TimeoutExpired):
-                machine.wait(timeout=30)
-        codes = [machine.poll() for machine in machines]
+        outputs = [machine.communicate(timeout=300)[0] for machine in machines]
     finally:
         for machine in machines:
             machine.kill()
-            machine.wait()
-            machine.stdout.close()
-    assert 0 in codes and set(codes) <= {0, None}
-    assert_same(final_state(torchrun.result()), final_state(finished[0]))
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert_same(final_state(torchruns[0].result()), final_state(finished[0]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through /proc")
