@@ -98,6 +98,7 @@ class World:
 
     def close(self) -> None:
         if self.size > 1:
+            dist.barrier()  # with torch 2.6 a process that goes while another still works may hang for ever
             dist.destroy_process_group()
 
 
