@@ -393,7 +393,7 @@ def epochs_of(loader: Loader) -> Callable[[], None]:
 
 
 def measure(cases: list[Case], args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """A row for each case: seconds of a call (median, min, max), images per second, and the columns after."""
+    """A row for each case: seconds of a call (median, min, max), images per second, memory, operations."""
     clock = CLOCKS[args.clock]
     memory = {case.name: measure_memory(case.run, device) for case in cases}
     # what compiled code and other engines do is not dispatched

@@ -102,15 +102,19 @@ class SearchCell(nn.Module):
         self, s0: Tensor, s1: Tensor, mixing: list[tuple[Tensor, Tensor]], weights: list[Tensor]
     ) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        # sums over the edges that enter the nodes still to come, (n, nodes, c / k or the rest of c, h', w')
-        mixed = bypassed = s0.new_zeros(())
         for source, operations in enumerate(self.sources):
             sampled, rest = states[source].split([self.sampled, (self.k - 1) * self.sampled], 1)
             if stride_of(source, self.reduction) == 2:
                 rest = F.max_pool2d(rest, 2, 2, ceil_mode=True)
-            mixed = mixed + operations(sampled, *mixing[source])
-            bypassed = torch.addcmul(bypassed, weights[source], rest.unsqueeze(1))
-            if source:  # now all edges have entered the first of these nodes
+            outputs = operations(sampled, *mixing[source])
+            rest = rest.unsqueeze(1)
+            # sums over the edges into the nodes still to come, (n, nodes, c / k or the rest of c, h', w')
+            if source == 0:
+                mixed, bypassed = outputs, weights[source] * rest
+            else:
+                mixed = mixed + outputs
+                bypassed = torch.addcmul(bypassed, weights[source], rest)
+                # the first of these nodes now has all its edges
                 first_mixed, mixed = mixed.split([1, NODES - source], 1)
                 first_bypassed, bypassed = bypassed.split([1, NODES - source], 1)
                 states.append(shuffled(first_mixed.squeeze(1), first_bypassed.squeeze(1), self.k))
@@ -162,11 +166,11 @@ class Supernet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         weights, mixing = {}, {}
+        leaving = [len(edges) for edges in LEAVING]
         for reduction, alpha, beta in (
             (False, self.alphas_normal, self.betas_normal),
             (True, self.alphas_reduce, self.betas_reduce),
         ):
-            leaving = [len(edges) for edges in LEAVING]
             of_edges = edge_weights(beta)[self.by_source].unsqueeze(1)  # (14, 1)
             of_operations = of_edges * alpha.softmax(1)[self.by_source]  # (14, 7)
             weights[reduction] = of_edges[:, :, None, None].split(leaving)
