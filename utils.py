@@ -1,17 +1,16 @@
-"""Errors a user can act on, atomic files, seeding, and the formatting of numbers."""
+"""Errors a user can act on, atomic files, seeding, and small formatting. No torch: infer.py does without."""
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
+import secrets
+import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
-import torch
 
 
 class InputError(ValueError):
@@ -22,39 +21,135 @@ class RunFailed(RuntimeError):
     """A run cannot go on. A script prints the message as one line and exits with code 1."""
 
 
+USERS_FAULT = frozenset(
+    (errno.ENOENT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP)
+)
+"""What the operating system answers to a wrong name: exit code 2. All else (a full disk, say) is 1."""
+
+LONGEST_ASIDE = 60
+"""Characters of a file's name that the name of its half-written copy repeats: at most 255 bytes in all."""
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main: an InputError, RunFailed or OSError becomes one line on stderr."""
+    """Run a script's main: what a user or the machine did wrong becomes one line on stderr.
+
+    Exit codes: 2 for what was given (InputError), 1 for a run or a machine that cannot go on (RunFailed, a
+    full disk, no memory), 130 for an interrupt. Anything else is a bug of ours and keeps its traceback.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us: go on in silence
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal that knows only ASCII
     try:
         main()
+        sys.stdout.flush()  # here, where a reader that has gone is still our business
     except (InputError, RunFailed) as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except OSError as error:  # a full disk, a file that is not ours: the environment's fault, not a bug
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(str(error), 2 if isinstance(error, InputError) else 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush
+        _end("nobody reads standard output any more", 1)
+    except OSError as error:
+        _end(os_error_message(error), 2 if error.errno in USERS_FAULT else 1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _end("interrupted", 130)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+            raise
+        _end("there is not enough memory; a smaller --batch_size or network needs less", 1)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: aside in the same folder, synced, then renamed over `path`."""
-    path = Path(path)
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def end_on_interrupt() -> None:
+    """From here to `run_main`, while torch is imported, Ctrl-C ends the process with one line."""
+
+    def end(_signum, _frame) -> None:
+        os.write(2, b"error: interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, end)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, on a CPU or on a GPU, could not allocate a tensor."""
+    text = str(error)
+    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+
+
+def os_error_message(error: OSError) -> str:
+    """`FILE: no space left on device`, in the words of the operating system."""
+    reason = error.strerror or one_line(error)
+    reason = reason[:1].lower() + reason[1:]
+    return f"{os.fspath(error.filename)}: {reason}" if error.filename else reason
+
+
+def one_line(error: BaseException | str, longest: int = 200) -> str:
+    """An error's text (or else its type) on one line, cut where it is longer than `longest`."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, newlines and undecodable bytes escaped, for a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _end(message: str, code: int) -> None:
+    sys.stdout.flush()
+    print(f"error: {printable(message)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all: aside in the same folder, synced, then renamed over `path`.
+
+    A link is followed. Permissions are those of the umask. Raises InputError where `path` is there and is not
+    a regular file (a device, a folder), and OSError, with the name, where it cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a regular file; give another name")
+    aside = path.with_name(f".{path.name[:LONGEST_ASIDE]}.{secrets.token_hex(4)}")
     try:
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
         os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, must survive a power cut
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            reason = (error.strerror or str(error)).lower()
+            raise OSError(error.errno or errno.EIO, f"cannot write: {reason}", str(path)) from None
         raise
+
+
+def remove_asides(folder: Path, name: str) -> None:
+    """Remove what a killed process left of a `write_atomically` to `name` in `folder`."""
+    for aside in folder.glob(f".{name}.*"):
+        aside.unlink(missing_ok=True)
+
+
+def check_output(path: Path, *inputs: str | os.PathLike) -> None:
+    """Before long work: raise InputError where `path` cannot become a file, or is one of the `inputs`."""
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent} to write {path.name} into")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a regular file; give another name")
+    if any(path.exists() and os.path.exists(each) and os.path.samefile(path, each) for each in inputs):
+        raise InputError(f"{path} is what is read; give another name to write")
 
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch, on all devices."""
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
