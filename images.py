@@ -1,0 +1,53 @@
+"""One picture: from a file to RGB pixels, and where training and evaluation cut it. No torch: infer.py uses it."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def read_rgb(path: str | os.PathLike) -> np.ndarray:
+    """An image file as a viewer shows it: uint8 (h, w, 3), RGB, upright, transparent parts over white.
+
+    Raises ValueError for what is not a regular file (a pipe would be waited for), and whatever Pillow raises
+    for a file that it cannot read.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    with Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
+            image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.array(image.convert("RGB"))
+
+
+def evaluation_resize(image_size: int, *, imagenet: bool) -> int:
+    """What the shorter side of an evaluation image becomes before the central image_size square is cut out:
+    256 for ImageNet's 224, in that proportion for its other sizes; image_size for all other sets."""
+    return image_size * 256 // 224 if imagenet else image_size
+
+
+def resized_shape(height: int, width: int, shorter: int) -> tuple[int, int]:
+    """(height, width) with the shorter side made `shorter` pixels, the longer in proportion, rounded down."""
+    longer = int(shorter * max(height, width) / min(height, width))
+    return (shorter, longer) if height <= width else (longer, shorter)
+
+
+def central_corner(height: int, width: int, size: int) -> tuple[int, int]:
+    """(top, left) of the central size x size square."""
+    return round((height - size) / 2), round((width - size) / 2)
+
+
+def central_square(image: np.ndarray, *, resize: int, size: int) -> np.ndarray:
+    """The shorter side of uint8 (h, w, 3) made `resize` pixels, bilinear, and the centre: (size, size, 3)."""
+    height, width = resized_shape(*image.shape[:2], resize)
+    if image.shape[:2] != (height, width):
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    top, left = central_corner(height, width, size)
+    return image[top : top + size, left : left + size]
