@@ -1,4 +1,4 @@
-"""One picture: from a file to RGB pixels, and where training and evaluation cut it. No torch: infer.py uses it."""
+"""One picture: from a file to RGB pixels, and where evaluation cuts it. No torch: infer.py uses it."""
 
 from __future__ import annotations
 
