@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data import Batch
 from distributed import World
-from engine import Precision
+from engine import Precision, optimize
 from genotypes import NODES
 from model_search import Supernet, edge_weights
 
@@ -84,10 +84,10 @@ class Architect:
         with only_gradients_of(arch, not_of=weights):
             with precision.autocast():
                 logits, _ = self.model(batch.images)
-            loss = nn.functional.cross_entropy(logits.float(), batch.targets) * world.share(batch)
+            loss = nn.functional.cross_entropy(logits.float(), batch.targets) * world.loss_factor(batch)
             path, edge = self.regularizers()  # the same on every process, so their mean is theirs
             loss = loss + ramp * (self.path_reg_weight * path + self.edge_reg_weight * edge)
-            precision.step(loss, self.optimizer, arch, world=world)
+            optimize(loss, self.optimizer, world=world, precision=precision)
 
 
 @contextmanager

@@ -15,6 +15,11 @@ operations of a call that do work (no views): on a GPU each is a kernel to launc
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # torch takes seconds to import
+    from utils import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import copy
 import itertools
@@ -93,10 +98,8 @@ def parser() -> options.Parser:
     return parser
 
 
-def main() -> None:
-    args, _ = options.parse(parser())
+def main(args: argparse.Namespace) -> None:
     world = setup(args.device)
-    args.precision = Precision(args.precision, world.device).name
     torch.manual_seed(0)
     _, cases = BENCHMARKS[args.benchmark]
     with cases(args, world) as to_time:
@@ -555,4 +558,4 @@ def print_table(rows: list[dict], args: argparse.Namespace, device: torch.device
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, parser)

@@ -1,59 +1,78 @@
-"""Checkpoints: written atomically, with all that an exact continuation needs, and read without pickled code.
+"""Checkpoints: written atomically, with all that an exact continuation needs; read without pickled code, and
+checked in full before anything is built from them.
 
 A checkpoint is a dictionary: `format`, `script`, `kind` (search, stage1, stage2), `args`, `config` (of the
 network), `data` (set, classes, mean, std, image size), `model`, `state` (optimisers, schedule, scaler),
-`random` (of every process), `epoch` and `step` (the next ones to run), `sums`, `best`, `finished`.
+`random` (of every process), `epoch` and `step` (the next ones to run), `sums`, `best`, `finished`, and, of
+several processes within an epoch, `buffers` (the BN statistics of each).
 """
 
 from __future__ import annotations
 
 import io
+import math
 import random
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from distributed import World
-from logger import RUNS
-from utils import InputError, write_atomically
+from distributed import World, float_buffers
+from model import ModelConfig, build_model
+from model_search import SearchConfig, Supernet
+from utils import InputError, RunFailed, one_line, remove_asides, write_atomically
 
 FORMAT = "ebnas-checkpoint-1"
-ENTRIES = {
-    *("script", "kind", "args", "config", "data", "model", "state", "random"),
-    *("epoch", "step", "sums", "best", "finished"),
-}
 LAST, BEST = "last.pt", "best.pt"
-LOCATION = (
-    *("resume", "device", "gpu", "compile", "workers"),
-    *("report_freq", "note", "model_path", "data", "tmp_data_dir"),
-)
-"""Flags that say where or how a run is made, not what it computes: they may differ when it is resumed."""
 
 
 class Checkpointer:
     """Writes a run's checkpoints. `header` holds the fixed entries, `stateful` what has a state_dict."""
 
-    def __init__(self, folder: Path | None, *, header: dict, model, stateful: dict[str, Any], world: World):
-        self.folder, self.header, self.model, self.stateful, self.world = (
-            folder,
-            header,
-            model,
-            stateful,
-            world,
-        )
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        header: dict[str, Any],
+        model: nn.Module,
+        stateful: dict[str, Any],
+        world: World,
+    ):
+        self.folder, self.header, self.world = folder, header, world
+        self.model, self.stateful = model, stateful
 
-    def save(self, *, epoch: int, step: int = 0, sums=None, best=None, is_best=False, finished=False) -> None:
-        """Replace last.pt, and best.pt where `is_best`. Called on every process; the main one writes."""
+    def save(
+        self,
+        *,
+        epoch: int,
+        step: int = 0,
+        sums: list[float] | None = None,
+        best: dict | None = None,
+        is_best: bool = False,
+        finished: bool = False,
+    ) -> None:
+        """Replace last.pt, and best.pt where `is_best`. Called on every process; the main one writes.
+
+        Raises RunFailed, and leaves the files as they are, where a parameter or a statistic is not finite.
+        """
         states = self.world.gather(random_state(self.world.device))
+        buffers = None
+        if self.world.size > 1 and step:
+            ours = {name: buffer.cpu() for name, buffer in float_buffers(self.model).items()}
+            buffers = self.world.gather(ours)
         if self.folder is None:
             return
+        model = self.model.state_dict()
+        if name := not_finite(model):
+            raise RunFailed(f"{name} is not finite at epoch {epoch}, step {step}; lower the learning rate")
         content = {
             "format": FORMAT,
             **self.header,
-            "model": self.model.state_dict(),
+            "model": model,
             "state": {name: thing.state_dict() for name, thing in self.stateful.items()},
             "random": states,
             "epoch": epoch,
@@ -61,6 +80,7 @@ class Checkpointer:
             "sums": sums,
             "best": best,
             "finished": finished,
+            **({"buffers": buffers} if buffers else {}),
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)
@@ -68,15 +88,33 @@ class Checkpointer:
             write_atomically(self.folder / name, buffer.getvalue())
 
     def restore(self, checkpoint: dict) -> None:
-        """Put back the model, the optimisers and their kin, and this process's random states."""
+        """Put back the model, the optimisers and their kin, and this process's random states.
+
+        Raises InputError where a state does not fit what this run has.
+        """
+        for name, thing in self.stateful.items():
+            check_state(thing, checkpoint["state"].get(name), f"state.{name}")
         self.model.load_state_dict(checkpoint["model"])
         for name, thing in self.stateful.items():
             thing.load_state_dict(checkpoint["state"][name])
-        states = checkpoint["random"]
-        if (
-            len(states) == self.world.size
-        ):  # else the number of processes has changed, and so have the streams
-            set_random_state(states[self.world.rank], self.world.device)
+        # of another number of processes, the streams are others too, and the statistics are the main one's
+        if len(checkpoint["random"]) == self.world.size:
+            set_random_state(checkpoint["random"][self.world.rank], self.world.device)
+            for name, value in checkpoint.get("buffers", [{}] * self.world.size)[self.world.rank].items():
+                self.model.get_buffer(name).copy_(value)
+        if self.folder is not None:
+            for name in (LAST, BEST):  # a killed process may have left half of one
+                remove_asides(self.folder, name)
+
+
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of a floating-point tensor that holds NaN or infinity."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    finite = torch.stack([tensor.isfinite().all() for tensor in floats.values()]).tolist()
+    return next((name for name, fine in zip(floats, finite, strict=True) if not fine), None)
+
+
+# Random states
 
 
 def random_state(device: torch.device) -> dict:
@@ -91,13 +129,24 @@ def random_state(device: torch.device) -> dict:
 
 
 def set_random_state(state: dict, device: torch.device) -> None:
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    algorithm, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    random.setstate(_python_state(state))
+    np.random.set_state(_numpy_state(state))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _python_state(state: dict) -> tuple:
+    version, keys, gauss = state["python"]
+    return version, tuple(keys), gauss
+
+
+def _numpy_state(state: dict) -> tuple:
+    algorithm, keys, position, has_gauss, gauss = state["numpy"]
+    return algorithm, np.array(keys, dtype=np.uint32), position, has_gauss, gauss
+
+
+# Reading
 
 
 def resolve_checkpoint(path: str | Path, prefer: str = LAST) -> Path:
@@ -116,7 +165,8 @@ def resolve_checkpoint(path: str | Path, prefer: str = LAST) -> Path:
 def load_checkpoint(path: str | Path, prefer: str = LAST) -> dict:
     """Read a checkpoint, tensors mapped from the file on the CPU.
 
-    Raises InputError: missing, truncated or damaged, or of another program.
+    Raises InputError: missing, truncated or damaged, of another program, or with an entry that is not what
+    this program writes.
     """
     path = resolve_checkpoint(path, prefer)
     try:
@@ -124,59 +174,177 @@ def load_checkpoint(path: str | Path, prefer: str = LAST) -> dict:
             raise ValueError(f"checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises a dozen kinds on a damaged or foreign file
-        reason = str(error).strip().split("\n")[0][:120]
+        # of what torch says, nothing on its own flags: `you have two options, do those steps only if you t`
+        reason = "it holds code" if "weights_only" in str(error) else one_line(error, 100)
         raise InputError(f"{path} is truncated or is no checkpoint ({reason}); use an earlier one") from None
-    if (
-        not isinstance(checkpoint, dict)
-        or checkpoint.get("format") != FORMAT
-        or not set(checkpoint) >= ENTRIES
-    ):
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise InputError(f"{path} is a checkpoint of another program or version, not {FORMAT}")
+    try:
+        _check_entries(checkpoint)
+        _check_model(checkpoint)
+    except InputError as error:
+        raise InputError(f"{path} is damaged: {error}; use an earlier one") from None
     return checkpoint
 
 
-def runs_newest_first(pattern: str) -> list[Path]:
-    """The run folders whose name fits `pattern` and that hold a checkpoint, the newest checkpoint first."""
-    folders = [folder for folder in RUNS.glob(pattern) if (folder / LAST).is_file()]
-    return sorted(folders, key=lambda folder: (folder / LAST).stat().st_mtime_ns, reverse=True)
+def network_config(checkpoint: dict) -> ModelConfig | SearchConfig:
+    """What the network of a checkpoint is built from."""
+    kind = SearchConfig if checkpoint["kind"] == "search" else ModelConfig
+    return kind.from_dict(checkpoint["config"])
 
 
-def differing_flags(saved: dict, args: dict, names) -> list[str]:
-    """`--layers 8, not 16` for each flag of `names` that a checkpoint saved otherwise."""
-    return [
-        f"--{name} {saved[name]}, not {args[name]}"
-        for name in sorted(names)
-        if name not in LOCATION and name in saved and saved[name] != args[name]
-    ]
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
-def find_resumable(resume: str, *, script: str, args: dict, explicit: set[str], runs: str) -> Path | None:
-    """The checkpoint to go on from: of the file or folder `resume`, or for `auto` of the newest unfinished
-    run of `runs` (a pattern of folder names) with the same flags, None where there is none.
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
-    Raises InputError: of another script, already finished, or run with other flags than those given.
+
+def _are_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == count and all(map(_is_number, value))
+
+
+def _is_best(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and _is_count(value.get("epoch")) and _is_number(value.get("score"))
+    )
+
+
+def _are_random_states(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    for state in value:
+        try:  # what its generator takes is a state
+            random.Random().setstate(_python_state(state))
+            np.random.RandomState().set_state(_numpy_state(state))
+            torch.Generator().set_state(state["torch"])
+        except Exception:  # and says so in as many ways as there are wrong ones
+            return False
+        if not isinstance(state.get("cuda", ""), Tensor | None):
+            return False
+    return True
+
+
+def _is_data(value: Any) -> bool:
+    classes = value.get("classes") if isinstance(value, dict) else None
+    return (
+        isinstance(classes, list)
+        and bool(classes)
+        and all(isinstance(name, str) for name in classes)
+        and all(isinstance(value.get(name), str) for name in ("set", "root"))
+        and type(value.get("image_size")) is int
+        and value["image_size"] > 0
+        and all(_are_numbers(value.get(name), 3) for name in ("mean", "std"))
+        and min(value["std"]) > 0
+    )
+
+
+ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "script": (lambda value: isinstance(value, str), "the name of a script"),
+    "kind": (lambda value: value in ("search", "stage1", "stage2"), "search, stage1 or stage2"),
+    "args": (lambda value: isinstance(value, dict) and all(map(_is_name, value)), "flags by name"),
+    "config": (lambda value: isinstance(value, dict), "the configuration of a network"),
+    "data": (_is_data, "set, root, image_size, classes, mean and std"),
+    "model": (lambda value: isinstance(value, dict) and all(map(_is_name, value)), "tensors by name"),
+    "state": (lambda value: isinstance(value, dict) and all(map(_is_name, value)), "states by name"),
+    "random": (_are_random_states, "random states of each process"),
+    "epoch": (_is_count, "a whole number"),
+    "step": (_is_count, "a whole number"),
+    "sums": (lambda value: value is None or _are_numbers(value, 4), "four numbers, or none"),
+    "best": (_is_best, "an epoch and its score, or none"),
+    "finished": (lambda value: type(value) is bool, "true or false"),
+}
+"""What each entry must be: a test, and its words."""
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _check_entries(checkpoint: dict) -> None:
+    for name, (fits, words) in ENTRIES.items():
+        if name not in checkpoint:
+            raise InputError(f"its entry {name!r} is missing")
+        if not fits(checkpoint[name]):
+            raise InputError(f"its entry {name!r} is not {words}")
+
+
+def _check_model(checkpoint: dict) -> None:
+    """That the weights are those of the configured network: names, shapes, types, finite values."""
+    try:
+        config = network_config(checkpoint)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"its entry 'config' makes no network ({one_line(error, 80)})") from None
+    if config.num_classes != len(checkpoint["data"]["classes"]):
+        raise InputError(
+            f"its network has {config.num_classes} classes, its data {len(checkpoint['data']['classes'])}"
+        )
+    with torch.device("meta"):  # shapes only
+        expected = build_network(config).state_dict()
+    parts = {"model": checkpoint["model"]}
+    buffers = checkpoint.get("buffers")
+    if buffers is not None:
+        if not isinstance(buffers, list) or len(buffers) != len(checkpoint["random"]):
+            raise InputError("its entry 'buffers' is not BN statistics of each process")
+        parts |= {f"buffers[{rank}]": part for rank, part in enumerate(buffers)}
+    for part, tensors in parts.items():
+        wanted = {name: like for name, like in expected.items() if part == "model" or "running_" in name}
+        if not isinstance(tensors, dict) or set(tensors) != set(wanted):
+            odd = sorted(set(wanted).symmetric_difference(tensors if isinstance(tensors, dict) else ()))
+            raise InputError(f"its entry {part!r} lacks, or should not have, {', '.join(map(str, odd[:3]))}")
+        for name, tensor in tensors.items():
+            check_tensor(tensor, wanted[name], f"{part}.{name}")
+
+
+def build_network(config: ModelConfig | SearchConfig) -> nn.Module:
+    return Supernet(config) if isinstance(config, SearchConfig) else build_model(config)
+
+
+def check_tensor(tensor: Any, like: Tensor, name: str) -> None:
+    """Raise InputError where `tensor` is not one of the shape and type of `like`, finite throughout."""
+    if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+        have = (
+            f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        )
+        raise InputError(f"{name} is {have}, not {like.dtype} {tuple(like.shape)}")
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise InputError(f"{name} is not finite: the training of this network has diverged")
+
+
+def check_state(thing: Any, state: Any, name: str) -> None:
+    """Raise InputError where `state` is none that `thing`, an optimiser, a schedule or a scaler, would save.
+
+    An optimiser takes moments of any shape, and then reads past their end. Another version of torch may have
+    saved a key more or less.
     """
-    if resume == "auto":
-        for folder in runs_newest_first(runs):
-            try:
-                checkpoint = load_checkpoint(folder)
-            except InputError:  # a damaged run does not hide an older good one
-                continue
-            if not checkpoint["finished"] and not differing_flags(checkpoint["args"], args, args):
-                return folder / LAST
-        return None
-    path = resolve_checkpoint(resume)
-    if path.name != LAST or not (path.parent / "args.json").is_file():
-        raise InputError(f"{path} is not the last checkpoint of a run; --resume takes a run's folder")
-    checkpoint = load_checkpoint(path)
-    if checkpoint["script"] != script:
-        raise InputError(
-            f"{path} is a checkpoint of {checkpoint['script']}.py, not of {script}.py: resume it there"
-        )
-    if checkpoint["finished"]:
-        raise InputError(f"{path} is of a finished run; leave --resume out to start another")
-    if differing := differing_flags(checkpoint["args"], args, explicit):
-        raise InputError(
-            f"{path} was run with {', '.join(differing)}: leave these flags out, or start a new run"
-        )
-    return path
+    what = f"the checkpoint's {name}"
+    if not _alike(thing.state_dict(), state):
+        raise InputError(f"{what} is not that of this run's {type(thing).__name__}")
+    if not isinstance(thing, torch.optim.Optimizer):
+        return
+    parameters = [parameter.detach() for group in thing.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    if numbers != list(range(len(parameters))) or not set(state["state"]) <= set(numbers):
+        raise InputError(f"{what} is of other parameters")
+    if any(not {"lr", "betas", "eps", "weight_decay"} <= set(group) for group in state["param_groups"]):
+        raise InputError(f"{what} lacks what Adam needs")
+    for number, moments in state["state"].items():
+        moments = moments if isinstance(moments, dict) else {}
+        check_tensor(moments.get("step"), torch.zeros(()), f"{what}.{number}.step")
+        for key in ("exp_avg", "exp_avg_sq"):
+            check_tensor(moments.get(key), parameters[number], f"{what}.{number}.{key}")
+
+
+def _alike(ours: Any, theirs: Any) -> bool:
+    """Whether two states have the same structure, in the keys that both have, with numbers for numbers."""
+    if _is_number(ours):
+        return _is_number(theirs)
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(ours, dict):
+        # the moments of an optimiser are there only once it has taken a step
+        return not ours or all(_alike(ours[key], theirs[key]) for key in ours.keys() & theirs.keys())
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(_alike, ours, theirs))
+    return True

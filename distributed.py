@@ -7,18 +7,24 @@ optimisers, and checkpoints without `module.` prefixes, then need no wrapper.
 from __future__ import annotations
 
 import os
+import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import InputError
+from utils import InputError, RunFailed, one_line
+
+FIRST_OF_ALL = "first of all"
+LONGEST_WAIT = timedelta(days=7)
+"""For what one process does while others wait: a download may take hours."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,13 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, batch: Any) -> float:
+    def loss_factor(self, batch: Any) -> float:
         """What to scale a mean over this process's part of `batch` by, for the average over processes to be
         the mean over the whole batch, however unevenly it is split."""
         return len(batch.images) * self.size / batch.global_size
@@ -59,10 +66,23 @@ class World:
     def average_buffers(self, model: nn.Module) -> None:
         """Average floating-point buffers (BN statistics, which each process gathers from its own shard)."""
         if self.size > 1:
-            for buffer in model.buffers():
-                if buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= self.size
+            for buffer in float_buffers(model).values():
+                dist.all_reduce(buffer)
+                buffer /= self.size
+
+    @torch.no_grad()
+    def broadcast_model(self, model: nn.Module) -> None:
+        """The main process's parameters and buffers, on every process: one message for each type."""
+        if self.size == 1:
+            return
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in model.state_dict().values():
+            by_type.setdefault(tensor.dtype, []).append(tensor)
+        for tensors in by_type.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            dist.broadcast(flat, src=0)
+            for tensor, value in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(value.view_as(tensor))
 
     def broadcast(self, value: Any) -> Any:
         """The main process's `value` (any picklable object), on every process."""
@@ -87,14 +107,34 @@ class World:
         return bool(votes.item())
 
     @contextmanager
-    def first_on_machine(self) -> Iterator[None]:
-        """The first process of each machine goes through the block before its others."""
-        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        if self.size > 1 and not first:
-            dist.barrier()
-        yield
-        if self.size > 1 and first:
-            dist.barrier()
+    def in_turn(self, what: str) -> Iterator[None]:
+        """Rank 0 goes through the block first, then the first process of each other machine, then the rest.
+
+        So a set is downloaded once, whether machines share a folder or not. `what` names the block, once in a
+        run. Where one of those before fails, this raises RunFailed: nobody waits for it in vain. They wait in
+        the store, not in a barrier of the devices, which would give up after minutes.
+        """
+        if self.size == 1:
+            yield
+            return
+        machine = os.environ.get("GROUP_RANK") or socket.gethostname()
+        is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        if not self.is_main:
+            before = f"{what}: {FIRST_OF_ALL}" if is_first else f"{what}: first of {machine}"
+            self.store.wait([before], LONGEST_WAIT)
+            if failure := self.store.get(before).decode():
+                raise RunFailed(f"another process failed at {what}: {failure}")
+        answer = ""
+        try:
+            yield
+        except BaseException as error:
+            answer = one_line(error) or "interrupted"
+            raise
+        finally:
+            if self.is_main:
+                self.store.set(f"{what}: {FIRST_OF_ALL}", answer)
+            if is_first:
+                self.store.set(f"{what}: first of {machine}", answer)
 
     def close(self) -> None:
         if self.size > 1:
@@ -102,11 +142,17 @@ class World:
             dist.destroy_process_group()
 
 
+def float_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The BN statistics of `model`, by name: what training changes without gradients."""
+    return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+
+
 def setup(device: str | None = None, gpu: int = 0) -> World:
     """The World that torchrun's environment describes, or a single process, on `device`.
 
     `device` None: CUDA where there is one, else the CPU; under torchrun, each local process takes its own
-    GPU. Raises InputError where a CUDA device is asked for and there is none.
+    GPU, or the only one that it is shown (SLURM can give each task one). Raises InputError where a CUDA
+    device is asked for and there is none.
     """
     available = torch.cuda.is_available()
     try:
@@ -120,20 +166,20 @@ def setup(device: str | None = None, gpu: int = 0) -> World:
             raise InputError(
                 f"--device {device}: this machine or this build of torch has no CUDA; use --device cpu"
             )
-        index = int(os.environ.get("LOCAL_RANK", chosen.index if chosen.index is not None else gpu))
-        if index >= torch.cuda.device_count():
-            raise InputError(f"there is no CUDA device {index}; this machine has {torch.cuda.device_count()}")
+        index, count = gpu if chosen.index is None else chosen.index, torch.cuda.device_count()
+        if "LOCAL_RANK" in os.environ:
+            index = int(os.environ["LOCAL_RANK"]) if count > 1 else 0
+        if index >= count:
+            raise InputError(f"there is no CUDA device {index}; this machine shows {count}")
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
     if "WORLD_SIZE" not in os.environ:
         return World(chosen)
-    if not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(_agree_on_prefix(store, rank, size), store)
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
-        )
-    return World(chosen, rank=dist.get_rank(), size=dist.get_world_size())
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(_agree_on_prefix(store, rank, size), store)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    return World(chosen, rank, size, dist.PrefixStore("turns", store))
 
 
 def _agree_on_prefix(store: dist.Store, rank: int, size: int) -> str:
@@ -158,3 +204,12 @@ def _agree_on_prefix(store: dist.Store, rank: int, size: int) -> str:
 def restarted() -> bool:
     """Whether torchrun has restarted this process after a worker failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def launch_name() -> str:
+    """What tells this start of the program from all others, and stays when torchrun restarts its workers.
+
+    torchrun's run id where it has one of its own, else the process that launched this one.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return run_id if run_id != "none" else f"{socket.gethostname()} {os.getppid()}"

@@ -1,12 +1,12 @@
-"""The batch loop of training and of evaluation, once, for all scripts; precision; stopping on a signal."""
+"""One training step, and the batch loops of training and of evaluation, for all scripts and the benchmark."""
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,26 +16,19 @@ from distributed import World
 from utils import InputError, RunFailed
 
 if TYPE_CHECKING:  # data brings torchvision, which not every script needs
-    from data import Loader
-    from logger import Run
+    from data import Batch, Loader
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-STOP_FREQ = 8
-"""Steps between the moments at which several processes agree whether to stop."""
 
 
 class Precision:
-    """Autocast and, for fp16, a gradient scaler. `name` None: bf16 on a GPU that has it, else fp32."""
+    """Autocast and, for fp16, a gradient scaler. Raises InputError on another `name` than PRECISIONS'."""
 
-    def __init__(self, name: str | None, device: torch.device):
-        cuda = device.type == "cuda"
-        self.name = name or (
-            "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-        )
-        if self.name not in PRECISIONS:
+    def __init__(self, name: str, device: torch.device):
+        if name not in PRECISIONS:
             raise InputError(f"unknown precision {name!r}; choose from {PRECISIONS}")
-        self.device = device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+        self.name, self.device = name, device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def autocast(self) -> AbstractContextManager:
         if self.name == "fp32":
@@ -43,24 +36,60 @@ class Precision:
         dtype = torch.bfloat16 if self.name == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype)
 
-    def step(
-        self,
-        loss: Tensor,
-        optimizer: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
-        *,
-        world: World,
-        grad_clip: float = 0.0,
-    ) -> None:
-        """Backward, mean of the gradients over processes, clipping by norm (0: none), optimiser step."""
-        optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        world.average_gradients(parameters)
-        if grad_clip > 0:
-            self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, grad_clip)
-        self.scaler.step(optimizer)
-        self.scaler.update()
+
+def choose_precision(name: str, device: torch.device, *, tf32: bool = False) -> Precision:
+    """Settle the arithmetic of this process.
+
+    Without `tf32` a GPU computes fp32 convolutions and products in fp32 (torch's default rounds the inputs of
+    convolutions to TF32's 10 bits).
+    """
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    return Precision(name, device)
+
+
+def optimize(
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    *,
+    world: World,
+    precision: Precision,
+    grad_clip: float = 0.0,
+) -> None:
+    """Backward, mean of the gradients over processes, clipping by norm (0: none), a step of `optimizer`.
+
+    `loss` is this process's, scaled by `world.loss_factor`.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    precision.scaler.scale(loss).backward()
+    world.average_gradients(parameters)
+    if grad_clip > 0:
+        precision.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, grad_clip)
+    precision.scaler.step(optimizer)
+    precision.scaler.update()
+
+
+def training_loss(
+    model: nn.Module,
+    batch: Batch,
+    criterion: nn.Module,
+    *,
+    precision: Precision,
+    auxiliary_weight: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is minimised, with the auxiliary head's loss; the loss alone; the logits (n, classes), float32.
+
+    `model` maps images to (logits, auxiliary logits or None).
+    """
+    with precision.autocast():
+        logits, auxiliary_logits = model(batch.images)
+        logits = logits.float()
+        objective = loss = criterion(logits, batch.targets)
+        if auxiliary_logits is not None:
+            objective = loss + auxiliary_weight * criterion(auxiliary_logits.float(), batch.targets)
+    return objective, loss, logits
 
 
 class Sums:
@@ -98,8 +127,8 @@ class FiniteWatch:
     On a GPU a loss is looked at when its copy has arrived, a few steps later; the step is still named right.
     """
 
-    def __init__(self, epoch: int, hint: str):
-        self.epoch, self.hint = epoch, hint
+    def __init__(self, epoch: int):
+        self.epoch = epoch
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
 
     def add(self, step: int, loss: Tensor) -> None:
@@ -121,33 +150,23 @@ class FiniteWatch:
 
     def _check(self, step: int, loss: Tensor) -> None:
         if not torch.isfinite(loss):
-            raise RunFailed(f"the loss is {loss.item()} at epoch {self.epoch}, step {step}; {self.hint}")
+            raise RunFailed(
+                f"the loss is {loss.item()} at epoch {self.epoch}, step {step}; "
+                "a lower --learning_rate may help"
+            )
 
 
-class Interrupted(Exception):
-    """A signal asked to stop: where the epoch stands (the next step, and what has been summed so far)."""
+@dataclass(frozen=True)
+class Position:
+    """Where in training to go on: `step` of `epoch` is the next one; `sums` over the steps before it."""
 
-    def __init__(self, signum: int, step: int, sums: list[float]):
-        super().__init__(signal.Signals(signum).name)
-        self.signum, self.step, self.sums = signum, step, sums
+    epoch: int
+    step: int = 0
+    sums: Sequence[float] | None = None
 
 
-class StopSignal:
-    """A context in which SIGINT and SIGTERM are noted, not obeyed: `received` is the signal's number or 0."""
-
-    def __enter__(self) -> StopSignal:
-        self.received = 0
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, signum: int, _frame) -> None:
-        if self.received:  # asked twice: stop now
-            raise KeyboardInterrupt
-        self.received = signum
-
-    def __exit__(self, *_exception) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+AfterStep = Callable[[int, Sums], None]
+"""Called after each step with its number and the sums so far: progress, checkpoints, an end on a signal."""
 
 
 def train_one_epoch(
@@ -156,68 +175,50 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     criterion: nn.Module,
     *,
-    parameters: list[nn.Parameter],
-    epoch: int,
+    start: Position,
     world: World,
     precision: Precision,
-    run: Run,
-    stop: StopSignal,
-    grad_clip: float,
+    grad_clip: float = 0.0,
     auxiliary_weight: float = 0.0,
     before_step: Callable[[], None] | None = None,
-    start_step: int = 0,
-    sums: Iterable[float] | None = None,
+    after_step: AfterStep | None = None,
 ) -> dict[str, float]:
-    """Train `parameters` for one epoch, and give its means: loss, top1, top5 (percent), samples,
-    seconds, images_per_second.
+    """Train what `optimizer` holds for an epoch, or the rest of one, from `start` on. Gives the means over
+    all of the epoch, loss, top1, top5 (percent), samples, and of this call seconds and images_per_second.
 
-    `model` maps images to (logits, auxiliary logits or None); it is put into training mode.
-    `before_step` runs before each weight step. An epoch that was interrupted goes on from
-    `start_step` with its `sums`. Raises RunFailed on a loss that is not finite; Interrupted, after the
-    step that a signal arrived in.
+    `model` (see `training_loss`) is put into training mode. Raises RunFailed on a loss that is not finite.
     """
     model.train()
-    totals = Sums(world.device, sums if sums and world.is_main else None)
-    watch = FiniteWatch(
-        epoch, f"the last good checkpoint is in {run.folder}; a lower --learning_rate may help"
-    )
+    totals = Sums(world.device, start.sums if start.sums and world.is_main else None)
+    watch = FiniteWatch(start.epoch)
     started = time.perf_counter()
-    with run.progress(f"epoch {epoch}", total=len(loader), start=start_step) as bar:
-        for step, batch in enumerate(loader.epoch(epoch, start_step), start_step):
-            if before_step is not None:
-                before_step()
-            with precision.autocast():
-                logits, auxiliary_logits = model(batch.images)
-                logits = logits.float()
-                loss = criterion(logits, batch.targets)
-                objective = loss
-                if auxiliary_logits is not None:
-                    objective = loss + auxiliary_weight * criterion(auxiliary_logits.float(), batch.targets)
-            precision.step(
-                objective * world.share(batch), optimizer, parameters, world=world, grad_clip=grad_clip
-            )
-            totals.add(loss, logits, batch.targets)
-            watch.add(step, objective)
-            bar.update()
-            if step % run.report_freq == 0:
-                means = totals.means(world)
-                run.log(f"train {step:03d} {means['loss']:.6e} {means['top1']:.4f} {means['top5']:.4f}")
-            # every process must learn of a signal at the same step, and asking all of them costs time
-            if (world.size == 1 or step % STOP_FREQ == 0) and world.any(stop.received > 0):
-                watch.finish()
-                raise Interrupted(
-                    stop.received or signal.SIGTERM, step + 1, world.sum(totals.values).tolist()
-                )
+    for step, batch in enumerate(loader.epoch(start.epoch, start.step), start.step):
+        if before_step is not None:
+            before_step()
+        objective, loss, logits = training_loss(
+            model, batch, criterion, precision=precision, auxiliary_weight=auxiliary_weight
+        )
+        scaled = objective * world.loss_factor(batch)
+        optimize(scaled, optimizer, world=world, precision=precision, grad_clip=grad_clip)
+        totals.add(loss, logits, batch.targets)
+        watch.add(step, objective)
+        if after_step is not None:
+            after_step(step, totals)
     watch.finish()
     means = totals.means(world)
     seconds = time.perf_counter() - started
-    images = means["samples"] - (list(sums)[-1] if sums else 0)  # of this part of an interrupted epoch
+    images = means["samples"] - (start.sums[-1] if start.sums else 0)
     return {**means, "seconds": seconds, "images_per_second": images / seconds}
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Loader, *, world: World, precision: Precision, run: Run
+    model: nn.Module,
+    loader: Loader,
+    *,
+    world: World,
+    precision: Precision,
+    after_step: AfterStep | None = None,
 ) -> dict[str, float]:
     """Means over all samples of `loader`: loss, top1, top5 (percent), samples, seconds.
 
@@ -226,11 +227,11 @@ def evaluate(
     model.eval()
     totals = Sums(world.device)
     started = time.perf_counter()
-    with run.progress("evaluate", total=len(loader)) as bar:
-        for batch in loader.epoch(0):
-            if len(batch.images):
-                with precision.autocast():
-                    logits = model(batch.images)[0].float()
-                totals.add(nn.functional.cross_entropy(logits, batch.targets), logits, batch.targets)
-            bar.update()
+    for step, batch in enumerate(loader.epoch(0)):
+        if len(batch.images):
+            with precision.autocast():
+                logits = model(batch.images)[0].float()
+            totals.add(nn.functional.cross_entropy(logits, batch.targets), logits, batch.targets)
+        if after_step is not None:
+            after_step(step, totals)
     return {**totals.means(world), "seconds": time.perf_counter() - started}

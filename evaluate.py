@@ -9,24 +9,28 @@ python evaluate.py runs/eval-EXP-stage2-TIME --packed    # and as packed bits: d
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # torch takes seconds to import
+    from utils import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import json
-import os
+import sys
 
 import torch
+from tqdm import tqdm
 
 import options
 from checkpoint import load_checkpoint
 from cost import Cost, measure_cost
 from data import BatchLoader, Loader, imagenet_val_loader, load_set
 from distributed import World, setup
-from engine import PRECISIONS, Precision, evaluate
+from engine import Precision, choose_precision, evaluate
 from genotypes import describe
-from logger import Run
 from lowering import lower
-from model import ModelConfig, Network
+from model import ModelConfig, Network, trained_network
 from packed import PackedNetwork
-from stages import trained_network
 from utils import InputError, human, run_main
 
 
@@ -36,20 +40,18 @@ def parser() -> options.Parser:
         "checkpoints", nargs="+", metavar="CHECKPOINT", help="a checkpoint file or a run's folder"
     )
     parser.add_argument("--data", help="where the images are; default: where they were in training")
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--batch_size", type=options.integer(1), default=256)
+    options.add_worker_flag(parser)
     parser.add_argument(
         "--packed", action="store_true", help="run W1A1 networks as packed bits too, on the CPU"
     )
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    options.add_device_flags(parser)
     return parser
 
 
-def main() -> None:
-    args, _ = options.parse(parser())
+def main(args: argparse.Namespace) -> None:
     world = setup(args.device)
-    precision = Precision(args.precision, world.device)
+    precision = choose_precision(args.precision, world.device, tf32=args.tf32)
     checkpoints = [(path, load_checkpoint(path)) for path in args.checkpoints]
     loaders: dict[str, Loader] = {}
     rows = []
@@ -60,11 +62,18 @@ def main() -> None:
         if key not in loaders:
             loaders[key] = test_loader(data, args, world)
         model.to(world.device)
-        means = evaluate(model, loaders[key], world=world, precision=precision, run=Run(None))
+        means = evaluate_with_bar(model, loaders[key], world, precision, label=path)
         rows.append((path, checkpoint, means, measure_cost(model, data["image_size"])))
         if args.packed:
             compare_packed(path, model, loaders[key], data)
     print_table(rows)
+
+
+def evaluate_with_bar(
+    model: Network, loader: Loader, world: World, precision: Precision, *, label: str
+) -> dict[str, float]:
+    with tqdm(total=len(loader), desc=label, leave=False, disable=not sys.stderr.isatty()) as bar:
+        return evaluate(model, loader, world=world, precision=precision, after_step=lambda *_: bar.update())
 
 
 @torch.no_grad()
@@ -148,4 +157,4 @@ def print_table(rows: list[tuple[str, dict, dict, Cost]]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, parser)

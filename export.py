@@ -8,13 +8,19 @@ The file is read by packed.py, infer.py, benchmark.py infer and evaluate.py --pa
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # torch takes seconds to import
+    from utils import end_on_interrupt
+
+    end_on_interrupt()
+
+import argparse
 from pathlib import Path
 
 import options
 from checkpoint import load_checkpoint, resolve_checkpoint
 from lowering import lower
+from model import trained_network
 from packed import program_bytes
-from stages import trained_network
 from utils import InputError, run_main, write_atomically
 
 
@@ -25,8 +31,7 @@ def parser() -> options.Parser:
     return parser
 
 
-def main() -> None:
-    args = parser().parse_args()
+def main(args: argparse.Namespace) -> None:
     path = resolve_checkpoint(args.checkpoint)
     output = args.output or path.with_name("model.ebnas")
     if output.is_dir():
@@ -44,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, parser)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from binary_ops import WEIGHT_BINARIZATIONS
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict
 from operations import BinaryUnit, FactorizedReduce, drop_path, make_operation
-from utils import InputError, nearest_multiples
+from utils import InputError, check_count, nearest_multiples
 
 FAMILIES = ("cifar", "imagenet")
 
@@ -45,13 +45,9 @@ class ModelConfig:
                 f"unknown weight binarization {self.weight_binarization!r}; "
                 f"choose from {WEIGHT_BINARIZATIONS}"
             )
-        for name in ("init_channels", "layers", "groups", "num_classes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.layers < 3:
-            raise InputError(
-                f"layers is {self.layers}; a network needs at least 3 cells (two reduce the size)"
-            )
+        check_count("layers", self.layers, 3, 1_000)  # two cells reduce the size, after one that does not
+        for name in ("init_channels", "groups", "num_classes"):
+            check_count(name, getattr(self, name), 1, 1_000_000)
         # halves of a factorised reduction; ImageNet's stem has a convolution in 4 groups of C/2 channels
         halves = 8 if self.family == "imagenet" else 2
         step = math.lcm(self.groups, halves)
@@ -231,3 +227,15 @@ class Network(nn.Module):
 def build_model(config: ModelConfig) -> Network:
     """The network of a configuration, freshly initialised from torch's global random state, on the CPU."""
     return Network(config)
+
+
+def trained_network(checkpoint: dict) -> Network:
+    """The network of a stage-1 or stage-2 checkpoint, rebuilt from it alone: on the CPU, evaluation mode.
+
+    Raises InputError on a search's checkpoint, which holds a supernet.
+    """
+    if checkpoint["kind"] == "search":
+        raise InputError("this is a search's checkpoint: train its genotype first, with train.py --arch")
+    model = build_model(ModelConfig.from_dict(checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from binary_ops import binary_sign
 from genotypes import EDGES, NODES, PRIMITIVES, Genotype
 from operations import SearchPreprocess, SourceOperations, coefficients
-from utils import InputError, nearest_multiples
+from utils import InputError, check_count, nearest_multiples
 
 SAMPLING = {"normal": 8, "reduce": 4}
 """k: one in k channels goes through the operations, so that the advantages of operations are balanced."""
@@ -41,15 +41,14 @@ class SearchConfig:
     num_classes: int = 10
 
     def __post_init__(self):
+        check_count("layers", self.layers, 3, 1_000)  # two cells reduce the size, after one that does not
+        for name in ("init_channels", "num_classes"):
+            check_count(name, getattr(self, name), 1, 1_000_000)
         k = max(SAMPLING.values())
-        if self.init_channels < 1 or self.init_channels % k:
+        if self.init_channels % k:
             raise InputError(
                 f"init_channels {self.init_channels} does not divide by k = {k}, the part of the channels "
                 f"that the supernet samples; the nearest that do: {nearest_multiples(self.init_channels, k)}"
-            )
-        if self.layers < 3:
-            raise InputError(
-                f"layers is {self.layers}; a supernet needs at least 3 cells (two reduce the size)"
             )
 
     @property
@@ -58,6 +57,11 @@ class SearchConfig:
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> SearchConfig:
+        """Raises InputError on fields that make no supernet, TypeError on others than to_dict gives."""
+        return cls(**fields)
 
 
 def shuffled(first: Tensor, others: Tensor, groups: int) -> Tensor:

@@ -1,115 +1,221 @@
-"""The flags that scripts share, what they may hold, and flags of PC-DARTS that no longer have a use."""
+"""The flags that scripts share, and at each flag its bounds. No torch before a parser is made: infer.py."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from binary_ops import WEIGHT_BINARIZATIONS
-from engine import PRECISIONS
-from logger import Run
 from utils import InputError
-
-RETIRED = {
-    "momentum": "Adam is the optimiser, as in the original",
-    "model_path": "checkpoints are in the run's folder",
-    "learning_rate_min": "the learning rate of a search is constant, as in the original",
-    "drop_path_prob": "the supernet has no drop-path, as in the original",
-}
-"""Flags of PC-DARTS that some script accepts only to say why they have no use there."""
 
 LARGE = 1e30
 """What is larger does not fit float32 in an optimiser, or is a slip of the hand."""
 
-BOUNDS = {  # least and largest value, both allowed
-    "epochs": (1, LARGE),
-    "batch_size": (1, LARGE),
-    "init_channels": (1, 10_000),
-    "layers": (3, 1_000),
-    "groups": (1, 10_000),
-    "image_size": (16, 4096),
-    "cutout_length": (1, 4096),
-    "holdout": (0, LARGE),
-    "workers": (0, 1024),
-    "seed": (0, 2**32 - 1024),  # NumPy's largest, less room for the processes' own
-    "gpu": (0, 1024),
-    "threads": (1, 1024),
-    "repeats": (1, LARGE),
-    "warmup": (0, LARGE),
-    "report_freq": (1, LARGE),
-    "warmup_epochs": (0, LARGE),
-    "arch_start_epoch": (0, LARGE),
-    "grad_clip": (0, LARGE),
-    "weight_decay": (0, LARGE),
-    "arch_weight_decay": (0, LARGE),
-    "learning_rate_min": (0, LARGE),
-    "auxiliary_weight": (0, LARGE),
-    "path_reg_weight": (-LARGE, LARGE),
-    "edge_reg_weight": (-LARGE, LARGE),
-}
-POSITIVE = ("learning_rate", "arch_learning_rate", "alpha")
-PROBABILITIES = ("drop_path_prob", "label_smooth")
+
+def integer(least: int, most: float = LARGE) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from `least` to `most`."""
+
+    def whole_number(text: str) -> int:
+        value = int(text)
+        return _within(value, least <= value <= most, f"at least {least}", most)
+
+    return whole_number
+
+
+def real(
+    least: float = -LARGE, below: float = math.inf, *, above: float = -math.inf
+) -> Callable[[str], float]:
+    """The type of a flag that takes numbers of at least `least`, more than `above`, and less than `below`."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        rule = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
+        if below < math.inf:
+            rule += f" and below {below:g}"
+        return _within(value, least <= value < below and above < value <= LARGE, rule, LARGE)
+
+    return number
+
+
+def _within(value: float, fits: bool, rule: str, most: float) -> Any:
+    if not fits:
+        rule += f" and at most {most:g}" if "below" not in rule else ""
+        raise argparse.ArgumentTypeError(f"is {value}; it must be {rule}")
+    return value
+
+
+def run_label(text: str) -> str:
+    """The type of --save: part of a folder's name."""
+    if "/" in text or not text.isprintable():
+        raise argparse.ArgumentTypeError(
+            f"is {text}; it is a name without slashes, the folder is under runs/"
+        )
+    return text
+
+
+positive_float = real(above=0)
+non_negative_float = real(0)
+probability = real(0, 1)
+
+
+class Store(argparse.Action):
+    """argparse's `store`, which also notes in `given` that the user gave the flag."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if value == "" and self.dest != "note":
+            raise argparse.ArgumentError(self, "is empty; give a value, or leave the flag out")
+        setattr(namespace, self.dest, value)
+        vars(namespace).setdefault("given", set()).add(self.dest)
+
+
+class Switch(Store):
+    """argparse's `store_true`, noted in `given` likewise."""
+
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, dest, nargs=0, default=False, help=help)
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        super().__call__(parser, namespace, True, option_string)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are InputErrors: one line, exit code 2."""
+    """An argument parser whose errors are InputErrors (one line, exit code 2) and that notes what was given.
+
+    The flags it returns have `given`, the names of those that the user gave.
+    """
 
     def __init__(self, description: str | None = None, **keywords):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords
         )
+        self.register("action", None, Store)
+        self.register("action", "store", Store)
+        self.register("action", "store_true", Switch)
+        self.idle: dict[str, tuple[str | None, str]] = {}  # flag: what it needs, why else it is idle
 
     def error(self, message: str):
+        # argparse: `argument --epochs: is 0; it must ...`
+        message = message.removeprefix("argument ").replace(": is ", " is ", 1)
         raise InputError(f"{message}; {self.prog} --help lists the flags")
 
-    def retire(self, *names: str) -> None:
-        for name in names:
-            self.add_argument(f"--{name}", help=f"accepted, but without use: {RETIRED[name]}")
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        flags = super().parse_args(args, namespace)
+        flags.given = frozenset(vars(flags).get("given", ()))
+        flags.idle = tuple(self._idle_ones(flags))
+        return flags
+
+    def retire(self, name: str, reason: str) -> None:
+        """Accept a flag of PC-DARTS that has no use in this script."""
+        self.add_argument(f"--{name}", help=f"accepted, but without use: {reason}")
+        self.idle[name] = (None, reason)
+
+    def needs(self, name: str, other: str) -> None:
+        """Say that flag `name` has no use without `other`."""
+        self.idle[name] = (other, f"it needs --{other}")
+
+    def _idle_ones(self, flags: argparse.Namespace) -> list[str]:
+        lines = [
+            f"--{name} has no use here: {reason}"
+            for name, (other, reason) in self.idle.items()
+            if name in flags.given and (other is None or not getattr(flags, other))
+        ]
+        if "gpu" in flags.given and "LOCAL_RANK" in os.environ:
+            lines.append("--gpu has no use here: under torchrun each process takes the GPU of its local rank")
+        return lines
 
 
-def add_run_flags(parser: Parser, *, save: str, epochs: int, batch_size: int) -> None:
+def as_dict(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags alone, as args.json and checkpoints keep them."""
+    return {name: value for name, value in vars(args).items() if name not in ("given", "idle")}
+
+
+def add_device_flags(parser: Parser) -> None:
+    """Where and in which arithmetic a script computes."""
+    from engine import PRECISIONS
+
+    flag = parser.add_argument
+    flag(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="bf16 and fp16: autocast, faster on a GPU, with other results (docs/performance.md)",
+    )
+    flag("--tf32", action="store_true", help="let a GPU round fp32 convolutions and products to TF32")
+    flag("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+
+
+def add_worker_flag(parser: Parser) -> None:
+    default = min(4, os.cpu_count() or 1)
+    parser.add_argument(
+        "--workers", type=integer(0, 1024), default=default, help="processes that read images"
+    )
+
+
+def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
     """Flags of everything that trains."""
     flag = parser.add_argument
-    flag("--save", default=save, help="name of the run; its folder is runs/<kind>-<name>-<time>")
+    flag(
+        "--save",
+        type=run_label,
+        default="EXP",
+        help="name of the run; its folder is runs/<kind>-<name>-<time>",
+    )
     flag("--note", default="", help="a note on this run, kept in its args.json")
-    flag("--epochs", type=int, default=epochs)
-    flag("--batch_size", type=int, default=batch_size, help="images a step, over all GPUs together")
-    flag("--learning_rate", type=float, default=1e-3, help="initial learning rate of the weights' Adam")
-    flag("--grad_clip", type=float, default=5.0, help="largest norm of the gradient; 0 leaves it as it is")
-    flag("--report_freq", type=int, default=50, help="steps between log lines")
-    flag("--seed", type=int, default=0)
-    flag("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read images")
+    flag("--epochs", type=integer(1), default=epochs)
+    flag("--batch_size", type=integer(1), default=batch_size, help="images a step, over all GPUs together")
+    flag("--learning_rate", type=positive_float, default=1e-3, help="initial rate of the weights' Adam")
+    flag(
+        "--grad_clip",
+        type=non_negative_float,
+        default=5.0,
+        help="largest norm of the gradient; 0 leaves it as it is",
+    )
+    flag("--report_freq", type=integer(1), default=50, help="steps between log lines")
+    flag(
+        "--save_freq",
+        type=integer(0),
+        default=0,
+        help="steps between checkpoints within an epoch; 0: none but before its evaluation and at its end",
+    )
+    flag("--seed", type=integer(0, 2**32 - 1024), default=0)  # NumPy's largest, less the processes' own
+    add_worker_flag(parser)
     flag(
         "--resume",
         metavar="PATH",
-        help="go on with a run's folder or checkpoint; `auto`: the newest unfinished one",
+        help="go on with a run's folder; `auto`: with the newest unfinished one of the same flags",
     )
-    flag("--precision", choices=PRECISIONS, help="default: bf16 on a CUDA GPU that has it, else fp32")
     flag("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps")
-    flag("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    flag("--gpu", type=int, default=0, help="number of the CUDA GPU")
+    add_device_flags(parser)
+    flag("--gpu", type=integer(0, 1024), default=0, help="number of the CUDA GPU")
 
 
-def add_set_flags(parser: Parser, sets: tuple[str, ...]) -> None:
+def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
     """Flags of the sets that fit in memory."""
-    parser.add_argument("--set", choices=sets, default="cifar10")
-    parser.add_argument("--data", default="data", help="where the set is, or is downloaded to")
-    parser.add_argument("--image_size", type=int, default=32, help="size that `folder` images are brought to")
-    parser.add_argument("--cutout", action="store_true")
-    parser.add_argument("--cutout_length", type=int, default=16)
+    flag = parser.add_argument
+    flag("--set", choices=sets, default="cifar10")
+    flag("--data", default="data", help="where the set is, or is downloaded to")
+    flag("--image_size", type=integer(16, 4096), default=32, help="size that `folder` images are brought to")
+    flag("--cutout", action="store_true")
+    flag("--cutout_length", type=integer(1, 4096), default=16)
+    parser.needs("cutout_length", "cutout")
 
 
 def add_network_flags(parser: Parser, *, init_channels: int, layers: int) -> None:
     """Flags of a derived network and of its two stages."""
+    from binary_ops import WEIGHT_BINARIZATIONS
+
     flag = parser.add_argument
     flag("--arch", default="EBNAS", help="a registered genotype, a genotype file, or a search run's folder")
-    flag("--init_channels", type=int, default=init_channels)
-    flag("--layers", type=int, default=layers)
-    flag("--groups", type=int, default=14, help="groups of the cells' convolutions")
+    flag("--init_channels", type=integer(1, 10_000), default=init_channels)
+    flag("--layers", type=integer(3, 1_000), default=layers, help="number of cells")
+    flag("--groups", type=integer(1, 10_000), default=14, help="groups of the cells' convolutions")
     flag("--auxiliary", action="store_true", help="train with the auxiliary head")
-    flag("--auxiliary_weight", type=float, default=0.4)
-    flag("--learning_rate_min", type=float, default=0.0, help="the cosine schedule ends here")
-    flag("--weight_decay", type=float, default=0.0)
+    flag("--auxiliary_weight", type=non_negative_float, default=0.4)
+    parser.needs("auxiliary_weight", "auxiliary")
+    flag("--learning_rate_min", type=non_negative_float, default=0.0, help="the cosine schedule ends here")
+    flag("--weight_decay", type=non_negative_float, default=0.0)
     flag(
         "--binary",
         action="store_true",
@@ -128,42 +234,5 @@ def add_network_flags(parser: Parser, *, init_channels: int, layers: int) -> Non
         help="stage-1 run or checkpoint to start stage 2 from; default: the newest that fits",
     )
     flag("--from_scratch", action="store_true", help="train stage 2 without stage 1")
-
-
-def parse(parser: Parser) -> tuple[argparse.Namespace, set[str]]:
-    """The checked flags, and the names of those that the user gave.
-
-    Raises InputError on a value out of range, with what would be right.
-    """
-    args = parser.parse_args()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    explicit = set(vars(parser.parse_args()))
-    _check(args)
-    return args, explicit
-
-
-def log_retired(run: Run, args: argparse.Namespace, explicit: set[str]) -> None:
-    """Say so of each flag given that has no use in this script (its value was never converted)."""
-    for name, reason in RETIRED.items():
-        if name in explicit and isinstance(getattr(args, name), str):
-            run.log(f"--{name} has no use here: {reason}")
-
-
-def _check(args: argparse.Namespace) -> None:
-    for name, value in vars(args).items():
-        if value == "" and name != "note":
-            raise InputError(f"--{name} is empty; give a value, or leave the flag out")
-        if name == "save" and "/" in value:
-            raise InputError(f"--save is {value}; it is a name without slashes, the folder is under runs/")
-        if isinstance(value, str | None):
-            continue
-        if name in BOUNDS and not BOUNDS[name][0] <= value <= BOUNDS[name][1]:
-            least, most = (f"{bound:g}" if bound == LARGE else bound for bound in BOUNDS[name])
-            raise InputError(f"--{name} is {value}; it must be at least {least} and at most {most}")
-        if name in POSITIVE and not 0 < value <= LARGE:
-            raise InputError(f"--{name} is {value}; it must be above 0 and at most {LARGE:g}")
-        if name in PROBABILITIES and not 0 <= value < 1:
-            raise InputError(f"--{name} is {value}; it must be at least 0 and below 1")
-        if name == "train_portion" and not 0 < value < 1:
-            raise InputError(f"--train_portion is {value}; it must be between 0 and 1")
+    parser.retire("momentum", "Adam is the optimiser, as in the original")
+    parser.retire("model_path", "checkpoints are in the run's folder")

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from genotypes import EDGES, NODES, PRIMITIVES, Genotype, genotype_from_dict
-from logger import read_metrics
 from model_search import edge_weights
+from runs import read_metrics
 from utils import InputError, write_atomically
 
 if TYPE_CHECKING:

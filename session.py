@@ -2,11 +2,14 @@
 
 A script makes a Session, builds its networks and optimisers, and runs its epoch loop inside `start`:
 
-    session = Session(args, explicit, script="train", name=stages.run_name, world=world)
+    session = Session(args, script="train", name=stages.run_name, world=world)
+    args = session.args
     with session.start(model=model, stateful=..., kind="stage1", ...) as run:
-        for epoch in session.epochs(args.epochs):
-            train = train_one_epoch(..., **session.position())
+        for epoch in session.epochs():
+            train = train_one_epoch(..., start=session.position, after_step=session.training(loader))
+            valid = evaluate(..., after_step=session.evaluating(loader))
             session.finish_epoch(epoch, {...}, score=...)
+        session.finish()
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import math
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,100 +28,159 @@ from typing import Any
 
 import torch
 
-from checkpoint import Checkpointer, find_resumable, load_checkpoint
+import options
+from checkpoint import Checkpointer, load_checkpoint
 from data import ImageSet, channel_statistics, load_set
-from distributed import World, restarted
-from engine import Interrupted, StopSignal
-from logger import Run, create_run
-from model import ModelConfig
-from utils import InputError, RunFailed
+from distributed import World, launch_name, restarted
+from engine import AfterStep, Position, Sums, choose_precision
+from runs import Run, create_run, find_launched, find_resumable
+from utils import InputError, RunFailed, is_out_of_memory, one_line
+
+STOP_FREQ = 8
+"""Steps between the moments at which several processes agree whether to stop."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop, and the checkpoint to go on from is written."""
+
+
+class StopSignal:
+    """A context in which SIGINT and SIGTERM are noted, not obeyed: `received` is the signal's number or 0.
+
+    A second Ctrl-C stops at once, but not while `held` (a checkpoint is written), and not within a second of
+    the first: a terminal's Ctrl-C reaches a worker twice, from the terminal and from torchrun.
+    """
+
+    def __enter__(self) -> StopSignal:
+        self.received, self.at, self.held = 0, 0.0, False
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, signum: int, _frame) -> None:
+        if self.received and signum == signal.SIGINT and not self.held and time.monotonic() > self.at + 1:
+            raise KeyboardInterrupt
+        if not self.received:
+            self.received, self.at = signum, time.monotonic()
+
+    def __exit__(self, *_exception) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
 
 
 class Session:
     """Where a run stands, and what must happen around its epochs. `name` makes a run's name of its flags.
 
-    With --resume, `checkpoint` is the one to go on from and `args` takes over its flags, where the user has
-    not given them; otherwise `checkpoint` is None. Nothing is written before `start`.
+    `args` are the flags of this run: with --resume those of its checkpoint, where the user has not given
+    others; `checkpoint` is then the one to go on from, else None. Nothing is written before `start`.
     """
 
     def __init__(
         self,
         args: argparse.Namespace,
-        explicit: set[str],
         *,
         script: str,
         name: Callable[[argparse.Namespace], str],
         world: World,
     ):
-        self.args, self.script, self.name, self.world = args, script, name, world
+        self.script, self.name, self.world = script, name, world
         self.stop = StopSignal()
-        self.checkpoint, self.folder = None, None
-        resume = args.resume or ("auto" if restarted() else None)
-        if resume:
-            path = find_resumable(
-                resume,
-                script=script,
-                args=vars(args),
-                explicit=explicit,
-                runs=f"{glob.escape(name(args))}-[0-9]*",
-            )
-            path = world.broadcast(path)
-            if path is not None:
-                self.folder, self.checkpoint = path.parent, load_checkpoint(path)
-                for flag, value in self.checkpoint["args"].items():
-                    if flag not in explicit and flag not in ("device", "gpu", "resume"):
-                        setattr(args, flag, value)
-        self._epoch = self.checkpoint["epoch"] if self.checkpoint else 0
-        self._step = self.checkpoint["step"] if self.checkpoint else 0
-        self._sums = self.checkpoint["sums"] if self.checkpoint else None
-        self.best = self.checkpoint["best"] if self.checkpoint else None
+        path = world.broadcast(self._find(args) if world.is_main else None)
+        self.folder = path.parent if path else None
+        self.checkpoint = load_checkpoint(path) if path else None
+        self.args = self._own_flags(args)
+        self.precision = choose_precision(self.args.precision, world.device, tf32=self.args.tf32)
+        start = self.checkpoint or {"epoch": 0, "step": 0, "sums": None, "best": None}
+        self.position = Position(start["epoch"], start["step"], start["sums"])
+        self.best = start["best"]
 
-    @property
-    def config(self) -> ModelConfig | None:
-        """The network of the run that is resumed, whatever has become of its genotype file since."""
-        return ModelConfig.from_dict(self.checkpoint["config"]) if self.checkpoint else None
+    def _find(self, args: argparse.Namespace) -> Path | None:
+        runs = f"{glob.escape(self.name(args))}-[0-9]*"
+        if restarted():
+            return find_launched(launch_name(), runs)
+        if args.resume is None:
+            return None
+        flags = options.as_dict(args)
+        return find_resumable(args.resume, script=self.script, args=flags, given=args.given, runs=runs)
+
+    def _own_flags(self, args: argparse.Namespace) -> argparse.Namespace:
+        own = dict(vars(args))
+        if self.checkpoint is not None:
+            here = {*args.given, "device", "gpu", "resume"}
+            own |= {name: value for name, value in self.checkpoint["args"].items() if name not in here}
+        return argparse.Namespace(**own)
 
     @contextmanager
     def start(self, *, model: torch.nn.Module, stateful: dict[str, Any], **header: Any) -> Iterator[Run]:
         """Make the run's folder or go on in it; `header` is kept in every checkpoint (see checkpoint.py).
 
         SIGINT and SIGTERM, noted from here on, end the run with a checkpoint and exit code 128 + signal.
+        Whatever else ends it stands in log.txt.
         """
-        header = {"script": self.script, "args": vars(self.args), **header}
+        args = options.as_dict(self.args)
+        header = {"script": self.script, "args": args, **header}
         if self.folder is None:
-            self.folder = self.world.broadcast(
-                create_run(self.name(self.args), vars(self.args)) if self.world.is_main else None
-            )
+            folder = create_run(self.name(self.args), args) if self.world.is_main else None
+            self.folder = self.world.broadcast(folder)
         folder = self.folder if self.world.is_main else None
-        run = self.run = Run(folder, report_freq=self.args.report_freq)
+        stateful = {**stateful, "scaler": self.precision.scaler}
+        self.run = run = Run(folder, launch=launch_name())
         self.checkpoints = Checkpointer(
             folder, header=header, model=model, stateful=stateful, world=self.world
         )
-        try:
-            with self.stop:
-                if self.checkpoint is not None:
-                    self._check_unchanged(header["data"])
-                    self.checkpoints.restore(self.checkpoint)
-                    run.rewind(self._epoch)
-                    run.log(f"resumed {self.folder} at epoch {self._epoch}, step {self._step}")
-                else:
-                    self._save()  # so that a crash in the first epoch finds a run to go on with
-                    if self.args.resume or restarted():
-                        run.log("nothing to resume: a new run")
-                run.log(f"run folder {self.folder}")
+        with self.stop:
+            try:
+                self._begin(model, header["data"])
                 yield run
-        except RunFailed as error:
-            run.log(f"stopped: {error}")
-            raise
-        except Interrupted as interrupted:
-            if interrupted.step:  # within an epoch; else finish_epoch has saved
-                self._step, self._sums = interrupted.step, interrupted.sums
-                self._save()
-            run.log(f"{interrupted}: stopped at epoch {self._epoch}, step {interrupted.step}; to go on:")
-            run.log(shlex.join(["python", sys.argv[0], "--resume", str(self.folder)]))
-            sys.exit(128 + interrupted.signum)
-        finally:
-            run.close()
+            except Interrupted:
+                run.log(f"stopped at epoch {self.position.epoch}, step {self.position.step}; to go on:")
+                run.log(shlex.join(["python", sys.argv[0], "--resume", str(self.folder)]))
+            except BaseException as error:
+                explained = self._explained(error)
+                run.log(f"stopped: {one_line(explained)}")
+                if explained is error:
+                    raise
+                raise explained from None
+            finally:
+                run.close()
+            self.world.close()  # all meet: one that goes would make torchrun end those that still write
+        if self.stop.received:
+            sys.exit(128 + self.stop.received)
+
+    def _begin(self, model: torch.nn.Module, data: dict[str, Any]) -> None:
+        """Write the first checkpoint, or put back the one to go on from."""
+        run = self.run
+        if self.checkpoint is None:
+            self.world.broadcast_model(model)
+            self._save()  # so that a crash in the first epoch finds a run to go on with
+            if self.args.resume or restarted():
+                run.log("nothing to resume: a new run")
+        else:
+            self._check_unchanged(data)
+            self.checkpoints.restore(self.checkpoint)
+            run.rewind(self.position.epoch)
+            run.log(f"resumed {self.folder} at epoch {self.position.epoch}, step {self.position.step}")
+        run.log(f"run folder {self.folder}")
+        for line in self.args.idle:
+            run.log(line)
+        precision = self.precision.name
+        if self.world.device.type == "cuda":
+            precision += ", TF32 allowed" if self.args.tf32 else ", without TF32"
+        run.log(f"{self.world.size} x {self.world.device.type}, {precision}")
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """`error`, or what to tell the user in its place."""
+        if isinstance(error, RunFailed):
+            return RunFailed(f"{error}; the last good checkpoint is in {self.folder}")
+        if is_out_of_memory(error):
+            return RunFailed(
+                f"there is not enough memory for --batch_size {self.args.batch_size} and this network; "
+                "give a smaller one"
+            )
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            return RunFailed(
+                f"--compile failed ({one_line(error, 100)}): it needs a C++ compiler; leave it out"
+            )
+        return error
 
     def _check_unchanged(self, data: dict[str, Any]) -> None:
         """Raise InputError where the images are others, or the run has moved on before it was locked."""
@@ -132,47 +195,90 @@ class Session:
                 f"{self.folder} has moved on in another process; look at it, then resume it again"
             )
 
-    def epochs(self, total: int) -> Iterator[int]:
+    def epochs(self) -> Iterator[int]:
         """The epochs still to run."""
-        yield from range(self._epoch, total)
+        yield from range(self.position.epoch, self.args.epochs)
 
-    def position(self) -> dict[str, Any]:
-        """Where in the present epoch to start: arguments of train_one_epoch."""
-        return {"start_step": self._step, "sums": self._sums}
+    def training(self, loader: Any) -> AfterStep:
+        """What follows each training step: progress, a log line every --report_freq steps, a checkpoint every
+        --save_freq steps, on a signal, and at the end of the epoch, so that its evaluation may be lost."""
+        epoch, last = self.position.epoch, len(loader)
+        bar = self.run.progress(f"epoch {epoch}", total=last, start=self.position.step)
+
+        def after_step(step: int, sums: Sums) -> None:
+            bar.update()
+            done = step + 1
+            if step % self.args.report_freq == 0:
+                means = sums.means(self.world)
+                self.run.log(f"train {step:03d} {means['loss']:.6e} {means['top1']:.4f} {means['top5']:.4f}")
+            stopping = self._stopping(step)
+            if stopping or done == last or (self.args.save_freq and done % self.args.save_freq == 0):
+                self.position = Position(epoch, done, self.world.sum(sums.values).tolist())
+                self._save()
+            if stopping:
+                raise Interrupted
+            if done == last:
+                bar.close()
+
+        return after_step
+
+    def evaluating(self, loader: Any) -> AfterStep:
+        """What follows each batch of an evaluation: progress, and on a signal the end (all else is saved)."""
+        bar = self.run.progress("evaluate", total=len(loader))
+
+        def after_step(step: int, _sums: Sums) -> None:
+            bar.update()
+            if self._stopping(step):
+                raise Interrupted
+            if step + 1 == len(loader):
+                bar.close()
+
+        return after_step
+
+    def _stopping(self, step: int) -> bool:
+        """Whether a signal has come. All must learn of it at the same step, and asking costs time."""
+        return (self.world.size == 1 or step % STOP_FREQ == 0) and self._voted_to_stop()
+
+    def _voted_to_stop(self) -> bool:
+        stopping = self.world.any(self.stop.received > 0)
+        if stopping and not self.stop.received:  # another process was told
+            self.stop.received = signal.SIGTERM
+        return stopping
 
     def finish_epoch(self, epoch: int, record: dict[str, Any], *, score: float) -> None:
         """Write an epoch's metrics and checkpoint; `score` (higher is better) decides which epoch is best.
 
-        Raises Interrupted where a signal has come.
+        Raises Interrupted where a signal has come, RunFailed where a number of the record is not finite.
         """
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise RunFailed(
-                    f"{name} is {value} after epoch {epoch}; the last good checkpoint is in {self.folder}"
-                )
+                raise RunFailed(f"{name} is {value} after epoch {epoch}")
         is_best = self.best is None or score > self.best["score"]
         if is_best:
             self.best = {"epoch": epoch, "score": score}
         self.run.metrics({"epoch": epoch, **record})
-        self._epoch, self._step, self._sums = epoch + 1, 0, None
-        finished = self._epoch == self.args.epochs
-        self._save(is_best=is_best, finished=finished)
-        stopped = self.world.any(self.stop.received > 0)  # also: nobody goes on before the files are written
-        if stopped and not finished:
-            raise Interrupted(self.stop.received or signal.SIGTERM, 0, [])
+        self.position = Position(epoch + 1)
+        self._save(is_best=is_best)
+        if self._voted_to_stop():  # also: nobody goes on before the files are written
+            raise Interrupted
 
-    def path(self, name: str) -> Path:
-        return self.folder / name
+    def finish(self) -> None:
+        """Mark the run as finished, once nothing is left to do that a resumed run would have to repeat."""
+        self._save(finished=True)
 
     def _save(self, *, is_best: bool = False, finished: bool = False) -> None:
-        self.checkpoints.save(
-            epoch=self._epoch,
-            step=self._step,
-            sums=self._sums,
-            best=self.best,
-            is_best=is_best,
-            finished=finished,
-        )
+        self.stop.held = True
+        try:
+            self.checkpoints.save(
+                epoch=self.position.epoch,
+                step=self.position.step,
+                sums=self.position.sums,
+                best=self.best,
+                is_best=is_best,
+                finished=finished,
+            )
+        finally:
+            self.stop.held = False
 
 
 def prepare_data(
@@ -183,23 +289,35 @@ def prepare_data(
 
     The first process of a machine downloads before the others look. Raises InputError as load_set does.
     """
-    with world.first_on_machine():
+    with world.in_turn("reading the data"):
         train, held_out = (
             load_set(args.set, args.data, train=part, image_size=args.image_size, workers=args.workers)
             if part or test
             else None
             for part in (True, False)
         )
-    mean, std = channel_statistics(args.set, train)
-    description = {
-        "set": args.set,
-        "root": str(args.data),
-        "image_size": args.image_size,
-        "classes": list(train.classes),
+    statistics = channel_statistics(args.set, train)
+    description = describe_data(args.set, args.data, args.image_size, train.classes, statistics)
+    return train.to(world.device), held_out.to(world.device) if test else None, description
+
+
+def describe_data(
+    name: str,
+    root: str,
+    image_size: int,
+    classes: tuple[str, ...],
+    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+) -> dict[str, Any]:
+    """What a checkpoint keeps of its images; `statistics` are the channels' mean and standard deviation."""
+    mean, std = statistics
+    return {
+        "set": name,
+        "root": str(root),
+        "image_size": image_size,
+        "classes": list(classes),
         "mean": list(mean),
         "std": list(std),
     }
-    return train.to(world.device), held_out.to(world.device) if test else None, description
 
 
 def loader_settings(args: argparse.Namespace, data: dict[str, Any], world: World) -> dict[str, Any]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from checkpoint import LAST, load_checkpoint, resolve_checkpoint, runs_newest_first
+from checkpoint import load_checkpoint, network_config, resolve_checkpoint
 from genotypes import get_genotype
-from logger import Run, read_metrics
 from model import ModelConfig, Network, build_model
 from pictures import draw_curves
+from runs import Run, newest_checkpoint, read_args, read_metrics
 from session import Session
 from utils import InputError, human, seed_everything
 
@@ -34,7 +35,7 @@ def run_name(args: argparse.Namespace) -> str:
     return f"eval-{args.save}-{stage(args)}"
 
 
-def network_config(args: argparse.Namespace, *, family: str, num_classes: int) -> ModelConfig:
+def config_of(args: argparse.Namespace, *, family: str, num_classes: int) -> ModelConfig:
     """The network of the stage that the flags ask for. Raises InputError as ModelConfig does."""
     weight_bits, activation_bits = (1, 1) if args.binary else STAGE1_BITS[args.stage1]
     return ModelConfig(
@@ -51,7 +52,12 @@ def network_config(args: argparse.Namespace, *, family: str, num_classes: int) -
     )
 
 
-def find_start(args: argparse.Namespace, config: ModelConfig, data: dict) -> Path | None:
+# The start of stage 2
+
+
+def find_start(
+    args: argparse.Namespace, config: ModelConfig, data: dict[str, Any]
+) -> tuple[Path, dict] | None:
     """The stage-1 checkpoint that this run starts from; None for stage 1 itself and for --from_scratch.
 
     --pretrained names it; else it is the newest finished stage-1 run of the same set, genotype and size.
@@ -81,28 +87,27 @@ def find_start(args: argparse.Namespace, config: ModelConfig, data: dict) -> Pat
                 f"{path} has trained on images that --holdout {args.holdout} holds out; "
                 "train stage 1 with the same --holdout and --seed"
             )
-        return path
-    for folder in runs_newest_first("eval-*-stage1-*"):
-        try:
-            checkpoint = load_checkpoint(folder)
-        except InputError:  # a damaged run of some other day need not stop this one
-            continue
-        if (
+        return path, checkpoint
+    found = newest_checkpoint(
+        "eval-*-stage1-*",
+        lambda checkpoint: (
             checkpoint["kind"] == "stage1"
             and checkpoint["finished"]
             and not _differences(checkpoint, config, data)
             and not _saw_holdout(checkpoint, args)
             and _made_as_asked(checkpoint["config"], args)
-        ):
-            return folder / LAST
-    stage1 = shlex.join(["python", *(word for word in sys.argv if word != "--binary")])
-    raise InputError(
-        f"no finished stage-1 run of this set, genotype and size to start from; first run `{stage1}`, "
-        "or give --pretrained PATH, or --from_scratch"
+        ),
     )
+    if found is None:
+        stage1 = shlex.join(["python", *(word for word in sys.argv if word != "--binary")])
+        raise InputError(
+            f"no finished stage-1 run of this set, genotype and size to start from; first run `{stage1}`, "
+            "or give --pretrained PATH, or --from_scratch"
+        )
+    return found
 
 
-def _differences(checkpoint: dict, config: ModelConfig, data: dict) -> list[str]:
+def _differences(checkpoint: dict, config: ModelConfig, data: dict[str, Any]) -> list[str]:
     """What keeps stage 1's weights from fitting: `layers 8, not 16`. The bits differ by design, and the
     auxiliary head need not be in both."""
     ours = {**config.to_dict(), **data}
@@ -125,62 +130,61 @@ def _made_as_asked(theirs: dict, args: argparse.Namespace) -> bool:
     return bits == STAGE1_BITS[args.stage1] and theirs["weight_binarization"] == args.weight_binarization
 
 
-def load_start(model: Network, path: Path) -> None:
-    """Load the weights of stage 1; of the auxiliary head where both have one, else the model's stay."""
-    theirs, ours = load_checkpoint(path)["model"], model.state_dict()
-    kept = {name for name in ours if name.startswith(AUXILIARY) and name not in theirs}
-    model.load_state_dict({name: ours[name] if name in kept else theirs[name] for name in ours})
+def load_start(model: Network, weights: dict[str, torch.Tensor]) -> None:
+    """Load stage 1's weights; of the auxiliary head where both have one, else the model's stay."""
+    ours = model.state_dict()
+    kept = {name for name in ours if name.startswith(AUXILIARY) and name not in weights}
+    model.load_state_dict({name: ours[name] if name in kept else weights[name] for name in ours})
 
 
-def trained_network(checkpoint: dict) -> Network:
-    """The network of a stage-1 or stage-2 checkpoint, rebuilt from it alone: on the CPU, evaluation mode.
-
-    Raises InputError on a search's checkpoint, which holds a supernet.
-    """
-    if checkpoint["kind"] == "search":
-        raise InputError("this is a search's checkpoint: train its genotype first, with train.py --arch")
-    model = build_model(ModelConfig.from_dict(checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()
+# What is trained, and how
 
 
-@dataclass
+@dataclass(frozen=True)
 class Training:
-    """What a training script trains, and with what. `start` is the stage-1 checkpoint it began with."""
+    """What a training script trains, and with what; `header` and `stateful` are for Session.start."""
 
-    config: ModelConfig
     model: Network
+    criterion: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
-    start: Path | None
-    resumed: bool
+    header: dict[str, Any]
+    start: str  # where its weights come from, in words
+
+    @property
+    def stateful(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "scheduler": self.scheduler}
 
 
-def build(args: argparse.Namespace, session: Session, *, family: str, data: dict, warmup: int) -> Training:
-    """The network of this run on its device, with stage 1's weights in stage 2, Adam and its schedule."""
-    config = session.config or network_config(args, family=family, num_classes=len(data["classes"]))
-    start = None if session.checkpoint else find_start(args, config, data)
+def build(session: Session, *, family: str, data: dict[str, Any], warmup: int) -> Training:
+    """This run's network on its device, in stage 2 with stage 1's weights; its loss, Adam and schedule."""
+    args, world = session.args, session.world
+    if session.checkpoint:  # whatever has become of its genotype file since
+        config, found, start = network_config(session.checkpoint), None, "its checkpoint"
+    else:
+        config = config_of(args, family=family, num_classes=len(data["classes"]))
+        found = find_start(args, config, data)
+        start = str(found[0]) if found else "random weights"
     seed_everything(args.seed)
     model = build_model(config)
-    if start is not None:
-        load_start(model, start)
-    device = session.world.device
-    model.to(device)
-    if device.type == "cpu":  # pools and small grouped convolutions are 1.5 times faster there
+    if found is not None:
+        load_start(model, found[1]["model"])
+    model.to(world.device)
+    if world.device.type == "cpu":  # pools and small grouped convolutions are 1.5 times faster there
         model.to(memory_format=torch.channels_last)
-    torch.manual_seed(args.seed + session.world.rank)  # drop-path differs between processes
+    torch.manual_seed(args.seed + world.rank)  # drop-path differs between processes
     if args.compile:
         model.compile()
     optimizer = torch.optim.Adam(
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
     return Training(
-        config,
         model,
+        nn.CrossEntropyLoss(label_smoothing=args.label_smooth),
         optimizer,
         make_scheduler(optimizer, args, warmup=warmup),
+        {"kind": stage(args), "config": config.to_dict(), "data": data},
         start,
-        session.checkpoint is not None,
     )
 
 
@@ -191,6 +195,19 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, *
         return cosine
     rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=max(warmup - 1, 1))
     return SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
+
+
+# What is said of it
+
+
+def log_start(run: Run, args: argparse.Namespace, training: Training) -> None:
+    """Say which stage this is, of what size, and which weights it begins with."""
+    config = training.model.config
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    run.log(
+        f"{stage(args)}: W{config.weight_bits}A{config.activation_bits}, {human(parameters)} parameters, "
+        f"starting from {training.start}"
+    )
 
 
 def epoch_record(train: dict, valid: dict, learning_rate: float) -> dict:
@@ -207,36 +224,30 @@ def epoch_record(train: dict, valid: dict, learning_rate: float) -> dict:
     }
 
 
-def log_start(run: Run, args: argparse.Namespace, training: Training) -> None:
-    """Say which stage this is, of what size, and which weights it begins with."""
-    config = training.config
-    parameters = sum(parameter.numel() for parameter in training.model.parameters())
-    run.log(
-        f"{stage(args)}: W{config.weight_bits}A{config.activation_bits}, {human(parameters)} parameters, "
-        f"starting from {training.start or ('its checkpoint' if training.resumed else 'random weights')}"
-    )
-
-
-def finish(run: Run, args: argparse.Namespace, best: dict, *, held_out: str) -> None:
-    """Last and best accuracy, each labelled with what it was measured on; the curves; what to do next."""
+def finish(session: Session, *, held_out: str) -> None:
+    """Mark the run as finished; say its last and best accuracy, each with what it was measured on; draw its
+    curves; say what to do next."""
+    session.finish()
+    run, best = session.run, session.best
     if run.folder is None:
         return
-    last = read_metrics(run.folder)[-1]
-    run.log(
-        f"last epoch {last['epoch']}: {held_out} top-1 {last['valid_top1']:.2f} %, "
-        f"top-5 {last['valid_top5']:.2f} %"
-    )
     note = (
         "chosen on the test set, so optimistic" if held_out == "test" else f"chosen on the {held_out} images"
     )
-    run.log(f"best epoch {best['epoch']}: {held_out} top-1 {best['score']:.2f} %, {note}")
+    command = shlex.join(["python", *sys.argv])
     try:
+        last = read_metrics(run.folder)[-1]
+        run.log(
+            f"last epoch {last['epoch']}: {held_out} top-1 {last['valid_top1']:.2f} %, "
+            f"top-5 {last['valid_top5']:.2f} %"
+        )
         for picture in draw_curves(run.folder):
             run.log(f"picture {picture}")
-    except InputError as error:  # the run is done, with a picture or without
+        command = read_args(run.folder)["command"]  # not the one that resumed it
+    except (InputError, LookupError) as error:  # the run is done, with pictures or without
         run.log(f"no pictures: {error}")
-    if not args.binary:
-        command = json.loads((run.folder / "args.json").read_text())["command"]  # not the one that resumed it
-        run.log(f"next: {command} --binary --pretrained {shlex.quote(str(run.folder))}")
-    else:
+    run.log(f"best epoch {best['epoch']}: {held_out} top-1 {best['score']:.2f} %, {note}")
+    if session.args.binary:
         run.log(f"next: python evaluate.py {run.folder}")
+    else:
+        run.log(f"next: {command} --binary --pretrained {shlex.quote(str(run.folder))}")

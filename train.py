@@ -10,90 +10,100 @@ torchrun --nproc_per_node=4 train.py --auxiliary --cutout  # 4 GPUs, batch_size 
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # torch takes seconds to import
+    from utils import end_on_interrupt
 
-from torch import nn
+    end_on_interrupt()
+
+import argparse
 
 import options
 import stages
 from checkpoint import BEST, load_checkpoint
 from data import SETS, Augmentation, BatchLoader, ImageSet, holdout_split
 from distributed import World, setup
-from engine import Precision, evaluate, train_one_epoch
+from engine import evaluate, train_one_epoch
 from session import Session, loader_settings, prepare_data
 from utils import run_main
 
 
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    options.add_run_flags(parser, save="EXP", epochs=600, batch_size=256)
+    options.add_run_flags(parser, epochs=600, batch_size=256)
     options.add_set_flags(parser, SETS)
     options.add_network_flags(parser, init_channels=84, layers=16)
     flag = parser.add_argument
-    flag("--drop_path_prob", type=float, default=0.2, help="at the last epoch; it grows from 0")
-    flag("--label_smooth", type=float, default=0.0)
+    flag(
+        "--drop_path_prob",
+        type=options.probability,
+        default=0.2,
+        help="at the last epoch; it grows from 0",
+    )
+    flag("--label_smooth", type=options.probability, default=0.0)
     flag("--mixup", action="store_true")
-    flag("--alpha", type=float, default=0.2, help="parameter of mixup's Beta distribution")
+    flag("--alpha", type=options.positive_float, default=0.2, help="parameter of mixup's Beta distribution")
+    parser.needs("alpha", "mixup")
     flag(
         "--holdout",
-        type=int,
+        type=options.integer(0),
         default=0,
         help="training images that pick the best epoch, instead of the test set",
     )
-    parser.retire("momentum", "model_path")
     return parser
 
 
-def main() -> None:
-    args, explicit = options.parse(parser())
+def main(args: argparse.Namespace) -> None:
     world = setup(args.device, args.gpu)
-    args.precision = Precision(args.precision, world.device).name  # as a resumed run will keep it
-    session = Session(args, explicit, script="train", name=stages.run_name, world=world)
-    precision = Precision(args.precision, world.device)
+    session = Session(args, script="train", name=stages.run_name, world=world)
+    args, precision = session.args, session.precision
     train_set, test_set, data = prepare_data(args, world, test=True)
     train_loader, valid_loader, test_loader = make_loaders(args, train_set, test_set, data, world)
-    training = stages.build(args, session, family="cifar", data=data, warmup=0)
-    model, optimizer, scheduler = training.model, training.optimizer, training.scheduler
-    parameters = list(model.parameters())
-    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smooth)
-    stateful = {"optimizer": optimizer, "scheduler": scheduler, "scaler": precision.scaler}
+    training = stages.build(session, family="cifar", data=data, warmup=0)
+    model, scheduler = training.model, training.scheduler
 
-    header = {"kind": stages.stage(args), "config": training.config.to_dict(), "data": data}
-    with session.start(model=model, stateful=stateful, **header) as run:
-        options.log_retired(run, args, explicit)
+    with session.start(model=model, stateful=training.stateful, **training.header) as run:
         stages.log_start(run, args, training)
-        shared = {"world": world, "precision": precision, "run": run}
-        for epoch in session.epochs(args.epochs):
+        for epoch in session.epochs():
             learning_rate = scheduler.get_last_lr()[0]
             run.log(f"epoch {epoch} lr {learning_rate:e}")
             model.drop_path_prob = args.drop_path_prob * epoch / args.epochs
             train = train_one_epoch(
                 model,
                 train_loader,
-                optimizer,
-                criterion,
-                parameters=parameters,
-                epoch=epoch,
+                training.optimizer,
+                training.criterion,
+                start=session.position,
+                world=world,
+                precision=precision,
                 grad_clip=args.grad_clip,
                 auxiliary_weight=args.auxiliary_weight,
-                stop=session.stop,
-                **session.position(),
-                **shared,
+                after_step=session.training(train_loader),
             )
             scheduler.step()
             world.average_buffers(model)
-            valid = evaluate(model, valid_loader, **shared)
+            valid = evaluate(
+                model,
+                valid_loader,
+                world=world,
+                precision=precision,
+                after_step=session.evaluating(valid_loader),
+            )
             run.log(f"train_acc {train['top1']:.2f} valid_acc {valid['top1']:.2f} loss {valid['loss']:.4f}")
             session.finish_epoch(epoch, stages.epoch_record(train, valid, learning_rate), score=valid["top1"])
         if args.holdout:
             model.load_state_dict(load_checkpoint(session.folder, BEST)["model"])
-            test = evaluate(model, test_loader, **shared)
+            test = evaluate(
+                model,
+                test_loader,
+                world=world,
+                precision=precision,
+                after_step=session.evaluating(test_loader),
+            )
             run.log(
                 f"epoch {session.best['epoch']}, the best on {args.holdout} held-out training images: "
                 f"test top-1 {test['top1']:.2f} %, top-5 {test['top5']:.2f} %"
             )
-        stages.finish(run, args, session.best, held_out="held-out" if args.holdout else "test")
-    world.close()
+        stages.finish(session, held_out="held-out" if args.holdout else "test")
 
 
 def make_loaders(
@@ -122,4 +132,4 @@ def make_loaders(
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, parser)

@@ -9,39 +9,51 @@ DIR, or its ILSVRC2012 or ImageNet-ILSVRC2012, holds train/<class>/* and val/<cl
 
 from __future__ import annotations
 
-from torch import nn
+if __name__ == "__main__":  # torch takes seconds to import
+    from utils import end_on_interrupt
+
+    end_on_interrupt()
+
+import argparse
 
 import options
 import stages
 from data import STATISTICS, imagenet_loaders
 from distributed import setup
-from engine import Precision, evaluate, train_one_epoch
-from session import Session
+from engine import evaluate, train_one_epoch
+from session import Session, describe_data
 from utils import InputError, run_main
 
 
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    options.add_run_flags(parser, save="EXP", epochs=100, batch_size=256)
+    options.add_run_flags(parser, epochs=100, batch_size=256)
     options.add_network_flags(parser, init_channels=112, layers=14)
     flag = parser.add_argument
-    flag("--tmp_data_dir", help="where train/ and val/ are")
-    flag("--warmup_epochs", type=int, default=5, help="of rising learning rate, where the batch exceeds 256")
-    flag("--image_size", type=int, default=224)
-    flag("--drop_path_prob", type=float, default=0.0, help="at the last epoch; it grows from 0")
-    flag("--label_smooth", type=float, default=0.1)
-    parser.retire("momentum", "model_path")
+    flag("--tmp_data_dir", metavar="DIR", help="where train/ and val/ are")
+    flag(
+        "--warmup_epochs",
+        type=options.integer(0),
+        default=5,
+        help="of rising learning rate, where the batch exceeds 256",
+    )
+    flag("--image_size", type=options.integer(16, 4096), default=224)
+    flag(
+        "--drop_path_prob",
+        type=options.probability,
+        default=0.0,
+        help="at the last epoch; it grows from 0",
+    )
+    flag("--label_smooth", type=options.probability, default=0.1)
     return parser
 
 
-def main() -> None:
-    args, explicit = options.parse(parser())
+def main(args: argparse.Namespace) -> None:
     world = setup(args.device, args.gpu)
-    args.precision = Precision(args.precision, world.device).name  # as a resumed run will keep it
-    session = Session(args, explicit, script="train_imagenet", name=stages.run_name, world=world)
+    session = Session(args, script="train_imagenet", name=stages.run_name, world=world)
+    args, precision = session.args, session.precision
     if args.tmp_data_dir is None:
         raise InputError("--tmp_data_dir is missing: give the folder where train/ and val/ are")
-    precision = Precision(args.precision, world.device)
     train_loader, valid_loader, classes = imagenet_loaders(
         args.tmp_data_dir,
         args.batch_size,
@@ -52,55 +64,45 @@ def main() -> None:
         rank=world.rank,
         world_size=world.size,
     )
-    mean, std = STATISTICS["imagenet"]
-    data = {
-        "set": "imagenet",
-        "root": args.tmp_data_dir,
-        "image_size": args.image_size,
-        "classes": list(classes),
-        "mean": list(mean),
-        "std": list(std),
-    }
+    data = describe_data("imagenet", args.tmp_data_dir, args.image_size, classes, STATISTICS["imagenet"])
     warmup = args.warmup_epochs if args.batch_size > 256 else 0
-    training = stages.build(args, session, family="imagenet", data=data, warmup=warmup)
-    model, optimizer, scheduler = training.model, training.optimizer, training.scheduler
-    parameters = list(model.parameters())
-    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smooth)
-    stateful = {"optimizer": optimizer, "scheduler": scheduler, "scaler": precision.scaler}
+    training = stages.build(session, family="imagenet", data=data, warmup=warmup)
+    model, scheduler = training.model, training.scheduler
 
-    header = {"kind": stages.stage(args), "config": training.config.to_dict(), "data": data}
-    with session.start(model=model, stateful=stateful, **header) as run:
-        options.log_retired(run, args, explicit)
+    with session.start(model=model, stateful=training.stateful, **training.header) as run:
         stages.log_start(run, args, training)
-        shared = {"world": world, "precision": precision, "run": run}
-        for epoch in session.epochs(args.epochs):
+        for epoch in session.epochs():
             learning_rate = scheduler.get_last_lr()[0]
             run.log(f"epoch {epoch} lr {learning_rate:e}")
             model.drop_path_prob = args.drop_path_prob * epoch / args.epochs
             train = train_one_epoch(
                 model,
                 train_loader,
-                optimizer,
-                criterion,
-                parameters=parameters,
-                epoch=epoch,
+                training.optimizer,
+                training.criterion,
+                start=session.position,
+                world=world,
+                precision=precision,
                 grad_clip=args.grad_clip,
                 auxiliary_weight=args.auxiliary_weight,
-                stop=session.stop,
-                **session.position(),
-                **shared,
+                after_step=session.training(train_loader),
             )
             scheduler.step()
             world.average_buffers(model)
-            valid = evaluate(model, valid_loader, **shared)
+            valid = evaluate(
+                model,
+                valid_loader,
+                world=world,
+                precision=precision,
+                after_step=session.evaluating(valid_loader),
+            )
             run.log(
                 f"train_acc {train['top1']:.2f} valid_acc {valid['top1']:.2f} top5 {valid['top5']:.2f} "
                 f"loss {valid['loss']:.4f}"
             )
             session.finish_epoch(epoch, stages.epoch_record(train, valid, learning_rate), score=valid["top1"])
-        stages.finish(run, args, session.best, held_out="validation")
-    world.close()
+        stages.finish(session, held_out="validation")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, parser)

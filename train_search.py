@@ -10,6 +10,11 @@ Leaves runs/search-EXP-TIME/genotype.json (rewritten every epoch), for train.py 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # torch takes seconds to import
+    from utils import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import shlex
 from collections import Counter
@@ -23,45 +28,56 @@ import options
 from architect import Architect
 from data import SETS, Augmentation, Batch, BatchLoader, ImageSet, split_halves
 from distributed import World, setup
-from engine import Precision, evaluate, train_one_epoch
+from engine import evaluate, train_one_epoch
 from genotypes import Genotype, describe, genotype_from_dict, genotype_to_dict, save_genotype
-from logger import Run
 from model_search import SearchConfig, Supernet
 from pictures import draw_curves, draw_genotype
+from runs import Run
 from session import Session, loader_settings, prepare_data
 from utils import InputError, run_main, seed_everything
 
 
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    options.add_run_flags(parser, save="EXP", epochs=50, batch_size=256)
+    options.add_run_flags(parser, epochs=50, batch_size=256)
     options.add_set_flags(parser, SETS)
     flag = parser.add_argument
-    flag("--init_channels", type=int, default=16)
-    flag("--layers", type=int, default=8, help="number of cells")
-    flag("--weight_decay", type=float, default=3e-4)
+    flag("--init_channels", type=options.integer(1, 10_000), default=16)
+    flag("--layers", type=options.integer(3, 1_000), default=8, help="number of cells")
+    flag("--weight_decay", type=options.non_negative_float, default=3e-4)
     flag(
-        "--train_portion", type=float, default=0.5, help="part of the training images that trains the weights"
+        "--train_portion",
+        type=options.real(below=1, above=0),
+        default=0.5,
+        help="part of the training images that trains the weights",
     )
-    flag("--arch_learning_rate", type=float, default=6e-4)
-    flag("--arch_weight_decay", type=float, default=1e-3)
-    flag("--arch_start_epoch", type=int, help="first epoch with architecture steps; default: half the epochs")
-    flag("--path_reg_weight", type=float, default=1.5, help="of the L2 path regularisation")
-    flag("--edge_reg_weight", type=float, default=0.8, help="of the variance-based edge regularisation")
-    parser.retire("momentum", "model_path", "learning_rate_min", "drop_path_prob")
+    flag("--arch_learning_rate", type=options.positive_float, default=6e-4)
+    flag("--arch_weight_decay", type=options.non_negative_float, default=1e-3)
+    flag(
+        "--arch_start_epoch",
+        type=options.integer(0),
+        help="first epoch with architecture steps; default: half the epochs",
+    )
+    flag("--path_reg_weight", type=options.real(), default=1.5, help="of the L2 path regularisation")
+    flag(
+        "--edge_reg_weight",
+        type=options.real(),
+        default=0.8,
+        help="of the variance-based edge regularisation",
+    )
+    parser.retire("momentum", "Adam is the optimiser, as in the original")
+    parser.retire("model_path", "checkpoints are in the run's folder")
+    parser.retire("learning_rate_min", "the learning rate of a search is constant, as in the original")
+    parser.retire("drop_path_prob", "the supernet has no drop-path, as in the original")
     return parser
 
 
-def main() -> None:
-    args, explicit = options.parse(parser())
+def main(args: argparse.Namespace) -> None:
     if args.arch_start_epoch is None:
         args.arch_start_epoch = args.epochs // 2
     world = setup(args.device, args.gpu)
-    args.precision = Precision(args.precision, world.device).name  # as a resumed run will keep it
-    session = Session(
-        args, explicit, script="train_search", name=lambda args: f"search-{args.save}", world=world
-    )
-    precision = Precision(args.precision, world.device)
+    session = Session(args, script="train_search", name=lambda args: f"search-{args.save}", world=world)
+    args, precision = session.args, session.precision
     train_set, _, data = prepare_data(args, world, test=False)
     weight_loader, arch_loader, valid_loader = make_loaders(args, train_set, data, world)
 
@@ -83,19 +99,16 @@ def main() -> None:
         path_reg_weight=args.path_reg_weight,
         edge_reg_weight=args.edge_reg_weight,
     )
-    stateful = {"optimizer": optimizer, "arch_optimizer": architect.optimizer, "scaler": precision.scaler}
+    stateful = {"optimizer": optimizer, "arch_optimizer": architect.optimizer}
     criterion = nn.CrossEntropyLoss()
 
     header = {"kind": "search", "config": config.to_dict(), "data": data}
     with session.start(model=model, stateful=stateful, **header) as run:
-        options.log_retired(run, args, explicit)
-        shared = {"world": world, "precision": precision, "run": run}
-        for epoch in session.epochs(args.epochs):
+        for epoch in session.epochs():
             run.log(f"epoch {epoch} lr {args.learning_rate:e}")
-            start = session.position()
             arch_step = None
             if epoch >= args.arch_start_epoch:
-                batches = endless(arch_loader, epoch, start["start_step"])
+                batches = endless(arch_loader, epoch, session.position.step)
                 ramp = epoch / max(args.epochs - 1, 1)
                 arch_step = partial(architect.step, batches, ramp=ramp, world=world, precision=precision)
             train = train_one_epoch(
@@ -103,28 +116,27 @@ def main() -> None:
                 weight_loader,
                 optimizer,
                 criterion,
-                parameters=model.weight_parameters(),
-                epoch=epoch,
-                before_step=arch_step,
+                start=session.position,
+                world=world,
+                precision=precision,
                 grad_clip=args.grad_clip,
-                stop=session.stop,
-                **start,
-                **shared,
+                before_step=arch_step,
+                after_step=session.training(weight_loader),
             )
             world.average_buffers(model)
-            valid = evaluate(model, valid_loader, **shared)
-
-            genotype = model.genotype()
-            record = epoch_record(architect, train, valid, genotype, before=run.last_record())
-            log_epoch(run, epoch, record, genotype)
-            if world.is_main:
-                save_genotype(
-                    session.path("genotype.json"), genotype, epoch=epoch, search=vars(args), data=data["set"]
-                )
+            valid = evaluate(
+                model,
+                valid_loader,
+                world=world,
+                precision=precision,
+                after_step=session.evaluating(valid_loader),
+            )
+            record = epoch_record(architect, train, valid, before=run.last_record())
+            log_epoch(run, epoch, record)
             session.finish_epoch(epoch, record, score=valid["top1"])
-        if world.is_main:
-            finish(run, args, genotype)
-    world.close()
+            write_genotype(session, model.genotype(), data["set"])
+        write_genotype(session, model.genotype(), data["set"])  # a kill may have come before the last one
+        finish(session, model.genotype())
 
 
 def make_loaders(
@@ -153,14 +165,13 @@ def endless(loader: BatchLoader, epoch: int, start: int) -> Iterator[Batch]:
         start = 0
 
 
-def epoch_record(
-    architect: Architect, train: dict, valid: dict, now: Genotype, *, before: dict | None
-) -> dict:
+def epoch_record(architect: Architect, train: dict, valid: dict, *, before: dict | None) -> dict:
     """What metrics.jsonl keeps of an epoch of a search; alpha and beta in full, for visualize.py.
 
     `before` is the record of the epoch before, None in the first one.
     """
     model = architect.model
+    now = model.genotype()
     path, edge = architect.regularizers()
     softmaxes = torch.cat([model.alphas_normal, model.alphas_reduce]).detach().softmax(1)
     entropy = torch.special.entr(softmaxes).sum(1).mean()
@@ -183,8 +194,8 @@ def epoch_record(
     }
 
 
-def log_epoch(run: Run, epoch: int, record: dict, genotype: Genotype) -> None:
-    run.log(f"genotype:\n{describe(genotype)}")
+def log_epoch(run: Run, epoch: int, record: dict) -> None:
+    run.log(f"genotype:\n{describe(genotype_from_dict(record['genotype']))}")
     run.log("operations " + ", ".join(f"{name} {n}" for name, n in sorted(record["operations"].items())))
     run.log(
         f"epoch {epoch} train_acc {record['train_top1']:.2f} loss {record['train_loss']:.4f} "
@@ -194,8 +205,20 @@ def log_epoch(run: Run, epoch: int, record: dict, genotype: Genotype) -> None:
     )
 
 
-def finish(run: Run, args: argparse.Namespace, genotype: Genotype) -> None:
-    """Pictures of the cells and of the search's course, and what to do next."""
+def write_genotype(session: Session, genotype: Genotype, set_name: str) -> None:
+    """The search's result so far, with its settings; `epoch` is the last one that it comes from."""
+    if session.world.is_main:
+        epoch, search = session.position.epoch - 1, options.as_dict(session.args)
+        path = session.folder / "genotype.json"
+        save_genotype(path, genotype, epoch=epoch, search=search, data=set_name)
+
+
+def finish(session: Session, genotype: Genotype) -> None:
+    """Mark the search as finished; pictures of the cells and of its course; what to do next."""
+    session.finish()
+    run, args = session.run, session.args
+    if run.folder is None:
+        return
     try:
         for picture in [*draw_genotype(genotype, run.folder), *draw_curves(run.folder)]:
             run.log(f"picture {picture}")
@@ -207,4 +230,4 @@ def finish(run: Run, args: argparse.Namespace, genotype: Genotype) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, parser)

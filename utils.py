@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 class InputError(ValueError):
@@ -30,8 +31,9 @@ LONGEST_ASIDE = 60
 """Characters of a file's name that the name of its half-written copy repeats: at most 255 bytes in all."""
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main: what a user or the machine did wrong becomes one line on stderr.
+def run_main(main: Callable[[Any], None], parser: Callable[[], Any]) -> None:
+    """Run a script's `main` on what its `parser` reads: what a user or the machine did wrong becomes one line
+    on stderr.
 
     Exit codes: 2 for what was given (InputError), 1 for a run or a machine that cannot go on (RunFailed, a
     full disk, no memory), 130 for an interrupt. Anything else is a bug of ours and keeps its traceback.
@@ -42,7 +44,8 @@ def run_main(main: Callable[[], None]) -> None:
         elif hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal that knows only ASCII
     try:
-        main()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # no longer that of `end_on_interrupt`
+        main(parser().parse_args())
         sys.stdout.flush()  # here, where a reader that has gone is still our business
     except (InputError, RunFailed) as error:
         _end(str(error), 2 if isinstance(error, InputError) else 1)
@@ -143,6 +146,12 @@ def check_output(path: Path, *inputs: str | os.PathLike) -> None:
         raise InputError(f"{path} is not a regular file; give another name")
     if any(path.exists() and os.path.exists(each) and os.path.samefile(path, each) for each in inputs):
         raise InputError(f"{path} is what is read; give another name to write")
+
+
+def check_count(name: str, value: object, least: int, most: int) -> None:
+    """Raise InputError where `value` is not a whole number from `least` to `most`."""
+    if type(value) is not int or not least <= value <= most:
+        raise InputError(f"{name} is {value!r}; it must be a whole number from {least} to {most}")
 
 
 def seed_everything(seed: int) -> None:

@@ -8,6 +8,12 @@ python visualize.py runs/eval-EXP-stage1-TIME       # a training run: its curves
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # torch takes seconds to import
+    from utils import end_on_interrupt
+
+    end_on_interrupt()
+
+import argparse
 from pathlib import Path
 
 from genotypes import GENOTYPES, get_genotype
@@ -16,13 +22,16 @@ from pictures import draw_curves, draw_genotype
 from utils import InputError, run_main
 
 
-def main() -> None:
+def parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("what", help="a registered genotype, a genotype file, or the folder of a run")
     parser.add_argument(
         "--out", metavar="DIR", help="where to; default: the run's folder, else the current one"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
     run = Path(args.what)
     if args.what in GENOTYPES or not run.is_dir():
         name = args.what if args.what in GENOTYPES else run.stem
@@ -40,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, parser)

@@ -1,9 +1,12 @@
 """What tests share: running the real scripts in a folder of their own."""
 
+import contextlib
 import importlib
+import io
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,39 +29,53 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+@dataclass(frozen=True)
+class Result:
+    stdout: str
+    stderr: str
+
+
 class Scripts:
-    """Runs scripts as a user would, in `folder`."""
+    """Runs scripts as a user would, in `folder`: `run` in this process, `start` in one of their own."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
+    def run(self, script: str, *flags: object, code: int = 0) -> Result:
+        """A script's main with these flags; it must end with exit code `code`."""
+        module = importlib.import_module(script.removesuffix(".py"))
+        argv, place = sys.argv, Path.cwd()
+        stdout, stderr, ended = io.StringIO(), io.StringIO(), 0
+        sys.argv = [script, *map(str, flags)]
+        os.chdir(self.folder)
+        try:
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+                run_main(module.main, module.parser)
+        except SystemExit as error:
+            ended = error.code
+        finally:
+            sys.argv = argv
+            os.chdir(place)
+        assert ended == code, stdout.getvalue()[-2000:] + stderr.getvalue()[-4000:]
+        return Result(stdout.getvalue(), stderr.getvalue())
+
+    def fails(self, script: str, *flags: object, code: int = 2) -> str:
+        """The one line on stderr of a run that ends with exit code 2 and leaves nothing behind."""
+        before = sorted(self.folder.rglob("*"))
+        line = self.run(script, *flags, code=code).stderr
+        assert line.startswith("error: ") and line.count("\n") == 1, line
+        assert sorted(self.folder.rglob("*")) == before
+        return line
+
     def command(self, script: str, *flags: object) -> list[str]:
         return [sys.executable, str(ROOT / script), *map(str, flags)]
 
-    def run(self, script: str, *flags: object, code: int = 0) -> subprocess.CompletedProcess:
-        result = subprocess.run(
-            self.command(script, *flags), cwd=self.folder, env=environment(), capture_output=True, text=True
-        )
-        assert result.returncode == code, result.stdout[-2000:] + result.stderr[-4000:]
-        return result
-
-    def start(self, script: str, *flags: object) -> subprocess.Popen:
+    def start(self, script: str, *flags: object, **options) -> subprocess.Popen:
+        """A process of its own; its output, with its errors, is a pipe unless `options` say otherwise."""
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
         return subprocess.Popen(
-            self.command(script, *flags),
-            cwd=self.folder,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            self.command(script, *flags), cwd=self.folder, env=environment(), text=True, **options
         )
-
-    def fails(self, script: str, *flags: object) -> str:
-        """The one line on stderr of a run that ends with exit code 2 and leaves nothing behind."""
-        before = sorted(self.folder.rglob("*"))
-        result = self.run(script, *flags, code=2)
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-        assert sorted(self.folder.rglob("*")) == before
-        return result.stderr
 
     def runs(self, pattern: str) -> list[Path]:
         return sorted((self.folder / "runs").glob(pattern))
@@ -88,25 +105,9 @@ def scripts(tmp_path) -> Scripts:
 
 
 @pytest.fixture
-def fails(tmp_path, monkeypatch, capsys):
-    """Call a script's main, in this process and in an empty folder: the one line of error that it ends with.
-
-    It must exit with code 2 and leave nothing behind.
-    """
-
-    def call(script: str, *flags: object) -> str:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(SystemExit) as stopped:
-            run_main(importlib.import_module(script.removesuffix(".py")).main)
-        line = capsys.readouterr().err
-        assert stopped.value.code == 2
-        assert line.startswith("error: ") and line.count("\n") == 1, line
-        assert sorted(tmp_path.rglob("*")) == before
-        return line
-
-    return call
+def fails(scripts):
+    """Scripts.fails, in an empty folder that is also the present one."""
+    return scripts.fails
 
 
 @pytest.fixture(scope="session")

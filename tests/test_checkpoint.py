@@ -10,6 +10,8 @@ import torch
 
 from checkpoint import Checkpointer, load_checkpoint, random_state, set_random_state
 from distributed import World
+from genotypes import GENOTYPES
+from model import ModelConfig, build_model
 from utils import InputError, write_atomically
 
 WORLD = World(torch.device("cpu"))
@@ -17,11 +19,14 @@ WORLD = World(torch.device("cpu"))
 
 @pytest.fixture
 def checkpointer(tmp_path):
-    model = torch.nn.Linear(2, 2)
+    config = ModelConfig(GENOTYPES["EBNAS"], init_channels=4, layers=3, groups=2, num_classes=2)
+    model = build_model(config)
     optimizer = torch.optim.Adam(model.parameters())
+    images = {"set": "folder", "root": "data", "image_size": 16, "classes": ["a", "b"]}
+    data = {**images, "mean": [0.5] * 3, "std": [0.25] * 3}
     return Checkpointer(
         tmp_path,
-        header={"script": "train", "kind": "stage1", "args": {}, "config": {}, "data": {}},
+        header={"script": "train", "kind": "stage1", "args": {}, "config": config.to_dict(), "data": data},
         model=model,
         stateful={"optimizer": optimizer},
         world=WORLD,
@@ -85,7 +90,7 @@ def test_truncation_anywhere_is_an_input_error(checkpointer, tmp_path):
 def test_a_flipped_byte_is_an_input_error(checkpointer, tmp_path):
     checkpointer.save(epoch=1)
     content = bytearray((tmp_path / "last.pt").read_bytes())
-    content[content.index(checkpointer.model.weight.detach().numpy().tobytes())] ^= 1
+    content[content.index(checkpointer.model.classifier.weight.detach().numpy().tobytes())] ^= 1
     (tmp_path / "last.pt").write_bytes(content)
     with pytest.raises(InputError, match="checksum"):
         load_checkpoint(tmp_path)

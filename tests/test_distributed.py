@@ -20,8 +20,7 @@ from architect import Architect
 from checkpoint import load_checkpoint
 from data import BatchLoader, ImageSet
 from distributed import World, setup
-from engine import Precision, StopSignal, evaluate, train_one_epoch
-from logger import Run
+from engine import Position, Precision, evaluate, train_one_epoch
 from model_search import SearchConfig, Supernet
 
 PROCESSES = 2
@@ -59,24 +58,21 @@ def search(world: World, *, batch_statistics: bool) -> dict:
     architect = Architect(
         model, learning_rate=6e-4, weight_decay=1e-3, path_reg_weight=1.5, edge_reg_weight=0.8
     )
-    shared = {"world": world, "precision": Precision("fp32", world.device), "run": Run(None)}
+    shared = {"world": world, "precision": Precision("fp32", world.device)}
     batches = loader(TRAIN, world, shuffle=True, stream=1).epoch(0)
     arch_step = partial(architect.step, batches, ramp=1.0, world=world, precision=shared["precision"])
     gradients = []
     optimizer.register_step_post_hook(lambda *_: gradients.append([p.grad.clone() for p in weights]))
-    with StopSignal() as stop:
-        train = train_one_epoch(
-            model,
-            loader(TRAIN, world, shuffle=True, stream=0),
-            optimizer,
-            nn.CrossEntropyLoss(),
-            parameters=weights,
-            epoch=0,
-            before_step=arch_step,
-            grad_clip=5.0,
-            stop=stop,
-            **shared,
-        )
+    train = train_one_epoch(
+        model,
+        loader(TRAIN, world, shuffle=True, stream=0),
+        optimizer,
+        nn.CrossEntropyLoss(),
+        start=Position(0),
+        before_step=arch_step,
+        grad_clip=5.0,
+        **shared,
+    )
     world.average_buffers(model)
     test = evaluate(model, loader(TEST, world), **shared)
     for means in (train, test):
@@ -103,7 +99,7 @@ def search_in_processes(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     world = setup("cpu")
     assert (world.rank, world.size, world.is_main) == (rank, PROCESSES, rank == 0)
-    with world.first_on_machine():
+    with world.in_turn("a test"):
         pass
     results = {statistics: search(world, batch_statistics=statistics) for statistics in (False, True)}
     results["votes"] = [world.any(rank == 1), world.any(False)]

@@ -1,17 +1,15 @@
 """The batch loop: exact means, precision, and a loss that is not finite."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
 from data import Batch
 from distributed import World
-from engine import FiniteWatch, Precision, StopSignal, Sums, evaluate, train_one_epoch
+from engine import FiniteWatch, Position, Precision, Sums, evaluate, train_one_epoch
 from genotypes import GENOTYPES
-from logger import Run
 from model import ModelConfig, build_model
+from session import StopSignal
 from utils import RunFailed
 
 WORLD = World(torch.device("cpu"))
@@ -37,9 +35,9 @@ def test_soft_targets_count_by_their_largest_class():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_loss_that_is_not_finite_names_epoch_and_step(value):
-    watch = FiniteWatch(4, "try something")
+    watch = FiniteWatch(4)
     watch.add(0, torch.tensor(1.0))
-    with pytest.raises(RunFailed, match="epoch 4, step 7; try something"):
+    with pytest.raises(RunFailed, match="epoch 4, step 7; a lower --learning_rate"):
         watch.add(7, torch.tensor(value))
 
 
@@ -66,19 +64,15 @@ def train(precision: str, **changes) -> tuple[dict, nn.Module]:
         GENOTYPES["EBNAS"], init_channels=4, groups=2, layers=3, num_classes=4, auxiliary=True
     )
     model = build_model(config)
-    parameters = list(model.parameters())
     settings = {
-        "parameters": parameters,
-        "epoch": 0,
+        "start": Position(0),
         "world": WORLD,
         "precision": Precision(precision, WORLD.device),
-        "run": Run(None),
-        "stop": SimpleNamespace(received=0),
         "grad_clip": 5.0,
         "auxiliary_weight": 0.4,
         **changes,
     }
-    optimizer = torch.optim.Adam(parameters, 1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     means = [
         train_one_epoch(model, Batches(), optimizer, nn.CrossEntropyLoss(), **settings) for _ in range(15)
     ]
@@ -90,9 +84,7 @@ def test_training_learns_in_every_precision(precision):
     losses, model = train(precision)
     assert losses["last"] < 0.6 * losses["first"]
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    means = evaluate(
-        model, Batches(), world=WORLD, precision=Precision(precision, WORLD.device), run=Run(None)
-    )
+    means = evaluate(model, Batches(), world=WORLD, precision=Precision(precision, WORLD.device))
     assert means["samples"] == 16 and not model.training
 
 

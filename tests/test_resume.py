@@ -9,7 +9,7 @@ import torch
 from conftest import TINY_SEARCH, TINY_STAGE, Scripts
 
 from checkpoint import load_checkpoint
-from logger import read_metrics
+from runs import read_metrics
 
 CASES = {
     "search": ("train_search.py", [*TINY_SEARCH, "--arch_start_epoch", 0]),

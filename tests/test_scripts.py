@@ -7,16 +7,16 @@ import os
 import pty
 import shutil
 import struct
-import subprocess
 import termios
 
 import pytest
 import torch
-from conftest import TINY_SEARCH, TINY_STAGE, environment
+from conftest import TINY_SEARCH, TINY_STAGE
 
+import runs
 from checkpoint import load_checkpoint
 from genotypes import GENOTYPES, genotype_to_dict, get_genotype
-from logger import read_metrics
+from runs import read_metrics
 
 
 def test_a_search_leaves_its_genotype_metrics_and_pictures(pipeline):
@@ -133,13 +133,7 @@ def test_progress_bars_are_for_terminals_only(scripts, data_flags):
     assert scripts.run("train.py", *flags).stderr == ""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # 24 lines of 80 columns
-    process = subprocess.Popen(
-        scripts.command("train.py", *flags),
-        cwd=scripts.folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=slave,
-    )
+    process = scripts.start("train.py", *flags, stderr=slave)
     os.close(slave)
     shown = b""
     with contextlib.suppress(OSError):  # a terminal whose other end has closed
@@ -150,11 +144,9 @@ def test_progress_bars_are_for_terminals_only(scripts, data_flags):
 
 
 def test_two_runs_of_one_second_do_not_collide(tmp_path, monkeypatch):
-    import logger
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logger.time, "strftime", lambda _format: "20260101-000000")
-    folders = {logger.create_run("search-EXP", {}) for _ in range(3)}
+    monkeypatch.setattr(runs.time, "strftime", lambda _format: "20260101-000000")
+    folders = {runs.create_run("search-EXP", {}) for _ in range(3)}
     assert len(folders) == 3
 
 
@@ -177,7 +169,7 @@ BAD_FLAGS = [
     ("train_search.py", "--epochs 0", "--epochs is 0"),
     ("train_search.py", "--train_portion 1.0", "--train_portion is 1.0"),
     ("train_search.py", "--batch_size 65", "larger than the 64 images"),
-    ("train_search.py", "--path_reg_weight x", "invalid float value"),
+    ("train_search.py", "--path_reg_weight x", "invalid number value"),
     ("train_search.py", "--device cuda", "no CUDA"),
     ("train_search.py", "--device tpu", "--device tpu"),
     ("train.py", "--arch DARTS", "choose from EBNAS"),

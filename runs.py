@@ -1,0 +1,249 @@
+"""What looks into runs/: making a run's folder, its log and metrics, the run to resume or to start from."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from checkpoint import LAST, load_checkpoint, resolve_checkpoint
+from utils import InputError, one_line, os_error_message, printable, remove_asides, write_atomically
+
+RUNS = Path("runs")
+METRICS, ARGS, LOCK = "metrics.jsonl", "args.json", ".lock"
+
+LOCATION = (
+    *("resume", "device", "gpu", "compile", "workers"),
+    *("report_freq", "save_freq", "note", "model_path", "data", "tmp_data_dir"),
+)
+"""Flags that say where or how a run is made, not what it computes: they may differ when it is resumed."""
+
+
+class Run:
+    """A run's folder, or on other processes than the main one (folder None) nothing at all.
+
+    log.txt holds what is printed, metrics.jsonl one object an epoch, args.json the flags and the code's
+    commit. While a Run is open its folder is locked, so that no second process resumes it; the lock's file
+    holds the name of the `launch` that has it.
+    """
+
+    def __init__(self, folder: Path | None, *, launch: str = ""):
+        self.folder = folder
+        self.tensorboard = None
+        self.writes_events = True
+        if folder is None:
+            return
+        try:
+            self._lock = open(folder / LOCK, "a")  # noqa: SIM115 (closed by close)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.truncate(0)
+            self._lock.write(launch)
+            self._lock.flush()
+            self._text = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
+        except BlockingIOError:
+            raise InputError(f"{folder} is in use by another process") from None
+        except OSError as error:
+            raise InputError(f"cannot write in {os_error_message(error)}") from None
+
+    def log(self, text: str) -> None:
+        """Print, with the time, and append to log.txt."""
+        if self.folder is not None:
+            for line in text.splitlines():
+                line = f"{time.strftime('%m/%d %I:%M:%S %p')} {printable(line)}"
+                tqdm.write(line, file=sys.stdout)
+                self._text.write(line + "\n")
+            sys.stdout.flush()
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Append an epoch's record, with its key `epoch`, to metrics.jsonl and its numbers to TensorBoard."""
+        if self.folder is None:
+            return
+        with open(self.folder / METRICS, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.writes_events:
+            try:
+                self._events(record)
+            except (
+                Exception
+            ) as error:  # of many types, from TensorBoard's thread: a folder that has gone, say
+                self.writes_events = False
+                self.log(f"no more TensorBoard events, the run goes on: {one_line(error)}")
+
+    def _events(self, record: dict[str, Any]) -> None:
+        if self.tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=record["epoch"])
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "epoch":
+                self.tensorboard.add_scalar(name, value, record["epoch"])
+        self.tensorboard.flush()
+
+    def last_record(self) -> dict[str, Any] | None:
+        """The newest record of metrics.jsonl; None before the first epoch's end, and off the main process."""
+        if self.folder is None or not (self.folder / METRICS).exists():
+            return None
+        return (read_metrics(self.folder) or [None])[-1]
+
+    def rewind(self, epoch: int) -> None:
+        """Forget metrics from `epoch` on, which a resumed run is about to measure again."""
+        if self.folder is not None and (path := self.folder / METRICS).exists():
+            remove_asides(self.folder, METRICS)
+            kept = [record for record in read_metrics(self.folder) if record["epoch"] < epoch]
+            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+    def progress(self, label: str, *, total: int, start: int = 0) -> tqdm:
+        """A progress bar over steps: on a terminal only, never in a file or a pipe."""
+        hidden = self.folder is None or not sys.stderr.isatty()
+        return tqdm(total=total, initial=start, desc=label, leave=False, disable=hidden, dynamic_ncols=True)
+
+    def close(self) -> None:
+        if self.folder is not None:
+            if self.tensorboard is not None and self.writes_events:
+                self.tensorboard.close()
+            self._text.close()
+            self._lock.close()
+
+
+def create_run(name: str, args: dict[str, Any]) -> Path:
+    """Make the folder runs/NAME-TIME (with a number behind it where that exists), with args.json in it.
+
+    Raises InputError where it cannot be written.
+    """
+    stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in range(1, 1000):
+        folder = RUNS / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+        try:
+            RUNS.mkdir(exist_ok=True)
+            folder.mkdir()
+        except FileExistsError:
+            if RUNS.is_dir():
+                continue
+            raise InputError(f"cannot make the run folder {folder}: {RUNS} is a file") from None
+        except OSError as error:
+            raise InputError(
+                f"cannot make the run folder {os_error_message(error)}; start where you may write"
+            ) from None
+        break
+    record = {**args, "command": shlex.join(["python", *sys.argv]), "commit": code_commit()}
+    write_atomically(folder / ARGS, json.dumps(record, indent=1).encode())
+    return folder
+
+
+def read_args(folder: Path) -> dict[str, Any]:
+    """The flags, command and commit of a run. Raises InputError where args.json is missing or damaged."""
+    path = Path(folder) / ARGS
+    try:
+        args = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
+    if not isinstance(args, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return args
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The records of metrics.jsonl, without a last line that a crash cut short.
+
+    Raises InputError where the file cannot be read, or another line is not an object with its epoch.
+    """
+    path = Path(folder) / METRICS
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            raise InputError(f"{path}, line {number} is not JSON") from None
+        if not isinstance(record, dict) or type(record.get("epoch")) is not int:
+            raise InputError(f"{path}, line {number} is not an object with its epoch")
+        records.append(record)
+    return records
+
+
+def code_commit() -> str | None:
+    """The git commit of this program's own folder, marked `-dirty` where files differ; None outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# Finding runs
+
+
+def newest_checkpoint(pattern: str, fits: Callable[[dict], bool]) -> tuple[Path, dict] | None:
+    """The newest last checkpoint, of the run folders whose name fits `pattern`, that `fits`: (path, content).
+
+    A run that is damaged hides no older good one.
+    """
+    paths = [folder / LAST for folder in RUNS.glob(pattern) if (folder / LAST).is_file()]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            checkpoint = load_checkpoint(path)
+        except InputError:
+            continue
+        if fits(checkpoint):
+            return path, checkpoint
+    return None
+
+
+def differing_flags(saved: dict, args: dict, names: Iterable[str]) -> list[str]:
+    """`--layers 8, not 16` for each flag of `names` that a checkpoint saved otherwise."""
+    return [
+        f"--{name} {saved[name]}, not {args[name]}"
+        for name in sorted(names)
+        if name not in LOCATION and name in saved and saved[name] != args[name]
+    ]
+
+
+def find_resumable(resume: str, *, script: str, args: dict, given: Collection[str], runs: str) -> Path | None:
+    """The checkpoint to go on from: of the folder `resume`, or for `auto` of the newest unfinished run of
+    `runs` (a pattern of folder names) with the same flags, None where there is none.
+
+    Raises InputError: of another script, already finished, or run with other flags than those given.
+    """
+    if resume == "auto":
+        found = newest_checkpoint(
+            runs, lambda saved: not saved["finished"] and not differing_flags(saved["args"], args, args)
+        )
+        return found[0] if found else None
+    path = resolve_checkpoint(resume)
+    if path.name != LAST or not (path.parent / ARGS).is_file():
+        raise InputError(f"{path} is not the last checkpoint of a run; --resume takes a run's folder")
+    checkpoint = load_checkpoint(path)
+    if checkpoint["script"] != script:
+        raise InputError(
+            f"{path} is a checkpoint of {checkpoint['script']}.py, not of {script}.py: resume it there"
+        )
+    if checkpoint["finished"]:
+        raise InputError(f"{path} is of a finished run; leave --resume out to start another")
+    if differing := differing_flags(checkpoint["args"], args, given):
+        raise InputError(
+            f"{path} was run with {', '.join(differing)}: leave these flags out, or start a new run"
+        )
+    return path
+
+
+def find_launched(launch: str, runs: str) -> Path | None:
+    """The last checkpoint of the run of `runs` (a pattern) that `launch` made or resumed: where its workers,
+    restarted, go on. None where it had not yet made one."""
+    for lock in RUNS.glob(f"{runs}/{LOCK}"):
+        if lock.read_text() == launch and (lock.parent / LAST).is_file():
+            return lock.parent / LAST
+    return None
