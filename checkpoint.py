@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from distributed import World, float_buffers
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
-from utils import InputError, RunFailed, one_line, remove_asides, write_atomically
+from utils import InputError, RunFailed, one_line, write_atomically
 
 FORMAT = "ebnas-checkpoint-1"
 LAST, BEST = "last.pt", "best.pt"
@@ -90,8 +90,12 @@ class Checkpointer:
     def restore(self, checkpoint: dict) -> None:
         """Put back the model, the optimisers and their kin, and this process's random states.
 
-        Raises InputError where a state does not fit what this run has.
+        Raises InputError where the network or a state does not fit what this run has.
         """
+        if network_config(checkpoint).to_dict() != self.header["config"]:
+            raise InputError(
+                "the checkpoint's network is not the one that its flags ask for; use an earlier one"
+            )
         for name, thing in self.stateful.items():
             check_state(thing, checkpoint["state"].get(name), f"state.{name}")
         self.model.load_state_dict(checkpoint["model"])
@@ -102,9 +106,6 @@ class Checkpointer:
             set_random_state(checkpoint["random"][self.world.rank], self.world.device)
             for name, value in checkpoint.get("buffers", [{}] * self.world.size)[self.world.rank].items():
                 self.model.get_buffer(name).copy_(value)
-        if self.folder is not None:
-            for name in (LAST, BEST):  # a killed process may have left half of one
-                remove_asides(self.folder, name)
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str | None:
@@ -312,11 +313,20 @@ def check_tensor(tensor: Any, like: Tensor, name: str) -> None:
         raise InputError(f"{name} is not finite: the training of this network has diverged")
 
 
+STATE_KEYS = frozenset(
+    (
+        *("state", "param_groups", "params", "lr", "betas", "eps", "weight_decay"),  # Adam
+        *("last_epoch", "_last_lr", "_schedulers"),  # schedules
+        *("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"),  # GradScaler
+    )
+)
+"""What a state must hold to be put back, in every version of torch; others save a key more or less."""
+
+
 def check_state(thing: Any, state: Any, name: str) -> None:
     """Raise InputError where `state` is none that `thing`, an optimiser, a schedule or a scaler, would save.
 
-    An optimiser takes moments of any shape, and then reads past their end. Another version of torch may have
-    saved a key more or less.
+    An optimiser takes moments of any shape, and then reads past their end.
     """
     what = f"the checkpoint's {name}"
     if not _alike(thing.state_dict(), state):
@@ -327,8 +337,6 @@ def check_state(thing: Any, state: Any, name: str) -> None:
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     if numbers != list(range(len(parameters))) or not set(state["state"]) <= set(numbers):
         raise InputError(f"{what} is of other parameters")
-    if any(not {"lr", "betas", "eps", "weight_decay"} <= set(group) for group in state["param_groups"]):
-        raise InputError(f"{what} lacks what Adam needs")
     for number, moments in state["state"].items():
         moments = moments if isinstance(moments, dict) else {}
         check_tensor(moments.get("step"), torch.zeros(()), f"{what}.{number}.step")
@@ -337,14 +345,17 @@ def check_state(thing: Any, state: Any, name: str) -> None:
 
 
 def _alike(ours: Any, theirs: Any) -> bool:
-    """Whether two states have the same structure, in the keys that both have, with numbers for numbers."""
+    """Whether two states have the same structure, in STATE_KEYS and what else both have, and numbers for
+    numbers."""
     if _is_number(ours):
         return _is_number(theirs)
     if type(ours) is not type(theirs):
         return False
     if isinstance(ours, dict):
         # the moments of an optimiser are there only once it has taken a step
-        return not ours or all(_alike(ours[key], theirs[key]) for key in ours.keys() & theirs.keys())
+        return ours.keys() & STATE_KEYS <= theirs.keys() and all(
+            _alike(ours[key], theirs[key]) for key in ours.keys() & theirs.keys()
+        )
     if isinstance(ours, list | tuple):
         return len(ours) == len(theirs) and all(map(_alike, ours, theirs))
     return True

@@ -119,22 +119,22 @@ class World:
             return
         machine = os.environ.get("GROUP_RANK") or socket.gethostname()
         is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        if not self.is_main:
-            before = f"{what}: {FIRST_OF_ALL}" if is_first else f"{what}: first of {machine}"
-            self.store.wait([before], LONGEST_WAIT)
-            if failure := self.store.get(before).decode():
-                raise RunFailed(f"another process failed at {what}: {failure}")
-        answer = ""
+        failure = ""
         try:
+            if not self.is_main:
+                before = f"{what}: {FIRST_OF_ALL}" if is_first else f"{what}: first of {machine}"
+                self.store.wait([before], LONGEST_WAIT)
+                if failure := self.store.get(before).decode():
+                    raise RunFailed(f"another process failed at {what}: {failure}")
             yield
         except BaseException as error:
-            answer = one_line(error) or "interrupted"
+            failure = failure or one_line(error)
             raise
         finally:
             if self.is_main:
-                self.store.set(f"{what}: {FIRST_OF_ALL}", answer)
+                self.store.set(f"{what}: {FIRST_OF_ALL}", failure)
             if is_first:
-                self.store.set(f"{what}: first of {machine}", answer)
+                self.store.set(f"{what}: first of {machine}", failure)
 
     def close(self) -> None:
         if self.size > 1:

@@ -106,6 +106,19 @@ class Parser(argparse.ArgumentParser):
         flags.idle = tuple(self._idle_ones(flags))
         return flags
 
+    def check(self, saved: dict[str, Any]) -> None:
+        """Raise InputError where a flag has a value, in what a run saved, that it does not take."""
+        saved = {name: value for name, value in saved.items() if name in vars(self.parse_args([]))}
+        words = [
+            f"--{name}" if value is True else f"--{name}={value}"
+            for name, value in saved.items()
+            if value is not None and value is not False
+        ]
+        taken = vars(self.parse_args(words))
+        for name, value in saved.items():
+            if taken[name] != value:
+                raise InputError(f"--{name} is {value!r}")
+
     def retire(self, name: str, reason: str) -> None:
         """Accept a flag of PC-DARTS that has no use in this script."""
         self.add_argument(f"--{name}", help=f"accepted, but without use: {reason}")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from checkpoint import LAST, load_checkpoint, resolve_checkpoint
-from utils import InputError, one_line, os_error_message, printable, remove_asides, write_atomically
+from utils import InputError, one_line, printable, remove_asides, write_atomically
 
 RUNS = Path("runs")
 METRICS, ARGS, LOCK = "metrics.jsonl", "args.json", ".lock"
@@ -37,29 +39,27 @@ class Run:
 
     def __init__(self, folder: Path | None, *, launch: str = ""):
         self.folder = folder
-        self.tensorboard = None
-        self.writes_events = True
         if folder is None:
             return
+        self._lock = open(folder / LOCK, "a")  # noqa: SIM115 (closed by close)
         try:
-            self._lock = open(folder / LOCK, "a")  # noqa: SIM115 (closed by close)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._lock.truncate(0)
-            self._lock.write(launch)
-            self._lock.flush()
-            self._text = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
         except BlockingIOError:
             raise InputError(f"{folder} is in use by another process") from None
-        except OSError as error:
-            raise InputError(f"cannot write in {os_error_message(error)}") from None
+        self._lock.truncate(0)
+        self._lock.write(launch)
+        self._lock.flush()
+        remove_asides(folder)
+        self._events = folder / "tensorboard" / f"events.out.tfevents.{time.time():.0f}.{os.getpid()}"
+        self._text = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def log(self, text: str) -> None:
-        """Print, with the time, and append to log.txt."""
+        """Append to log.txt, with the time, and print."""
         if self.folder is not None:
             for line in text.splitlines():
                 line = f"{time.strftime('%m/%d %I:%M:%S %p')} {printable(line)}"
-                tqdm.write(line, file=sys.stdout)
                 self._text.write(line + "\n")
+                tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
     def metrics(self, record: dict[str, Any]) -> None:
@@ -68,24 +68,27 @@ class Run:
             return
         with open(self.folder / METRICS, "a") as file:
             file.write(json.dumps(record) + "\n")
-        if self.writes_events:
-            try:
-                self._events(record)
-            except (
-                Exception
-            ) as error:  # of many types, from TensorBoard's thread: a folder that has gone, say
-                self.writes_events = False
-                self.log(f"no more TensorBoard events, the run goes on: {one_line(error)}")
+        self._write_events(record)
 
-    def _events(self, record: dict[str, Any]) -> None:
-        if self.tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+    def _write_events(self, record: dict[str, Any]) -> None:
+        """Append to this process's file of TensorBoard events: here, and not by a SummaryWriter, whose thread
+        ends with a traceback where it cannot write."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # takes a while to import
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-            self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=record["epoch"])
-        for name, value in record.items():
-            if isinstance(value, int | float) and name != "epoch":
-                self.tensorboard.add_scalar(name, value, record["epoch"])
-        self.tensorboard.flush()
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        epoch = numbers.pop("epoch")
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        events = [Event(summary=Summary(value=values))]
+        if not self._events.exists():  # `START`: what an earlier process wrote from this epoch on is void
+            start = Event(session_log=SessionLog(status=SessionLog.START))
+            events = [Event(file_version="brain.Event:2"), start, *events]
+        self._events.parent.mkdir(exist_ok=True)
+        with open(self._events, "ab") as file:
+            for event in events:
+                event.step, event.wall_time = epoch, time.time()
+                RecordWriter(file).write(event.SerializeToString())
 
     def last_record(self) -> dict[str, Any] | None:
         """The newest record of metrics.jsonl; None before the first epoch's end, and off the main process."""
@@ -96,7 +99,6 @@ class Run:
     def rewind(self, epoch: int) -> None:
         """Forget metrics from `epoch` on, which a resumed run is about to measure again."""
         if self.folder is not None and (path := self.folder / METRICS).exists():
-            remove_asides(self.folder, METRICS)
             kept = [record for record in read_metrics(self.folder) if record["epoch"] < epoch]
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
@@ -107,8 +109,6 @@ class Run:
 
     def close(self) -> None:
         if self.folder is not None:
-            if self.tensorboard is not None and self.writes_events:
-                self.tensorboard.close()
             self._text.close()
             self._lock.close()
 
@@ -116,23 +116,18 @@ class Run:
 def create_run(name: str, args: dict[str, Any]) -> Path:
     """Make the folder runs/NAME-TIME (with a number behind it where that exists), with args.json in it.
 
-    Raises InputError where it cannot be written.
+    Raises InputError where `runs` is a file, OSError where it cannot be written.
     """
     stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for attempt in range(1, 1000):
+    for attempt in count(1):
         folder = RUNS / (stamp if attempt == 1 else f"{stamp}-{attempt}")
         try:
             RUNS.mkdir(exist_ok=True)
             folder.mkdir()
+            break
         except FileExistsError:
-            if RUNS.is_dir():
-                continue
-            raise InputError(f"cannot make the run folder {folder}: {RUNS} is a file") from None
-        except OSError as error:
-            raise InputError(
-                f"cannot make the run folder {os_error_message(error)}; start where you may write"
-            ) from None
-        break
+            if not RUNS.is_dir():
+                raise InputError(f"cannot make the run folder {folder}: {RUNS} is a file") from None
     record = {**args, "command": shlex.join(["python", *sys.argv]), "commit": code_commit()}
     write_atomically(folder / ARGS, json.dumps(record, indent=1).encode())
     return folder
@@ -243,7 +238,6 @@ def find_resumable(resume: str, *, script: str, args: dict, given: Collection[st
 def find_launched(launch: str, runs: str) -> Path | None:
     """The last checkpoint of the run of `runs` (a pattern) that `launch` made or resumed: where its workers,
     restarted, go on. None where it had not yet made one."""
-    for lock in RUNS.glob(f"{runs}/{LOCK}"):
-        if lock.read_text() == launch and (lock.parent / LAST).is_file():
-            return lock.parent / LAST
-    return None
+    locks = [lock for lock in RUNS.glob(f"{runs}/{LOCK}") if (lock.parent / LAST).is_file()]
+    locks.sort(key=lambda lock: lock.stat().st_mtime_ns, reverse=True)  # containers give the same name twice
+    return next((lock.parent / LAST for lock in locks if lock.read_bytes() == launch.encode()), None)

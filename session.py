@@ -2,7 +2,7 @@
 
 A script makes a Session, builds its networks and optimisers, and runs its epoch loop inside `start`:
 
-    session = Session(args, script="train", name=stages.run_name, world=world)
+    session = Session(args, parser=parser(), script="train", name=stages.run_name, world=world)
     args = session.args
     with session.start(model=model, stateful=..., kind="stage1", ...) as run:
         for epoch in session.epochs():
@@ -78,6 +78,7 @@ class Session:
         self,
         args: argparse.Namespace,
         *,
+        parser: options.Parser,
         script: str,
         name: Callable[[argparse.Namespace], str],
         world: World,
@@ -87,6 +88,11 @@ class Session:
         path = world.broadcast(self._find(args) if world.is_main else None)
         self.folder = path.parent if path else None
         self.checkpoint = load_checkpoint(path) if path else None
+        if self.checkpoint:
+            try:
+                parser.check(self.checkpoint["args"])
+            except InputError as error:
+                raise InputError(f"{path} is damaged: of its flags, {error}; use an earlier one") from None
         self.args = self._own_flags(args)
         self.precision = choose_precision(self.args.precision, world.device, tf32=self.args.tf32)
         start = self.checkpoint or {"epoch": 0, "step": 0, "sums": None, "best": None}

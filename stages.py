@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from model import ModelConfig, Network, build_model
 from pictures import draw_curves
 from runs import Run, newest_checkpoint, read_args, read_metrics
 from session import Session
-from utils import InputError, human, seed_everything
+from utils import InputError, human, one_line, seed_everything
 
 STAGE1_BITS = {"w1a32": (1, 32), "w32a1": (32, 1)}
 """Bits of weights and of activations in stage 1; stage 2 is W1A1."""
@@ -190,6 +191,8 @@ def build(session: Session, *, family: str, data: dict[str, Any], warmup: int) -
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, *, warmup: int) -> LRScheduler:
     """By epoch: `warmup` epochs of linear rise from 1/warmup, then a cosine to `learning_rate_min`."""
+    # a run that goes on where an epoch's steps were done, in another process, takes the schedule's first
+    warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
     cosine = CosineAnnealingLR(optimizer, max(args.epochs - warmup, 1), eta_min=args.learning_rate_min)
     if not warmup:
         return cosine
@@ -244,8 +247,8 @@ def finish(session: Session, *, held_out: str) -> None:
         for picture in draw_curves(run.folder):
             run.log(f"picture {picture}")
         command = read_args(run.folder)["command"]  # not the one that resumed it
-    except (InputError, LookupError) as error:  # the run is done, with pictures or without
-        run.log(f"no pictures: {error}")
+    except (InputError, LookupError) as error:  # damaged files; the run is done all the same
+        run.log(f"cannot look back on the run: {one_line(error)}")
     run.log(f"best epoch {best['epoch']}: {held_out} top-1 {best['score']:.2f} %, {note}")
     if session.args.binary:
         run.log(f"next: python evaluate.py {run.folder}")

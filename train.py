@@ -16,13 +16,15 @@ if __name__ == "__main__":  # torch takes seconds to import
     end_on_interrupt()
 
 import argparse
+from typing import Any
 
 import options
 import stages
 from checkpoint import BEST, load_checkpoint
-from data import SETS, Augmentation, BatchLoader, ImageSet, holdout_split
+from data import SETS, Augmentation, BatchLoader, holdout_split
 from distributed import World, setup
 from engine import evaluate, train_one_epoch
+from model import trained_network
 from session import Session, loader_settings, prepare_data
 from utils import run_main
 
@@ -54,10 +56,9 @@ def parser() -> options.Parser:
 
 def main(args: argparse.Namespace) -> None:
     world = setup(args.device, args.gpu)
-    session = Session(args, script="train", name=stages.run_name, world=world)
+    session = Session(args, parser=parser(), script="train", name=stages.run_name, world=world)
     args, precision = session.args, session.precision
-    train_set, test_set, data = prepare_data(args, world, test=True)
-    train_loader, valid_loader, test_loader = make_loaders(args, train_set, test_set, data, world)
+    train_loader, valid_loader, test_loader, data = make_loaders(args, world)
     training = stages.build(session, family="cifar", data=data, warmup=0)
     model, scheduler = training.model, training.scheduler
 
@@ -91,9 +92,8 @@ def main(args: argparse.Namespace) -> None:
             run.log(f"train_acc {train['top1']:.2f} valid_acc {valid['top1']:.2f} loss {valid['loss']:.4f}")
             session.finish_epoch(epoch, stages.epoch_record(train, valid, learning_rate), score=valid["top1"])
         if args.holdout:
-            model.load_state_dict(load_checkpoint(session.folder, BEST)["model"])
             test = evaluate(
-                model,
+                trained_network(load_checkpoint(session.folder, BEST)).to(world.device),
                 test_loader,
                 world=world,
                 precision=precision,
@@ -107,9 +107,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 def make_loaders(
-    args: argparse.Namespace, train_set: ImageSet, test_set: ImageSet, data: dict, world: World
-) -> tuple[BatchLoader, ...]:
-    """For training, for choosing an epoch (held-out training images, or the test set), and for testing."""
+    args: argparse.Namespace, world: World
+) -> tuple[BatchLoader, BatchLoader, BatchLoader, dict[str, Any]]:
+    """For training, for choosing an epoch (held-out training images, or the test set), and for testing; and
+    what a checkpoint keeps of the images."""
+    train_set, test_set, data = prepare_data(args, world, test=True)
     augmentation = Augmentation(
         crop_padding=data["image_size"] // 8,
         flip=True,
@@ -128,6 +130,7 @@ def make_loaders(
         BatchLoader(train_set, args.batch_size, augmentation=augmentation, shuffle=True, **shared),
         BatchLoader(valid_set, args.batch_size, **shared),
         BatchLoader(test_set, args.batch_size, **shared),
+        data,
     )
 
 

@@ -50,7 +50,7 @@ def parser() -> options.Parser:
 
 def main(args: argparse.Namespace) -> None:
     world = setup(args.device, args.gpu)
-    session = Session(args, script="train_imagenet", name=stages.run_name, world=world)
+    session = Session(args, parser=parser(), script="train_imagenet", name=stages.run_name, world=world)
     args, precision = session.args, session.precision
     if args.tmp_data_dir is None:
         raise InputError("--tmp_data_dir is missing: give the folder where train/ and val/ are")

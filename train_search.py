@@ -20,13 +20,14 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 import options
 from architect import Architect
-from data import SETS, Augmentation, Batch, BatchLoader, ImageSet, split_halves
+from data import SETS, Augmentation, Batch, BatchLoader, split_halves
 from distributed import World, setup
 from engine import evaluate, train_one_epoch
 from genotypes import Genotype, describe, genotype_from_dict, genotype_to_dict, save_genotype
@@ -76,10 +77,11 @@ def main(args: argparse.Namespace) -> None:
     if args.arch_start_epoch is None:
         args.arch_start_epoch = args.epochs // 2
     world = setup(args.device, args.gpu)
-    session = Session(args, script="train_search", name=lambda args: f"search-{args.save}", world=world)
+    session = Session(
+        args, parser=parser(), script="train_search", name=lambda args: f"search-{args.save}", world=world
+    )
     args, precision = session.args, session.precision
-    train_set, _, data = prepare_data(args, world, test=False)
-    weight_loader, arch_loader, valid_loader = make_loaders(args, train_set, data, world)
+    weight_loader, arch_loader, valid_loader, data = make_loaders(args, world)
 
     seed_everything(args.seed)
     config = SearchConfig(args.init_channels, args.layers, len(data["classes"]))
@@ -140,10 +142,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 def make_loaders(
-    args: argparse.Namespace, train_set: ImageSet, data: dict, world: World
-) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
+    args: argparse.Namespace, world: World
+) -> tuple[BatchLoader, BatchLoader, BatchLoader, dict[str, Any]]:
     """The halves of the training set: the weights' and, in its own order, the architecture's, both augmented,
-    and the architecture's again as it is, for evaluation."""
+    and the architecture's again as it is, for evaluation; and what a checkpoint keeps of the images."""
+    train_set, _, data = prepare_data(args, world, test=False)
     halves = split_halves(len(train_set), args.train_portion, args.seed)
     weight_half, arch_half = (train_set.subset(indices.to(world.device)) for indices in halves)
     augmentation = Augmentation(
@@ -155,6 +158,7 @@ def make_loaders(
         BatchLoader(weight_half, args.batch_size, stream=0, **training),
         BatchLoader(arch_half, args.batch_size, stream=1, **training),
         BatchLoader(arch_half, args.batch_size, **shared),
+        data,
     )
 
 

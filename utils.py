@@ -50,7 +50,6 @@ def run_main(main: Callable[[Any], None], parser: Callable[[], Any]) -> None:
     except (InputError, RunFailed) as error:
         _end(str(error), 2 if isinstance(error, InputError) else 1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush
         _end("nobody reads standard output any more", 1)
     except OSError as error:
         _end(os_error_message(error), 2 if error.errno in USERS_FAULT else 1)
@@ -97,8 +96,12 @@ def printable(text: str) -> str:
 
 
 def _end(message: str, code: int) -> None:
-    sys.stdout.flush()
-    print(f"error: {printable(message)}", file=sys.stderr)
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"error: {printable(message)}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # full, or nobody reads it any more; nor may what is left come up at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
@@ -132,9 +135,9 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         raise
 
 
-def remove_asides(folder: Path, name: str) -> None:
-    """Remove what a killed process left of a `write_atomically` to `name` in `folder`."""
-    for aside in folder.glob(f".{name}.*"):
+def remove_asides(folder: Path) -> None:
+    """Remove what killed processes left of a `write_atomically` to any file of `folder`."""
+    for aside in folder.glob(f".*.{'[0-9a-f]' * 8}"):
         aside.unlink(missing_ok=True)
 
 

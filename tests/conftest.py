@@ -3,9 +3,12 @@
 import contextlib
 import importlib
 import io
+import itertools
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import torch
 from PIL import Image
 
 from data import draw_shapes
+from session import Session
 from utils import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +103,17 @@ def data_flags(images) -> list[str]:
     return ["--set", "folder", "--data", str(images), "--image_size", "16", "--workers", "0"]
 
 
+@pytest.fixture(scope="session")
+def imagenet_flags(images, tmp_path_factory) -> list[str]:
+    """Of train_imagenet.py, for the same images in folders like ImageNet's."""
+    root = tmp_path_factory.mktemp("imagenet")
+    (root / "ILSVRC2012").mkdir()
+    (root / "ILSVRC2012" / "train").symlink_to(images / "train")
+    (root / "ILSVRC2012" / "val").symlink_to(images / "test")
+    size = ["--image_size", "64", "--init_channels", "8", "--workers", "1"]
+    return ["--tmp_data_dir", str(root), *TINY_STAGE, *size]
+
+
 @pytest.fixture
 def scripts(tmp_path) -> Scripts:
     return Scripts(tmp_path)
@@ -108,6 +123,49 @@ def scripts(tmp_path) -> Scripts:
 def fails(scripts):
     """Scripts.fails, in an empty folder that is also the present one."""
     return scripts.fails
+
+
+@pytest.fixture
+def without_pictures(monkeypatch) -> None:
+    """The scripts draw nothing, which takes longer than a tiny run."""
+    for module, name in (
+        ("stages", "draw_curves"),
+        ("train_search", "draw_curves"),
+        ("train_search", "draw_genotype"),
+    ):
+        monkeypatch.setattr(f"{module}.{name}", lambda *_: [])
+
+
+class Killed(BaseException):
+    """Raised within a run in place of a SIGKILL: it ends there, and writes no checkpoint."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def receive(signum: int) -> Callable[[], None]:
+    """An event: this process gets the signal, and notes it before it goes on."""
+    return lambda: signal.raise_signal(signum)
+
+
+@pytest.fixture
+def at_step(monkeypatch) -> Callable[[int, Callable[[], None]], None]:
+    """`at_step(n, event)`: in the next run of this process `event` is called after the n-th step, those of
+    training and the batches of evaluations counted together, and before anything is saved there."""
+    stopping = Session._stopping
+
+    def arm(n: int, event: Callable[[], None]) -> None:
+        counter = itertools.count(1)
+
+        def after_step(session: Session, step: int) -> bool:
+            if next(counter) == n:
+                event()
+            return stopping(session, step)
+
+        monkeypatch.setattr(Session, "_stopping", after_step)
+
+    return arm
 
 
 @pytest.fixture(scope="session")
