@@ -108,7 +108,8 @@ class Parser(argparse.ArgumentParser):
 
     def check(self, saved: dict[str, Any]) -> None:
         """Raise InputError where a flag has a value, in what a run saved, that it does not take."""
-        saved = {name: value for name, value in saved.items() if name in vars(self.parse_args([]))}
+        ours = as_dict(self.parse_args([]))
+        saved = {name: value for name, value in saved.items() if name in ours}
         words = [
             f"--{name}" if value is True else f"--{name}={value}"
             for name, value in saved.items()

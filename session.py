@@ -34,7 +34,7 @@ from data import ImageSet, channel_statistics, load_set
 from distributed import World, launch_name, restarted
 from engine import AfterStep, Position, Sums, choose_precision
 from runs import Run, create_run, find_launched, find_resumable
-from utils import InputError, RunFailed, is_out_of_memory, one_line
+from utils import InputError, RunFailed, is_out_of_memory, one_line, os_error_message
 
 STOP_FREQ = 8
 """Steps between the moments at which several processes agree whether to stop."""
@@ -142,7 +142,8 @@ class Session:
                 run.log(shlex.join(["python", sys.argv[0], "--resume", str(self.folder)]))
             except BaseException as error:
                 explained = self._explained(error)
-                run.log(f"stopped: {one_line(explained)}")
+                is_file = isinstance(explained, OSError)
+                run.log(f"stopped: {os_error_message(explained) if is_file else one_line(explained)}")
                 if explained is error:
                     raise
                 raise explained from None

@@ -56,7 +56,7 @@ def run_main(main: Callable[[Any], None], parser: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+        if not is_out_of_memory(error):
             raise
         _end("there is not enough memory; a smaller --batch_size or network needs less", 1)
 
@@ -72,9 +72,9 @@ def end_on_interrupt() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, on a CPU or on a GPU, could not allocate a tensor."""
-    text = str(error)
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    """Whether Python, or torch on a CPU or on a GPU, could not allocate what it needs."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(part in str(error) for part in words)
 
 
 def os_error_message(error: OSError) -> str:

@@ -5,11 +5,13 @@ import importlib
 import io
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -149,23 +151,42 @@ def receive(signum: int) -> Callable[[], None]:
     return lambda: signal.raise_signal(signum)
 
 
+def call_at_step(patch: pytest.MonkeyPatch, n: int, event: Callable[[], None]) -> None:
+    """In the next run of this process call `event` after the n-th step, those of training and the batches of
+    evaluations counted together, and before anything is saved there."""
+    counter = itertools.count(1)
+
+    def after_step(session: Session, step: int) -> bool:
+        if next(counter) == n:
+            event()
+        return stopping(session, step)
+
+    stopping = Session._stopping
+    patch.setattr(Session, "_stopping", after_step)
+
+
 @pytest.fixture
 def at_step(monkeypatch) -> Callable[[int, Callable[[], None]], None]:
-    """`at_step(n, event)`: in the next run of this process `event` is called after the n-th step, those of
-    training and the batches of evaluations counted together, and before anything is saved there."""
-    stopping = Session._stopping
+    """`at_step(n, event)`: see call_at_step."""
+    return partial(call_at_step, monkeypatch)
 
-    def arm(n: int, event: Callable[[], None]) -> None:
-        counter = itertools.count(1)
 
-        def after_step(session: Session, step: int) -> bool:
-            if next(counter) == n:
-                event()
-            return stopping(session, step)
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory, data_flags) -> Path:
+    """A folder with a stage-1 run in it that was interrupted after its second step: look, do not touch."""
+    scripts = Scripts(tmp_path_factory.mktemp("stopped"))
+    with pytest.MonkeyPatch.context() as patch:
+        call_at_step(patch, 2, receive(signal.SIGTERM))
+        scripts.run("train.py", *data_flags, *TINY_STAGE, code=143)
+    return scripts.folder
 
-        monkeypatch.setattr(Session, "_stopping", after_step)
 
-    return arm
+@pytest.fixture
+def interrupted(stopped, scripts) -> Path:
+    """The run of `stopped`, copied to the folder of `scripts`."""
+    shutil.copytree(stopped, scripts.folder, dirs_exist_ok=True)
+    (run,) = scripts.runs("*")
+    return run
 
 
 @pytest.fixture(scope="session")

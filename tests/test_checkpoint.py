@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import Checkpointer, load_checkpoint, random_state, set_random_state
+from checkpoint import ENTRIES, Checkpointer, load_checkpoint, random_state, set_random_state
 from distributed import World
 from genotypes import GENOTYPES
 from model import ModelConfig, build_model
-from utils import InputError, write_atomically
+from utils import InputError
 
 WORLD = World(torch.device("cpu"))
 
@@ -51,20 +51,6 @@ def test_random_state_survives_a_gaussian_in_the_cache():
     assert (np.random.randn(), random.gauss(0, 1)) == expected
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    write_atomically(path, b"old")
-
-    def broken(_descriptor):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="no space"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -101,3 +87,111 @@ def test_best_is_kept_when_a_later_epoch_is_worse(checkpointer, tmp_path):
     checkpointer.save(epoch=2)
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 1
     assert load_checkpoint(tmp_path)["epoch"] == 2
+
+
+NAN, WEIGHT, BUFFER = float("nan"), "classifier.weight", "stem.1.running_var"
+
+
+def put(*keys, value):
+    """A change of a checkpoint: at `keys` stands `value`, or what it makes of what is there."""
+
+    def change(checkpoint):
+        for key in keys[:-1]:
+            checkpoint = checkpoint[key]
+        checkpoint[keys[-1]] = value(checkpoint[keys[-1]]) if callable(value) else value
+
+    return change
+
+
+def drop(*keys):
+    def change(checkpoint):
+        for key in keys[:-1]:
+            checkpoint = checkpoint[key]
+        del checkpoint[keys[-1]]
+
+    return change
+
+
+MOMENTS, GROUP = ("state", "optimizer", "state", 0), ("state", "optimizer", "param_groups", 0)
+CORRUPTIONS = {
+    **{f"no {name}": drop(name) for name in ENTRIES},
+    **{f"{name} of another type": put(name, value=(1, 2)) for name in ENTRIES},
+    "a list": None,
+    "another format": put("format", value="ebnas-checkpoint-0"),
+    "no weight": drop("model", WEIGHT),
+    "a weight more": put("model", "more", value=torch.zeros(1)),
+    "a weight that is a list": put("model", WEIGHT, value=[0.0]),
+    "a weight of NaN": put("model", WEIGHT, value=lambda weight: weight * NAN),
+    "a statistic of infinity": put("model", BUFFER, value=lambda buffer: buffer / 0),
+    "a weight of another shape": put("model", WEIGHT, value=lambda weight: weight.T.contiguous()),
+    "a weight in half precision": put("model", WEIGHT, value=torch.Tensor.half),
+    "no optimizer": drop("state", "optimizer"),
+    "an empty optimizer": put("state", "optimizer", value={}),
+    "an empty scheduler": put("state", "scheduler", value={}),
+    "a scheduler without its epoch": drop("state", "scheduler", "last_epoch"),
+    "a scheduler of words": put("state", "scheduler", "last_epoch", value="one"),
+    "no learning rate": drop(*GROUP, "lr"),
+    "a learning rate of NaN": put(*GROUP, "lr", value=NAN),
+    "an optimizer of fewer parameters": put(*GROUP, "params", value=lambda numbers: numbers[:-1]),
+    "an optimizer of other parameters": put(*GROUP, "params", value=lambda numbers: numbers[::-1]),
+    "moments of another shape": put(*MOMENTS, "exp_avg", value=torch.zeros(1)),
+    "moments of NaN": put(*MOMENTS, "exp_avg_sq", value=lambda moment: moment * NAN),
+    "moments that are missing": drop(*MOMENTS, "exp_avg_sq"),
+    "moments of no parameter": put("state", "optimizer", "state", 10_000, value={}),
+    "no process": put("random", value=[]),
+    "a short random state": put("random", 0, "torch", value=lambda state: state[:-1]),
+    "a random state of words": put("random", 0, "python", value="state"),
+    "no random state of NumPy": drop("random", 0, "numpy"),
+    "statistics of more processes": put("buffers", value=[{}, {}]),
+    "statistics of no buffer": put("buffers", value=[{"more": torch.zeros(1)}]),
+    "a negative epoch": put("epoch", value=-1),
+    "an epoch of NaN": put("epoch", value=NAN),
+    "three sums": put("sums", value=[1.0, 2.0, 3.0]),
+    "sums of NaN": put("sums", value=[NAN] * 4),
+    "a best epoch without its score": put("best", value={"epoch": 0}),
+    "no layers": drop("config", "layers"),
+    "an unknown field": put("config", "more", value=1),
+    "other layers": put("config", "layers", value=4),
+    "a word for layers": put("config", "layers", value="3"),
+    "huge layers": put("config", "layers", value=10**9),
+    "huge channels": put("config", "init_channels", value=10**6),
+    "channels that do not divide": put("config", "init_channels", value=3),
+    "two bits": put("config", "weight_bits", value=2),
+    "words for bits": put("config", "activation_bits", value=[32]),
+    "another binarization": put("config", "weight_binarization", value=["plain"]),
+    "no genotype": put("config", "genotype", value=None),
+    "an unknown operation": put("config", "genotype", "normal", 0, 0, value="conv"),
+    "a supernet's kind": put("kind", value="search"),
+    "classes of numbers": put("data", "classes", value=[1, 2, 3]),
+    "fewer classes": put("data", "classes", value=["one"]),
+    "no deviation": put("data", "std", value=[0.0] * 3),
+    "a mean of NaN": put("data", "mean", value=[NAN] * 3),
+    "no size": put("data", "image_size", value=0),
+    "a word for epochs": put("args", "epochs", value="ten"),
+    "no epochs": put("args", "epochs", value=0),
+    "another size in the flags": put("args", "report_freq", value=0),
+    "an unknown precision": put("args", "precision", value="fp8"),
+    "a list for a path": put("args", "data", value=["data"]),
+    "a number for a switch": put("args", "auxiliary", value=3),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_corrupt_checkpoint_gets_one_line(name, interrupted, scripts):
+    checkpoint = torch.load(interrupted / "last.pt", weights_only=True)
+    if CORRUPTIONS[name]:
+        CORRUPTIONS[name](checkpoint)
+    else:
+        checkpoint = list(checkpoint)
+    torch.save(checkpoint, interrupted / "last.pt")
+    before = sorted(interrupted.iterdir())
+    message = scripts.fails("train.py", "--resume", interrupted)
+    assert "last.pt is" in message or "the checkpoint's" in message
+    assert sorted(interrupted.iterdir()) == before
+
+
+def test_evaluate_refuses_a_network_of_nan(interrupted, scripts):
+    checkpoint = torch.load(interrupted / "last.pt", weights_only=True)
+    put("model", WEIGHT, value=lambda weight: weight * NAN)(checkpoint)
+    torch.save(checkpoint, interrupted / "last.pt")
+    assert "the training of this network has diverged" in scripts.fails("evaluate.py", interrupted)

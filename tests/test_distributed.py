@@ -7,21 +7,24 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_SEARCH, environment
+from conftest import ROOT, TINY_STAGE, environment
 from test_resume import assert_same, final_state, wait_for
 from torch import Tensor, multiprocessing, nn
 
+import distributed
 from architect import Architect
 from checkpoint import load_checkpoint
 from data import BatchLoader, ImageSet
 from distributed import World, setup
 from engine import Position, Precision, evaluate, train_one_epoch
 from model_search import SearchConfig, Supernet
+from utils import InputError, RunFailed, one_line
 
 PROCESSES = 2
 TRAIN, TEST = 21, 17  # images, in batches of 8: of the last ones a process gets 2 or 3, and none or 1
@@ -105,6 +108,11 @@ def search_in_processes(rank: int, port: int, folder: Path) -> None:
     results["votes"] = [world.any(rank == 1), world.any(False)]
     results["gathered"] = world.gather({"rank": rank})
     results["broadcast"] = world.broadcast(f"from {rank}")
+    torch.manual_seed(rank)
+    model = Supernet(SearchConfig(8, 3, 7))
+    results["before"] = model.classifier.weight.clone()
+    world.broadcast_model(model)
+    results["after"] = model.state_dict()
     torch.save(results, folder / f"{rank}.pt")
     world.close()
 
@@ -146,21 +154,81 @@ def test_what_processes_tell_each_other(by_rank):
         assert results["broadcast"] == "from 0"
 
 
+def test_processes_start_from_the_weights_of_the_main_one(by_rank):
+    one, other = by_rank
+    assert not torch.equal(one["before"], other["before"])
+    assert torch.equal(one["before"], one["after"]["classifier.weight"])
+    assert_same(dict(one["after"]), dict(other["after"]))
+
+
+class Turns:
+    """Processes that take turns at a download, one after another here, through a store that they share."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch, self.store = monkeypatch, torch.distributed.HashStore()
+
+    def take(self, rank: int, *, machine: int, local: int, failure: BaseException | None = None) -> None:
+        self.monkeypatch.setenv("GROUP_RANK", str(machine))
+        self.monkeypatch.setenv("LOCAL_RANK", str(local))
+        with World(torch.device("cpu"), rank, 4, self.store).in_turn("the download"):
+            if failure:
+                raise failure
+
+
+def test_each_waits_for_those_before_it(monkeypatch):
+    monkeypatch.setattr(distributed, "LONGEST_WAIT", timedelta(milliseconds=10))
+    turns = Turns(monkeypatch)
+    for place in ({"machine": 0, "local": 1}, {"machine": 1, "local": 0}):
+        with pytest.raises(torch.distributed.DistStoreError):
+            Turns(monkeypatch).take(1, **place)
+    turns.take(0, machine=0, local=0)
+    turns.take(1, machine=0, local=1)
+    with pytest.raises(torch.distributed.DistStoreError):
+        Turns(monkeypatch).take(3, machine=1, local=1)
+    turns.take(2, machine=1, local=0)
+    turns.take(3, machine=1, local=1)
+
+
+@pytest.mark.parametrize("error", [InputError("no such set"), KeyboardInterrupt()])
+def test_nobody_waits_for_one_that_failed(monkeypatch, error):
+    turns = Turns(monkeypatch)
+    with pytest.raises(type(error)):
+        turns.take(0, machine=0, local=0, failure=error)
+    for rank, machine, local in ((1, 0, 1), (2, 1, 0), (3, 1, 1)):
+        with pytest.raises(RunFailed, match=f"failed at the download: {one_line(error)}$"):
+            turns.take(rank, machine=machine, local=local)
+
+
+@pytest.mark.parametrize(
+    ("visible", "local", "expected"), [(4, "2", "cuda:2"), (1, "1", "cuda:0"), (4, None, "cuda:3")]
+)
+def test_which_gpu_a_process_takes(monkeypatch, visible, local, expected):
+    """SLURM can show each task one GPU only, whatever its number on the machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert str(setup(gpu=3).device) == expected
+
+
 ONE_MACHINE = ("--standalone", "--max_restarts=1", f"--nproc_per_node={PROCESSES}")
+MANY_STEPS = (*TINY_STAGE, "--batch_size", 8, "--auxiliary", "--drop_path_prob", 0.5)  # 16 an epoch
 
 
 class Torchrun:
-    """The real search in two processes, in `folder`; `place` says to torchrun how they are spread."""
+    """Stage 1 in two processes, in `folder`; `place` says to torchrun how they are spread."""
 
     def __init__(self, folder: Path, flags: list, place: Sequence[str] = ONE_MACHINE):
         self.folder = folder
-        script = [ROOT / "train_search.py", *flags, *TINY_SEARCH, "--arch_start_epoch", 0]
+        script = [ROOT / "train.py", *flags, *MANY_STEPS]
         launcher = [sys.executable, "-m", "torch.distributed.run", *place]
         self.command = [str(word) for word in (*launcher, *script)]
 
-    def start(self) -> subprocess.Popen:
+    def start(self, *more: object) -> subprocess.Popen:
         return subprocess.Popen(
-            self.command,
+            [*self.command, *map(str, more)],
             cwd=self.folder,
             env=environment(),
             stdout=subprocess.PIPE,
@@ -168,10 +236,9 @@ class Torchrun:
             text=True,
         )
 
-    def result(self) -> Path:
+    def run(self) -> Path:
         """The folder of the one run there is."""
         (run,) = (self.folder / "runs").iterdir()
-        assert load_checkpoint(run)["finished"]
         return run
 
 
@@ -181,7 +248,7 @@ def finished(tmp_path_factory, data_flags) -> tuple[Path, str]:
     process = torchrun.start()
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    return torchrun.result(), output
+    return torchrun.run(), output
 
 
 def test_only_the_main_process_writes(finished):
@@ -190,10 +257,9 @@ def test_only_the_main_process_writes(finished):
     assert len(re.findall(r"train 000 ", output)) == 2  # one line in each epoch
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert len(load_checkpoint(run)["random"]) == PROCESSES
-    assert (run / "genotype.json").is_file()
 
 
-def test_two_machines_search_as_one_does(finished, tmp_path, data_flags):
+def test_two_machines_train_as_one_does(finished, tmp_path, data_flags):
     """Two launchers of one process each meet at an address, as on two machines that share folder and data."""
     place = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d")
     address = f"--rdzv_endpoint=localhost:{free_port()}"
@@ -209,18 +275,31 @@ def test_two_machines_search_as_one_does(finished, tmp_path, data_flags):
         for machine in machines:
             machine.kill()
     assert [machine.returncode for machine in machines] == [0, 0], outputs
-    assert_same(final_state(torchruns[0].result()), final_state(finished[0]))
+    assert_same(final_state(torchruns[0].run()), final_state(finished[0]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through /proc")
-def test_a_killed_process_is_survived(finished, tmp_path, data_flags):
+def test_killed_restarted_interrupted_and_resumed(finished, tmp_path, data_flags):
+    """One process is killed, and torchrun starts all again; then a signal ends them within an epoch."""
     torchrun = Torchrun(tmp_path, data_flags)
     process = torchrun.start()
-    wait_for(process, r"epoch 1 lr")
+    wait_for(process, r"epoch 0 lr")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == PROCESSES
     os.kill(int(children[1]), signal.SIGKILL)
+    wait_for(process, r"resumed .* at epoch 0, step 0")
+    wait_for(process, r"epoch 1 lr")
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert "stopped at epoch 1, step " in output, output
+
+    stopped = load_checkpoint(torchrun.run())
+    assert stopped["step"] > 0
+    one, other = stopped["buffers"]
+    assert not torch.equal(one["stem.1.running_mean"], other["stem.1.running_mean"])
+
+    process = torchrun.start("--resume", torchrun.run())
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert "resumed " in output and "at epoch 1, step 0" in output
-    assert_same(final_state(torchrun.result()), final_state(finished[0]))
+    assert f"at epoch 1, step {stopped['step']}\n" in output
+    assert_same(final_state(torchrun.run()), final_state(finished[0]))

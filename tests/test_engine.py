@@ -6,10 +6,9 @@ from torch import nn
 
 from data import Batch
 from distributed import World
-from engine import FiniteWatch, Position, Precision, Sums, evaluate, train_one_epoch
+from engine import FiniteWatch, Position, Precision, Sums, choose_precision, evaluate, train_one_epoch
 from genotypes import GENOTYPES
 from model import ModelConfig, build_model
-from session import StopSignal
 from utils import RunFailed
 
 WORLD = World(torch.device("cpu"))
@@ -58,7 +57,8 @@ class Batches:
         yield from self.batches[start:]
 
 
-def train(precision: str, **changes) -> tuple[dict, nn.Module]:
+def train_once(epochs: int = 1, precision: str = "fp32", **changes) -> tuple[dict, nn.Module]:
+    """The means of the last of some epochs, and the network."""
     torch.manual_seed(0)
     config = ModelConfig(
         GENOTYPES["EBNAS"], init_channels=4, groups=2, layers=3, num_classes=4, auxiliary=True
@@ -73,33 +73,38 @@ def train(precision: str, **changes) -> tuple[dict, nn.Module]:
         **changes,
     }
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    means = [
-        train_one_epoch(model, Batches(), optimizer, nn.CrossEntropyLoss(), **settings) for _ in range(15)
-    ]
-    return {"first": means[0]["loss"], "last": means[-1]["loss"]}, model
+    for _ in range(epochs):
+        means = train_one_epoch(model, Batches(), optimizer, nn.CrossEntropyLoss(), **settings)
+    return means, model
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_training_learns_in_every_precision(precision):
-    losses, model = train(precision)
-    assert losses["last"] < 0.6 * losses["first"]
+    first, _ = train_once(precision=precision)
+    last, model = train_once(epochs=10, precision=precision)
+    assert last["loss"] < 0.6 * first["loss"]
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     means = evaluate(model, Batches(), world=WORLD, precision=Precision(precision, WORLD.device))
     assert means["samples"] == 16 and not model.training
 
 
 def test_the_clip_bounds_the_gradient():
-    _, model = train("fp32", grad_clip=1e-3)
+    _, model = train_once(grad_clip=1e-3)
     norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
     assert norm <= 1.001e-3
 
 
-def test_a_signal_is_noted_and_the_handlers_come_back():
-    import os
-    import signal
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_settled_and_not_left_to_torch(allowed):
+    choose_precision("fp32", WORLD.device, tf32=allowed)
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
 
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.received == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
+
+def test_a_resumed_epoch_has_the_means_of_all_of_it():
+    """Also where its steps were all done, and only the evaluation is left."""
+    sums = []
+    whole, _ = train_once(after_step=lambda _step, totals: sums.append(totals.values.tolist()))
+    for step in (1, 2):
+        rest, _ = train_once(start=Position(0, step, sums[step - 1]))
+        assert rest["samples"] == whole["samples"] == 16
+    assert [rest[name] for name in ("loss", "top1")] == [whole[name] for name in ("loss", "top1")]

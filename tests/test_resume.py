@@ -120,15 +120,6 @@ def test_a_real_process_is_interrupted(scripts, data_flags):
     assert load_checkpoint(run)["step"] > 0
 
 
-@pytest.fixture
-def interrupted(scripts, at_step, data_flags):
-    """The folder of a stage-1 run that was stopped after its second step."""
-    at_step(2, receive(signal.SIGTERM))
-    scripts.run("train.py", *data_flags, *TINY_STAGE, "--note", "ours", code=143)
-    (run,) = scripts.runs("*")
-    return run
-
-
 def test_signals_wait_until_the_interrupted_checkpoint_is_written(scripts, at_step, data_flags, monkeypatch):
     write, later = checkpoints.write_atomically, SimpleNamespace(monotonic=lambda: float("inf"))
     written = []

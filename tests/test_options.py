@@ -1,0 +1,67 @@
+"""Flags: what has no use is said, and what a run saved is taken back only where its flag would take it."""
+
+import pytest
+from conftest import TINY_STAGE
+
+import train
+import train_imagenet
+import train_search
+from options import as_dict
+from utils import InputError
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "lines"),
+    [
+        (train, "--alpha 0.3", ["--alpha has no use here: it needs --mixup"]),
+        (train, "--alpha 0.3 --mixup", []),
+        (train, "--mixup", []),
+        (train, "--cutout_length 8", ["--cutout_length has no use here: it needs --cutout"]),
+        (train_search, "--cutout_length 8", ["--cutout_length has no use here: it needs --cutout"]),
+        (
+            train_imagenet,
+            "--auxiliary_weight 1",
+            ["--auxiliary_weight has no use here: it needs --auxiliary"],
+        ),
+        (train, "--auxiliary_weight 1 --auxiliary --cutout --cutout_length 8", []),
+        (train, "--momentum 1", ["--momentum has no use here: Adam is the optimiser, as in the original"]),
+    ],
+)
+def test_flags_without_use_say_so(script, flags, lines):
+    assert list(script.parser().parse_args(flags.split()).idle) == lines
+
+
+def test_gpu_has_no_use_under_torchrun(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    (line,) = train.parser().parse_args(["--gpu", "1"]).idle
+    assert line == "--gpu has no use here: under torchrun each process takes the GPU of its local rank"
+    assert train.parser().parse_args([]).idle == ()
+    monkeypatch.delenv("LOCAL_RANK")
+    assert train.parser().parse_args(["--gpu", "1"]).idle == ()
+
+
+def test_idle_flags_stand_in_the_log(scripts, data_flags):
+    output = scripts.run("train.py", *data_flags, *TINY_STAGE, "--epochs", 1, "--alpha", 0.3).stdout
+    assert "--alpha has no use here: it needs --mixup" in output
+
+
+def test_the_flags_given_are_told_from_defaults():
+    args = train.parser().parse_args(["--epochs", "600", "--binary"])
+    assert args.given == {"epochs", "binary"} and args.epochs == 600 and args.layers == 16
+
+
+def test_all_that_a_parser_gives_it_takes_back():
+    flags = "--save x --note=-n --learning_rate 1e-3 --binary --seed 7 --momentum 0.9 --data=--odd"
+    parser = train.parser()
+    args = parser.parse_args(flags.split())
+    parser.check(as_dict(args))
+
+
+VALUES = [("epochs", 0), ("epochs", 2.5), ("epochs", None), ("epochs", True), ("binary", 1), ("data", 3),
+          ("save", "a/b"), ("learning_rate", float("nan")), ("set", "mnist"), ("layers", [8])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), VALUES)
+def test_values_that_no_flag_takes(name, value):
+    with pytest.raises(InputError, match=f"--{name}"):
+        train.parser().check({name: value})

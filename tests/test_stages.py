@@ -1,0 +1,56 @@
+"""The two training stages: which stage-1 run the second starts from, and the learning rate by epoch."""
+
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import TINY_STAGE
+
+from stages import make_scheduler
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
+
+def test_stage_2_starts_from_the_newest_stage_1_made_as_asked(scripts, data_flags):
+    flags = [*data_flags, *TINY_STAGE, "--epochs", 1]
+    kinds = {
+        "w1a32": ["--stage1", "w1a32"],
+        "w32a1": ["--stage1", "w32a1"],
+        "balanced": ["--weight_binarization", "balanced"],
+    }
+    for name, kind in kinds.items():
+        scripts.run("train.py", *flags, *kind, "--save", name)
+    for name, kind in kinds.items():
+        (stage1,) = scripts.runs(f"eval-{name}-stage1-*")
+        output = scripts.run("train.py", *flags, *kind, "--binary").stdout
+        assert f"starting from runs/{stage1.name}/last.pt" in output
+    missing = [*kinds["w32a1"], *kinds["balanced"], "--binary"]
+    assert "no finished stage-1 run of this set" in scripts.run("train.py", *flags, *missing, code=2).stderr
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+@pytest.mark.parametrize("least", [0.0, 1e-5])
+def test_learning_rates_by_epoch_and_through_resume(warmup, least):
+    """A linear rise from 1 / warmup of the rate, then half a cosine over the other epochs."""
+    epochs, highest = 12, 1e-2
+
+    def start():
+        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=highest)
+        return optimizer, make_scheduler(
+            optimizer, Namespace(epochs=epochs, learning_rate_min=least), warmup=warmup
+        )
+
+    optimizer, scheduler = start()
+    for epoch in range(epochs):
+        done = (epoch - warmup) / (epochs - warmup)
+        cosine = least + (highest - least) * (1 + math.cos(math.pi * done)) / 2
+        expected = highest * (epoch + 1) / warmup if epoch < warmup else cosine
+        assert scheduler.get_last_lr() == pytest.approx([expected], rel=1e-6)
+        assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
+        states = optimizer.state_dict(), scheduler.state_dict()
+        optimizer, scheduler = start()
+        optimizer.load_state_dict(states[0])
+        scheduler.load_state_dict(states[1])
+        optimizer.step()
+        scheduler.step()
