@@ -25,10 +25,10 @@ demo: $(SETUP)
 	$(PYTHON) evaluate.py "$$(ls -td runs/eval-demo-stage1-* | head -n 1)" "$$(ls -td runs/eval-demo-stage2-* | head -n 1)"
 	@echo; echo "pictures:"; ls "$$(ls -td runs/search-demo-* | head -n 1)"/*.png "$$(ls -td runs/eval-demo-stage2-* | head -n 1)"/*.png
 
-# a process a core, of one thread each, a file of tests at a time
+# a process a core, of one thread each, that takes tests from another when it has none left
 test: export OMP_NUM_THREADS = 1
 test: $(SETUP)
-	$(PYTHON) -m pytest -q -n auto --maxprocesses 8 --dist loadfile tests
+	$(PYTHON) -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .

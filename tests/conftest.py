@@ -41,17 +41,22 @@ class Result:
     stderr: str
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 class Scripts:
     """Runs scripts as a user would, in `folder`: `run` in this process, `start` in one of their own."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def run(self, script: str, *flags: object, code: int = 0) -> Result:
-        """A script's main with these flags; it must end with exit code `code`."""
+    def run(self, script: str, *flags: object, code: int = 0, terminal: bool = False) -> Result:
+        """A script's main with these flags; it must end with exit code `code`. Its stderr is a `terminal`?"""
         module = importlib.import_module(script.removesuffix(".py"))
         argv, place = sys.argv, Path.cwd()
-        stdout, stderr, ended = io.StringIO(), io.StringIO(), 0
+        stdout, stderr, ended = io.StringIO(), Terminal() if terminal else io.StringIO(), 0
         sys.argv = [script, *map(str, flags)]
         os.chdir(self.folder)
         try:

@@ -24,6 +24,11 @@ from utils import InputError
             ["--auxiliary_weight has no use here: it needs --auxiliary"],
         ),
         (train, "--auxiliary_weight 1 --auxiliary --cutout --cutout_length 8", []),
+        (
+            train_search,
+            "--drop_path_prob 1",
+            ["--drop_path_prob has no use here: the supernet has no drop-path, as in the original"],
+        ),
         (train, "--momentum 1", ["--momentum has no use here: Adam is the optimiser, as in the original"]),
     ],
 )
@@ -40,7 +45,7 @@ def test_gpu_has_no_use_under_torchrun(monkeypatch):
     assert train.parser().parse_args(["--gpu", "1"]).idle == ()
 
 
-def test_idle_flags_stand_in_the_log(scripts, data_flags):
+def test_idle_flags_stand_in_the_log(scripts, data_flags, without_pictures):
     output = scripts.run("train.py", *data_flags, *TINY_STAGE, "--epochs", 1, "--alpha", 0.3).stdout
     assert "--alpha has no use here: it needs --mixup" in output
 

@@ -1,19 +1,11 @@
 """The real scripts, run as a user runs them: the pipeline, and every kind of bad input."""
 
-import contextlib
-import fcntl
 import json
-import os
-import pty
-import shutil
-import struct
-import termios
 
 import pytest
 import torch
 from conftest import TINY_SEARCH, TINY_STAGE
 
-import runs
 from checkpoint import load_checkpoint
 from genotypes import GENOTYPES, genotype_to_dict, get_genotype
 from runs import read_metrics
@@ -49,24 +41,11 @@ def test_the_stages_follow_each_other(pipeline):
     assert first["finished"] and second["finished"]
 
 
-def test_stage_2_begins_with_the_weights_of_stage_1(pipeline, scripts, data_flags):
-    shutil.copytree(pipeline.folder, scripts.folder, dirs_exist_ok=True)
-    (search,) = pipeline.runs("search-*")
-    flags = [
-        *data_flags,
-        *TINY_STAGE,
-        "--epochs",
-        1,
-        "--arch",
-        search,
-        "--learning_rate",
-        1e-30,
-        "--save",
-        "still",
-    ]
-    scripts.run("train.py", *flags, "--binary", "--auxiliary")
-    (stage1,), (stage2,) = scripts.runs("eval-EXP-stage1-*"), scripts.runs("eval-still-stage2-*")
-    before, after = load_checkpoint(stage1)["model"], load_checkpoint(stage2)["model"]
+def test_stage_2_begins_with_the_weights_of_stage_1(pipeline, scripts, data_flags, without_pictures):
+    (search,), (stage1,) = pipeline.runs("search-*"), pipeline.runs("eval-EXP-stage1-*")
+    flags = [*data_flags, *TINY_STAGE, "--epochs", 1, "--arch", search, "--learning_rate", 1e-30]
+    scripts.run("train.py", *flags, "--auxiliary", "--binary", "--pretrained", stage1)
+    before, after = (load_checkpoint(run)["model"] for run in (stage1, *scripts.runs("*")))
     for name, value in before.items():
         if "running_" not in name and "num_batches" not in name:
             torch.testing.assert_close(after[name], value, rtol=0, atol=1e-12)
@@ -80,7 +59,17 @@ def test_evaluate_prints_the_accuracy_that_training_saw(pipeline):
     assert "stage2 W1A1" in output and "genotype" in output
 
 
-def test_holdout_reports_the_test_accuracy_of_the_epoch_it_chose(scripts, data_flags):
+def test_the_packed_form_names_the_same_classes(pipeline):
+    (stage1,), (stage2,) = pipeline.runs("eval-EXP-stage1-*"), pipeline.runs("eval-EXP-stage2-*")
+    record = read_metrics(stage2)[-1]
+    output = pipeline.run("evaluate.py", stage2, "--packed").stdout
+    assert (
+        f"top-1 {record['valid_top1']:.2f} %, the class of the float form on 100.00 % of 30 images" in output
+    )
+    assert "W1A1" in pipeline.run("evaluate.py", stage1, "--packed", code=2).stderr
+
+
+def test_holdout_reports_the_test_accuracy_of_the_epoch_it_chose(scripts, data_flags, without_pictures):
     output = scripts.run("train.py", *data_flags, *TINY_STAGE, "--holdout", 30).stdout
     (run,) = scripts.runs("eval-EXP-stage1-*")
     records = read_metrics(run)
@@ -89,35 +78,8 @@ def test_holdout_reports_the_test_accuracy_of_the_epoch_it_chose(scripts, data_f
     assert "optimistic" not in output
 
 
-def test_imagenet_trains_both_stages(scripts, images):
-    shutil.copytree(images / "train", scripts.folder / "ILSVRC2012" / "train")
-    shutil.copytree(images / "test", scripts.folder / "ILSVRC2012" / "val")
-    flags = [
-        "--image_size",
-        "64",
-        "--init_channels",
-        "8",
-        "--groups",
-        "2",
-        "--layers",
-        "3",
-        "--batch_size",
-        "32",
-        "--epochs",
-        "1",
-        "--workers",
-        "1",
-    ]
-    command = [
-        "--tmp_data_dir",
-        scripts.folder,
-        "--save",
-        "log_path",
-        "--auxiliary",
-        *flags,
-        "--note",
-        "a note",
-    ]
+def test_imagenet_trains_both_stages(scripts, imagenet_flags, without_pictures):
+    command = [*imagenet_flags, "--epochs", 1, "--save", "log_path", "--auxiliary", "--note", "a note"]
     assert "first run `python" in scripts.run("train_imagenet.py", *command, "--binary", code=2).stderr
     scripts.run("train_imagenet.py", *command)
     output = scripts.run("train_imagenet.py", *command, "--binary").stdout
@@ -128,32 +90,11 @@ def test_imagenet_trains_both_stages(scripts, images):
     assert f"{record['valid_top1']:.2f}" in scripts.run("evaluate.py", stage2, "--workers", 1).stdout
 
 
-def test_progress_bars_are_for_terminals_only(scripts, data_flags):
+def test_progress_bars_are_for_terminals_only(scripts, data_flags, without_pictures):
     flags = [*data_flags, *TINY_STAGE, "--epochs", 1]
     assert scripts.run("train.py", *flags).stderr == ""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # 24 lines of 80 columns
-    process = scripts.start("train.py", *flags, stderr=slave)
-    os.close(slave)
-    shown = b""
-    with contextlib.suppress(OSError):  # a terminal whose other end has closed
-        while chunk := os.read(master, 4096):
-            shown += chunk
-    assert process.wait() == 0
-    assert b"epoch 0" in shown and b"4/4" in shown
-
-
-def test_two_runs_of_one_second_do_not_collide(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs.time, "strftime", lambda _format: "20260101-000000")
-    folders = {runs.create_run("search-EXP", {}) for _ in range(3)}
-    assert len(folders) == 3
-
-
-def test_retired_flags_say_so(scripts, data_flags):
-    flags = [*data_flags, *TINY_SEARCH, "--epochs", 1, "--momentum", 0.9, "--drop_path_prob", 0.3]
-    output = scripts.run("train_search.py", *flags).stdout
-    assert "--momentum has no use here" in output and "--drop_path_prob has no use here" in output
+    shown = scripts.run("train.py", *flags, terminal=True).stderr
+    assert "\repoch 0: " in shown and "\revaluate: " in shown
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(scripts, data_flags):
@@ -250,15 +191,5 @@ def test_bad_checkpoints(pipeline, fails, tmp_path, data_flags):
     assert "is a search" in fails("evaluate.py", search)
 
 
-def test_bad_input_of_a_real_process(scripts, data_flags):
-    """What the other tests see in their own process: one line, code 2, nothing left behind."""
-    assert "choose from EBNAS" in scripts.fails("train.py", *data_flags, *TINY_STAGE, "--arch", "DARTS")
-
-
 def test_missing_data_says_what_to_do(fails):
     assert "train" in fails("train.py", "--set", "folder", "--data", "nowhere")
-
-
-def test_a_run_folder_that_cannot_be_made(fails, tmp_path, data_flags):
-    (tmp_path / "runs").write_text("a file where the folder should be")
-    assert "cannot make the run folder" in fails("train.py", *data_flags, *TINY_STAGE)
