@@ -13,10 +13,10 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from checkpoint import LAST, load_checkpoint, resolve_checkpoint, runs_newest_first
+from figures import draw_curves
 from genotypes import get_genotype
 from logger import Run, read_metrics
 from model import ModelConfig, Network, build_model
-from pictures import draw_curves
 from session import Session
 from utils import InputError, human, seed_everything
 

@@ -24,10 +24,10 @@ from architect import Architect
 from data import SETS, Augmentation, Batch, BatchLoader, ImageSet, split_halves
 from distributed import World, setup
 from engine import Precision, evaluate, train_one_epoch
+from figures import draw_curves, draw_genotype
 from genotypes import Genotype, describe, genotype_from_dict, genotype_to_dict, save_genotype
 from logger import Run
 from model_search import SearchConfig, Supernet
-from pictures import draw_curves, draw_genotype
 from session import Session, loader_settings, prepare_data
 from utils import InputError, run_main, seed_everything
 

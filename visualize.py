@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from figures import draw_curves, draw_genotype
 from genotypes import GENOTYPES, get_genotype
 from options import Parser
-from pictures import draw_curves, draw_genotype
 from utils import InputError, run_main
 
 

@@ -15,12 +15,12 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, PathPatc
 from matplotlib.transforms import Affine2D
 from reference_values import REFERENCE
 
-import pictures
 import visualize
 from architect import Architect
+from figures import curves as pictures
+from figures.curves import COLORS, LABELS, STATES, cell_figure, curve_figures, draw_curves, draw_genotype
 from genotypes import EDGES, GENOTYPES, PRIMITIVES, Genotype, genotype_from_dict, save_genotype
 from model_search import SearchConfig, Supernet
-from pictures import COLORS, LABELS, STATES, cell_figure, curve_figures, draw_curves, draw_genotype
 from stages import epoch_record as training_record
 from train_search import epoch_record as search_record
 from utils import InputError
