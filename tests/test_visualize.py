@@ -17,8 +17,10 @@ from reference_values import REFERENCE
 
 import visualize
 from architect import Architect
-from figures import curves as pictures
-from figures.curves import COLORS, LABELS, STATES, cell_figure, curve_figures, draw_curves, draw_genotype
+from figures import draw_curves, draw_genotype
+from figures.canvas import COLORS, GREY, LABELS, STATES
+from figures.cell import cell_figure
+from figures.curves import curve_figures
 from genotypes import EDGES, GENOTYPES, PRIMITIVES, Genotype, genotype_from_dict, save_genotype
 from model_search import SearchConfig, Supernet
 from stages import epoch_record as training_record
@@ -76,7 +78,7 @@ class Cell:
         self.states = [shape for shape in shapes if shape not in self.labels and shape not in self.badges]
         curves = [p for p in axes.patches if type(p) is PathPatch and p.get_edgecolor() != WHITE]
         arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
-        grey = to_rgba(pictures.GREY)
+        grey = to_rgba(GREY)
         self.curves = {curve: points(curve) for curve in curves}
         self.concat = {arrow: points(arrow) for arrow in arrows if arrow.get_edgecolor() == grey}
         self.arrows = {arrow: points(arrow) for arrow in arrows if arrow not in self.concat}
