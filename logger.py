@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from utils import InputError, write_atomically
+from utils import InputError, os_error_message, write_atomically
 
 RUNS = Path("runs")
 
@@ -109,15 +109,53 @@ def create_run(name: str, args: dict[str, Any]) -> Path:
     return folder
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The records of metrics.jsonl, without a last line that a crash cut short."""
-    records = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, each with its epoch, without a last line that a crash cut short.
+
+    Raises InputError: it cannot be read, or has a line that is no such record (which one).
+    """
+    path, records = folder / "metrics.jsonl", []
+    lines = _read(path).split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = _json_object(line, path, first_line=number)
+        except InputError:
+            if number == len(lines):  # what follows the last newline: nothing, or a line cut short
+                break
+            raise
+        if type(record.get("epoch")) is not int:
+            raise InputError(f"{path}, line {number}: field 'epoch' must be a whole number")
+        records.append(record)
     return records
+
+
+def read_args(folder: Path) -> dict[str, Any]:
+    """args.json: the flags of a run, its command and its commit. Raises InputError: which file and line."""
+    path = folder / "args.json"
+    return _json_object(_read(path), path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {os_error_message(error)}") from None
+
+
+def _json_object(content: bytes, path: Path, *, first_line: int = 1) -> dict[str, Any]:
+    """The object in `content`, which is the text of `path` from `first_line` on."""
+    try:
+        value = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        line = first_line + content.count(b"\n", 0, error.start)
+        raise InputError(f"{path}, line {line}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {first_line + error.lineno - 1}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}, line {first_line}: a number too long, or nested too deeply") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}, line {first_line}: not a JSON object")
+    return value
 
 
 def code_commit() -> str | None:

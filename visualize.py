@@ -29,7 +29,7 @@ def main() -> None:
         paths = draw_genotype(get_genotype(args.what), Path(args.out or "."), name=name)
     else:
         folder = Path(args.out or run)
-        has_genotype, has_metrics = ((run / name).is_file() for name in ("genotype.json", "metrics.jsonl"))
+        has_genotype, has_metrics = ((run / name).exists() for name in ("genotype.json", "metrics.jsonl"))
         if not has_genotype and not has_metrics:
             raise InputError(f"{run} is no run: it has neither genotype.json nor metrics.jsonl")
         genotype = get_genotype(str(run)) if has_genotype else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genotypes import Genotype
-from utils import InputError, write_atomically
+from utils import USERS_FAULT, InputError, os_error_message, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ DPI = 200
 
 
 def draw_genotype(genotype: Genotype, folder: Path, *, name: str = "genotype") -> list[Path]:
-    """Write {name}-normal.png and {name}-reduce.png into `folder`. Raises InputError where it cannot."""
+    """Write {name}-normal.png and {name}-reduce.png into `folder`. Raises as `_write`."""
     with _default_look():
         from figures.cell import cell_figure
 
@@ -30,7 +31,7 @@ def draw_curves(run: Path, *, folder: Path | None = None) -> list[Path]:
     """Write curves.png, and for a search arch-alpha.png and arch-beta.png, from run/metrics.jsonl into
     `folder`, by default the run's own.
 
-    Raises InputError: no metrics, malformed ones (which line and field), or pictures that cannot be written.
+    Raises InputError: no metrics, a damaged metrics.jsonl or args.json (line and field); and as `_write`.
     """
     with _default_look():
         from figures.curves import curve_figures
@@ -51,6 +52,7 @@ def _default_look() -> Iterator[None]:
 
 
 def _write(figures: dict[str, Figure], folder: Path) -> list[Path]:
+    """Raises InputError where one may not write in `folder`, OSError where one cannot (a full disk)."""
     paths = []
     for name, figure in figures.items():
         buffer, path = io.BytesIO(), Path(folder) / name
@@ -59,6 +61,8 @@ def _write(figures: dict[str, Figure], folder: Path) -> list[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, buffer.getvalue())
         except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from None
+            if error.errno not in USERS_FAULT | {errno.EEXIST}:  # EEXIST: the folder is a file
+                raise
+            raise InputError(f"cannot draw into {os_error_message(error)}") from None
         paths.append(path)
     return paths

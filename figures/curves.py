@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from figures.canvas import COLORS, GREY, INK, LABELS, PALE, STATES, TITLES, new_figure
 from genotypes import EDGES, NODES, PRIMITIVES, Genotype, genotype_from_dict
-from logger import read_metrics
+from logger import read_args, read_metrics
 from model_search import edge_weights
 from utils import InputError
 
@@ -32,12 +31,15 @@ SEARCH_SHAPES = {
 }
 """The metrics that the pictures are made of, and their shapes in the record of one epoch."""
 
+LARGEST = float(np.finfo(np.float32).max)
+"""Of a metric, which torch measured in single precision; no axis can show the largest doubles."""
+
 STATE_COLORS = ("#1f3f8f", "#e08e1b", "#2e8b57", "#c05fc9", "#d1495b")
 TRAIN, VALID = "#e08e1b", "#1f3f8f"
 
 
 def curve_figures(run: Path) -> dict[str, Figure]:
-    """The pictures of draw_curves by file name."""
+    """The pictures of draw_curves by file name. Raises InputError: which file, line and field is damaged."""
     columns, kept = _read_columns(run)
     if kept is None:
         return {"curves.png": _training_figure(columns)}
@@ -54,22 +56,17 @@ def _read_columns(run: Path) -> tuple[dict[str, np.ndarray], Genotype | None]:
 
     Raises InputError that names the line and the field.
     """
-    path = run / "metrics.jsonl"
-    try:
-        lines = path.read_text().splitlines()
-        records = read_metrics(run)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', 'not text')}") from None
-    if len(records) < len(lines) - 1:  # a crash cuts short only the last one
-        raise InputError(f"{path}, line {len(records) + 1}: not JSON")
+    path, records = run / "metrics.jsonl", read_metrics(run)
     if not records:
         raise InputError(f"{path} holds no epoch")
-    search = isinstance(records[0], dict) and "arch" in records[0]
+    search = "arch" in records[0]
     shapes = SEARCH_SHAPES if search else TRAINING_SHAPES
     columns: dict[str, list] = {name: [] for name in shapes}
     for number, record in enumerate(records, 1):
         where = f"{path}, line {number}"
-        flat = {**record, **record["arch"]} if search and _has_arch(record) else record
+        if search and not isinstance(record.get("arch"), dict):
+            raise InputError(f"{where}: field 'arch' must be an object with alpha and beta")
+        flat = {**record, **record["arch"]} if search else record
         for name, shape in shapes.items():
             columns[name].append(_numbers(flat, name, shape, where))
         if number > 1 and columns["epoch"][-1] <= columns["epoch"][-2]:
@@ -78,30 +75,31 @@ def _read_columns(run: Path) -> tuple[dict[str, np.ndarray], Genotype | None]:
     return arrays, genotype_from_dict(records[-1].get("genotype"), origin=where) if search else None
 
 
-def _has_arch(record: Any) -> bool:
-    return isinstance(record, dict) and isinstance(record.get("arch"), dict)
-
-
-def _numbers(record: Any, name: str, shape: tuple[int, ...], where: str) -> np.ndarray:
-    if not isinstance(record, dict) or name not in record:
+def _numbers(record: dict[str, Any], name: str, shape: tuple[int, ...], where: str) -> np.ndarray:
+    if name not in record:
         raise InputError(f"{where}: field {name!r} is missing")
     try:
-        values = np.asarray(record[name], dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
+        values = np.asarray(record[name])
+        values = values.astype(np.float64) if values.dtype.kind in "iuf" else None  # no text, no booleans
+    except ValueError:  # lists of different lengths
         values = None
-    if values is None or values.shape != shape or not np.isfinite(values).all():
+    if values is None or values.shape != shape or not (np.abs(values) <= LARGEST).all():
         wanted = f"{' x '.join(map(str, shape))} finite numbers" if shape else "a finite number"
         raise InputError(f"{where}: field {name!r} must be {wanted}")
     return values
 
 
 def _arch_start_epoch(run: Path) -> int | None:
-    """The first epoch with architecture steps, where the run's args.json tells it."""
-    try:
-        start = json.loads((run / "args.json").read_text())["arch_start_epoch"]
-    except (OSError, ValueError, KeyError, TypeError):  # the pictures do without
+    """The first epoch with architecture steps; None where the metrics stand alone, without an args.json.
+
+    Raises InputError that names the field.
+    """
+    if not (run / "args.json").exists():
         return None
-    return start if isinstance(start, int) else None
+    start = read_args(run).get("arch_start_epoch")
+    if type(start) is not int:
+        raise InputError(f"{run / 'args.json'}: field 'arch_start_epoch' must be a whole number")
+    return start
 
 
 def _style(axes: Axes, epochs: np.ndarray, *, title: str, unit: str = "", least: float = 0.0) -> None:
