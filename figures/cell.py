@@ -23,10 +23,10 @@ OUTPUT = 2 + NODES
 
 # Inches.
 PILL_WIDTH, PILL_HEIGHT, PILL_STEP = 1.3, 0.34, 0.48
-NODE_RADIUS, NODE_GAP, BADGE = 0.22, 0.26, 0.26
+NODE_RADIUS, NODE_GAP, BADGE, BADGE_RADIUS = 0.22, 0.26, 0.26, 0.125
 INPUT_SIZE, OUTPUT_WIDTH = (0.78, 0.5), 0.6
 ARROW = {"arrowstyle": "-|>,head_length=5,head_width=2.5", "mutation_scale": 1, "shrinkA": 0, "shrinkB": 0}
-LANE, MARGIN, TITLE, GAP, MIN_WIDTH = 0.3, 0.2, 0.4, 0.55, 8.0
+LANE, MARGIN, TITLE_HEIGHT, GAP, MIN_WIDTH = 0.3, 0.2, 0.4, 0.55, 8.0
 
 
 class Slot(NamedTuple):
@@ -49,7 +49,7 @@ def cell_figure(genotype: Genotype, kind: str) -> Figure:
     edges = _edges(genotype, kind)
     orders = _order(edges)
     into, out = _ports(edges, orders)
-    y = _heights(edges, orders, into, out)
+    y = _middles(edges, orders, into, out)
     height = max(y[slot] + _size(slot) / 2 for slot in y) + MARGIN
     figure = new_figure(width, height)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))  # data units are inches
@@ -151,7 +151,7 @@ def _size(slot: Slot) -> float:
     return PILL_STEP * 2 + 0.16 if 2 <= slot.number < OUTPUT else INPUT_SIZE[1] + 0.3
 
 
-def _heights(
+def _middles(
     edges: list[Edge], orders: list[tuple[Slot, ...]], into: list[float], out: list[float]
 ) -> dict[Slot, float]:
     """The middle of each slot, downwards: near the middle of what it is linked to, and apart in its layer."""
@@ -159,7 +159,7 @@ def _heights(
     for number, edge in enumerate(edges):
         for a, b in pairwise(edge.path):
             shift = (into[number] if b == edge.path[-1] else 0) - (out[number] if a == edge.path[0] else 0)
-            straight = (1, 3, 6)[a.is_lane + b.is_lane]  # bends in the middle of an edge disturb most
+            straight = (1, 3, 60)[a.is_lane + b.is_lane]  # bends in the middle of an edge disturb most
             wishes[a].append((b, shift, straight))
             wishes[b].append((a, -shift, straight))
     y = {slot: 0.0 for slot in wishes}
@@ -167,7 +167,7 @@ def _heights(
         wanted = [_weighted_mean(wishes[slot], y) if wishes[slot] else y[slot] for slot in order]
         y.update(zip(order, _keep_apart(wanted, [_size(slot) for slot in order]), strict=True))
     top = min(y[slot] - _size(slot) / 2 for slot in y)
-    return {slot: value - top + TITLE for slot, value in y.items()}
+    return {slot: value - top + TITLE_HEIGHT for slot, value in y.items()}
 
 
 def _weighted_mean(wishes: list[tuple[Slot, float, int]], y: dict[Slot, float]) -> float:
@@ -223,9 +223,8 @@ def _draw_edge(axes: Axes, edge: Edge, columns: list[tuple[float, float]], ys: l
     if edge.operation is None:
         axes.add_artist(FancyArrowPatch(path=curve, color=GREY, lw=1, zorder=1, **ARROW))
     else:
-        axes.add_artist(
-            PathPatch(curve, fc="none", ec="white", lw=4.5, zorder=1.9)
-        )  # a gap where it crosses others
+        gap = PathPatch(curve, fc="none", ec="white", lw=4.5, zorder=1.9)  # in the edges that it crosses
+        axes.add_artist(gap)
         axes.add_artist(PathPatch(curve, fc="none", ec=COLORS[edge.operation], lw=2, zorder=2))
 
 
@@ -261,9 +260,9 @@ def _draw_stride(axes: Axes, edge: Edge, left: float, y: float) -> None:
     """The mark of stride 2 before an operation on an input of the cell; before another, the edge goes on."""
     axes.plot([left, left + BADGE], [y, y], color=COLORS[edge.operation], lw=2, zorder=2)
     if edge.source < 2:
-        _draw_badge(axes, left + 0.125, y, COLORS[edge.operation])
+        _draw_badge(axes, left + BADGE_RADIUS, y, COLORS[edge.operation])
 
 
 def _draw_badge(axes: Axes, x: float, y: float, color: str) -> None:
-    axes.add_artist(Circle((x, y), 0.125, fc=color, ec="none", zorder=3))
+    axes.add_artist(Circle((x, y), BADGE_RADIUS, fc=color, ec="none", zorder=3))
     axes.text(x, y, "/2", fontsize=8, color="white", ha="center", va="center_baseline", zorder=4)

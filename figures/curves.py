@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -162,8 +163,13 @@ def _loss_and_accuracy(
         _legend(axes)
 
 
+def _figure(width: float, height: float) -> Figure:
+    """One for panels, with room for the title of each: `h_pad` is in inches."""
+    return new_figure(width, height, layout=ConstrainedLayoutEngine(h_pad=0.1))
+
+
 def _training_figure(columns: dict[str, np.ndarray]) -> Figure:
-    figure = new_figure(10, 3.9, layout="constrained")
+    figure = _figure(10, 3.9)
     panels = figure.subplots(1, 2)
     _loss_and_accuracy(panels, columns, ("train", "validation"))
     figure.supxlabel("epoch", fontsize=10, color=INK)
@@ -171,7 +177,7 @@ def _training_figure(columns: dict[str, np.ndarray]) -> Figure:
 
 
 def _search_figure(columns: dict[str, np.ndarray], start: int | None) -> Figure:
-    figure = new_figure(12, 7, layout="constrained")
+    figure = _figure(12, 7)
     panels, epochs = figure.subplots(2, 3), columns["epoch"]
     _loss_and_accuracy(panels[0, :2], columns, ("weight half", "arch. half"), start)
     for axes, name, title, unit, least in (
@@ -196,7 +202,7 @@ def _search_figure(columns: dict[str, np.ndarray], start: int | None) -> Figure:
 
 def _alpha_figure(columns: dict[str, np.ndarray], kept: Genotype) -> Figure:
     """softmax(alpha) of each edge: for each cell a row per node and a column per input state."""
-    figure, epochs = new_figure(11, 13, layout="constrained"), columns["epoch"]
+    figure, epochs = _figure(11, 13), columns["epoch"]
     softmax = {kind: torch.from_numpy(columns[f"alphas_{kind}"]).softmax(-1).numpy() for kind in TITLES}
     low, high = min(each.min() for each in softmax.values()), max(each.max() for each in softmax.values())
     margin = max(0.05 * (high - low), 0.01)
@@ -218,7 +224,14 @@ def _alpha_figure(columns: dict[str, np.ndarray], kept: Genotype) -> Figure:
     lines.append(Line2D([], [], color=GREY, lw=1, ls="--", label="all operations equal"))
     note = "bold and named: in the genotype\nshaded: edge not kept"
     figure.legend(
-        handles=lines, title=note, loc=(0.62, 0.855), ncols=2, fontsize=10, frameon=False, labelcolor=INK
+        handles=lines,
+        title=note,
+        alignment="left",
+        loc=(0.62, 0.855),
+        ncols=2,
+        fontsize=10,
+        frameon=False,
+        labelcolor=INK,
     )
     return figure
 
@@ -242,15 +255,14 @@ def _alpha_panel(axes: Axes, epochs: np.ndarray, values: np.ndarray, chosen: lis
 
 def _beta_figure(columns: dict[str, np.ndarray], kept: Genotype) -> Figure:
     """The weights of the edges into each node that has to choose: a row per cell, a column per node."""
-    figure, epochs = new_figure(11, 6.6, layout="constrained"), columns["epoch"]
+    figure, epochs = _figure(11, 6.6), columns["epoch"]
     weights = {
         kind: torch.stack([edge_weights(beta) for beta in torch.from_numpy(columns[f"betas_{kind}"])]).numpy()
         for kind in TITLES
     }
     starts = np.array([2 / (2 + node) for node, _ in EDGES])
-    reach = max(
-        0.01, *(1.08 * abs(each - starts).max() for each in weights.values())
-    )  # one scale in all panels
+    # one scale in all panels
+    reach = max(0.01, *(1.08 * abs(each - starts).max() for each in weights.values()))
     grid = figure.subplots(2, NODES - 1, sharex=True, sharey="col")
     for row, kind in zip(grid, TITLES, strict=True):
         for node, axes in enumerate(row, 1):
@@ -263,8 +275,11 @@ def _beta_figure(columns: dict[str, np.ndarray], kept: Genotype) -> Figure:
             unit = "edge weight" if node == 1 else ""
             _style(axes, epochs, title=f"{TITLES[kind]}, node {node}", unit=unit)
             axes.set_ylim(2 / (2 + node) - reach, 2 / (2 + node) + reach)
-    sources = zip(STATE_COLORS, ("$c_{k-2}$", "$c_{k-1}$", "node 0", "node 1", "node 2"), strict=True)
-    lines = [Line2D([], [], color=color, lw=2, label=f"from {name}") for color, name in sources]
+    sources = (*STATES[:2], *(f"node {node}" for node in range(NODES - 1)))
+    lines = [
+        Line2D([], [], color=color, lw=2, label=f"from {name}")
+        for color, name in zip(STATE_COLORS, sources, strict=True)
+    ]
     lines.append(Line2D([], [], color=INK, lw=2.4, label="edge kept"))
     lines.append(Line2D([], [], color=INK, lw=1.2, ls="--", label="edge not kept"))
     lines.append(Line2D([], [], color=GREY, lw=1, ls=":", label="start: 2 / inputs"))
