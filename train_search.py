@@ -29,9 +29,9 @@ from architect import Architect
 from data import SETS, Augmentation, Batch, BatchLoader, ImageSet, split_halves
 from distributed import World, setup
 from engine import evaluate, train_one_epoch
+from figures import draw_curves, draw_genotype
 from genotypes import Genotype, describe, genotype_from_dict, genotype_to_dict, save_genotype
 from model_search import SearchConfig, Supernet
-from pictures import draw_curves, draw_genotype
 from runs import Run
 from session import Session, loader_settings, prepare_data
 from utils import InputError, run_main, seed_everything
@@ -175,7 +175,7 @@ def epoch_record(architect: Architect, train: dict, valid: dict, *, before: dict
     path, edge = architect.regularizers()
     softmaxes = torch.cat([model.alphas_normal, model.alphas_reduce]).detach().softmax(1)
     entropy = torch.special.entr(softmaxes).sum(1).mean()
-    old = genotype_from_dict(before["genotype"]) if before else now
+    old = genotype_from_dict(before.get("genotype")) if before else now
     pairs = zip(old.normal + old.reduce, now.normal + now.reduce, strict=True)
     return {
         "train_loss": train["loss"],
@@ -222,7 +222,7 @@ def finish(session: Session, genotype: Genotype) -> None:
     try:
         for picture in [*draw_genotype(genotype, run.folder), *draw_curves(run.folder)]:
             run.log(f"picture {picture}")
-    except InputError as error:  # the search is done, with pictures or without
+    except (InputError, OSError) as error:  # the search is done, with pictures or without
         run.log(f"no pictures: {error}")
     run.log(f"genotype written to {run.folder / 'genotype.json'}; train it:")
     where = ["--set", args.set, "--data", args.data, "--image_size", str(args.image_size)]
