@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     world = setup(args.device, args.gpu)
     session = Session(args, script="train", name=stages.run_name, world=world)
     args, precision = session.args, session.precision
-    train_set, test_set, data = prepare_data(args, world, test=True)
+    train_set, test_set, data = prepare_data(session, test=True)
     train_loader, valid_loader, test_loader = make_loaders(args, train_set, test_set, data, world)
     training = stages.build(session, family="cifar", data=data, warmup=0)
     model, scheduler = training.model, training.scheduler

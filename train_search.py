@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     world = setup(args.device, args.gpu)
     session = Session(args, script="train_search", name=lambda args: f"search-{args.save}", world=world)
     args, precision = session.args, session.precision
-    train_set, _, data = prepare_data(args, world, test=False)
+    train_set, _, data = prepare_data(session, test=False)
     weight_loader, arch_loader, valid_loader = make_loaders(args, train_set, data, world)
 
     seed_everything(args.seed)
