@@ -23,9 +23,9 @@ from distributed import World, setup
 from engine import PRECISIONS, Precision, evaluate
 from genotypes import describe
 from logger import Run
-from lowering import lower
 from model import ModelConfig, Network
 from packed import PackedNetwork
+from packed.lowering import lower
 from stages import trained_network
 from utils import InputError, human, run_main
 

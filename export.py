@@ -12,8 +12,8 @@ from pathlib import Path
 
 import options
 from checkpoint import load_checkpoint, resolve_checkpoint
-from lowering import lower
 from packed import program_bytes
+from packed.lowering import lower
 from stages import trained_network
 from utils import InputError, run_main, write_atomically
 

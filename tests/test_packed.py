@@ -19,11 +19,10 @@ import checkpoint
 import data
 import export
 import infer
-import lowering
-import packed
 from genotypes import GENOTYPES
 from operations import BinaryUnit, FactorizedReduce
-from packed import PackedFileError, PackedNetwork, load, program_bytes, read_program
+from packed import PackedFileError, PackedNetwork, load, lowering, program_bytes, read_program
+from packed import program as packed
 from utils import InputError
 
 ROOT = Path(__file__).parent.parent

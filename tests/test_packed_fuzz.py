@@ -9,8 +9,7 @@ import pytest
 import torch
 from packed_programs import SEVEN, data_entry, network
 
-import lowering
-from packed import PackedFileError, PackedNetwork, program_bytes, read_program
+from packed import PackedFileError, PackedNetwork, lowering, program_bytes, read_program
 
 ODD_VALUES = (
     None,

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from binary_ops import BinaryConv2d
 from model import Cell, Network
 from operations import BinaryUnit, FactorizedReduce
-from packed import Program, Step, View
 from utils import InputError
+
+from .program import Program, Step, View
 
 
 def lower(model: Network, data: dict) -> Program:
