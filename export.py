@@ -3,7 +3,7 @@
     python export.py runs/eval-EXP-stage2-TIME             # its last checkpoint, to model.ebnas in the folder
     python export.py runs/eval-EXP-stage2-TIME/best.pt --output small.ebnas
 
-The file is read by packed.py, infer.py, benchmark.py infer and evaluate.py --packed.
+The file is read by packed/, infer.py, benchmark.py infer and evaluate.py --packed.
 """
 
 from __future__ import annotations

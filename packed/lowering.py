@@ -1,4 +1,4 @@
-"""From a trained W1A1 network to the flat program of units that packed.py runs."""
+"""From a trained W1A1 network to the flat program that packed networks run. Needs torch and model.py."""
 
 from __future__ import annotations
 

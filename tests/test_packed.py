@@ -21,8 +21,16 @@ import export
 import infer
 from genotypes import GENOTYPES
 from operations import BinaryUnit, FactorizedReduce
-from packed import PackedFileError, PackedNetwork, load, lowering, program_bytes, read_program
-from packed import program as packed
+from packed import (
+    KERNELS,
+    PackedFileError,
+    PackedNetwork,
+    kernel,
+    load,
+    lowering,
+    program_bytes,
+    read_program,
+)
 from utils import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +114,7 @@ def assert_only_rounding(model: nn.Module, net: PackedNetwork, image: torch.Tens
     pytest.fail("the logits differ, but no sign does")
 
 
-@pytest.mark.parametrize("kernel", [*packed.KERNELS, "torch"])
+@pytest.mark.parametrize("kernel", [*KERNELS, "torch"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_equal_the_float_form(name, kernel, models):
     if kernel != "torch":
@@ -247,7 +255,7 @@ def test_without_a_compiler(models, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    packed._library.cache_clear()
+    kernel.library.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="no C compiler") as warned:
             net = packed_form(models["deep"])
@@ -256,7 +264,7 @@ def test_without_a_compiler(models, monkeypatch, tmp_path):
         with pytest.raises(ValueError, match="cannot be built"):
             packed_form(models["deep"], kernel="c")
     finally:
-        packed._library.cache_clear()
+        kernel.library.cache_clear()
 
 
 USE = """
@@ -287,13 +295,13 @@ def test_two_processes_compile_at_once_and_need_no_torch(models, tmp_path):
 def test_a_damaged_cache_is_no_obstacle(models, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("EBNAS_CFLAGS", "-O0")
-    library = packed.compile_kernel(packed.cache_folder())
+    library = kernel.compile_kernel(kernel.cache_folder())
     library.write_bytes(library.read_bytes()[:5000])
-    packed._library.cache_clear()
+    kernel.library.cache_clear()
     try:
         assert packed_form(models["deep"])(np.zeros((1, 3, 16, 16), np.float32)).shape == (1, 10)
     finally:
-        packed._library.cache_clear()
+        kernel.library.cache_clear()
 
 
 @pytest.fixture
