@@ -14,12 +14,22 @@ needs the rest of the project.) EBNAS_KERNEL = avx512, avx2, c or torch forces a
 for the compiler.
 """
 
-from .kernel import KERNELS, available_kernels
+from .kernel import KERNELS, NoCompiler, available_kernels
 from .network import PackedNetwork, load
-from .program import PackedFileError, Program, Step, View, program_bytes, read_program, unpack_bits
+from .program import (
+    PackedFileError,
+    Program,
+    Step,
+    View,
+    parse_program,
+    program_bytes,
+    read_program,
+    unpack_bits,
+)
 
 __all__ = [
     "KERNELS",
+    "NoCompiler",
     "PackedFileError",
     "PackedNetwork",
     "Program",
@@ -27,6 +37,7 @@ __all__ = [
     "View",
     "available_kernels",
     "load",
+    "parse_program",
     "program_bytes",
     "read_program",
     "unpack_bits",

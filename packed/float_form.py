@@ -65,11 +65,12 @@ def run_step(step: Step, tensors: dict[str, Tensor], x: Tensor, residual: Tensor
         y = F.conv2d(x, tensors["weight"], tensors["bias"], step.stride, step.padding, 1, step.groups)
         return y.relu() if step.relu else y
     x = torch.where(x >= tensors["threshold"].view(-1, 1, 1), 1.0, -1.0)
-    borders = []
-    for size in (x.shape[3], x.shape[2]):
-        reach = (-(-size // step.stride) - 1) * step.stride + (step.kernel - 1) * step.dilation + 1
-        borders += [step.padding, reach - step.padding - size]
-    dot = F.conv2d(F.pad(x, borders), tensors["weight"], None, step.stride, 0, step.dilation, step.groups)
+    before, left_out = max(step.padding, 0), max(-step.padding, 0)  # a padding of -1 leaves out a pixel
+    after = max((step.kernel - 1) * step.dilation - step.padding, 0)
+    height, width = (-(-size // step.stride) for size in x.shape[2:])
+    x = F.pad(x, (before, after, before, after))[:, :, left_out:, left_out:]
+    dot = F.conv2d(x, tensors["weight"], None, step.stride, 0, step.dilation, step.groups)
+    dot = dot[:, :, :height, :width]
     scale, bias, slope = tensors["affine"].view(3, -1, 1, 1)
     y = dot * scale + bias
     y = y if residual is None else y + residual

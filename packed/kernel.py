@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,14 +22,10 @@ from .program import Program, Step, View
 
 KERNELS = ("c", "avx2", "avx512")  # the C file's paths, by number
 LARGEST_IMAGE = 1 << 24  # pixels
-LARGEST_ARENA = 1 << 31  # bytes of buffers for one image
+LARGEST_PLAN = 1 << 31  # bytes of buffers, scratch memory and constants, for one image at a time
 
 _SOURCE = Path(__file__).with_name("binary_cpu.c")
 _FLAGS = ("-O3", "-fno-trapping-math", "-shared", "-fPIC")
-
-
-class _Term(ctypes.Structure):
-    _fields_ = [("input", ctypes.c_int32), ("mask", ctypes.c_int32)]
 
 
 class _Unit(ctypes.Structure):
@@ -98,10 +95,7 @@ def _digest(content: bytes) -> str:
 def library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(compile_kernel(cache_folder())))
-    except (
-        OSError,
-        RuntimeError,
-    ):  # no place to keep it: build it for this process alone
+    except (OSError, RuntimeError):  # no place to keep it: build it for this process alone
         with tempfile.TemporaryDirectory() as folder:
             library = ctypes.CDLL(str(compile_kernel(Path(folder))))
     number, pointer = ctypes.c_int64, ctypes.c_void_p
@@ -119,17 +113,35 @@ def available_kernels() -> tuple[str, ...]:
     return KERNELS[: library().best_path() + 1]
 
 
+def _has_torch() -> bool:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def choose_kernel(wanted: str | None) -> str:
+    """The path to run: `wanted`, or $EBNAS_KERNEL, or the best; without a compiler `torch`, with a warning.
+
+    Raises ValueError where the one that is asked for is unknown or cannot run, and NoCompiler where there is
+    no PyTorch either.
+    """
     wanted = wanted or os.environ.get("EBNAS_KERNEL") or None
     if wanted not in (None, "torch", *KERNELS):
         raise ValueError(f"unknown kernel {wanted!r}; choose from {(*KERNELS, 'torch')}")
     if wanted == "torch":
+        if not _has_torch():
+            raise ValueError("the kernel 'torch' is PyTorch, which is not installed")
         return wanted
     try:
         available = available_kernels()
     except (NoCompiler, OSError) as error:
         if wanted is not None:
             raise ValueError(f"the kernel {wanted!r} cannot be built: {error}") from None
+        if not _has_torch():
+            needs = "a packed network needs a C compiler or PyTorch, which is not installed"
+            raise NoCompiler(f"{needs}: {error}") from None
         warnings.warn(f"packed networks run in float, slowly: {error}", RuntimeWarning, stacklevel=4)
         return "torch"
     if wanted is not None and wanted not in available:
@@ -141,36 +153,46 @@ def _padded(n: int) -> int:
     return -(-n // 64) * 64
 
 
-@functools.lru_cache(maxsize=256)
+class _Constants(NamedTuple):
+    """The constants of a step: what makes them, of what, and how many bytes they will have."""
+
+    make: Callable[..., dict[str, np.ndarray]]
+    arguments: tuple
+    bytes: int
+
+
 def _taps(kernel: int, stride: int, dilation: int, padding: int, channels: int, height: int, width: int):
     """The constants of a 1-bit convolution with `channels` channels a group on height x width pixels.
 
-    Returns (terms, masks, valid, slack): where in the byte planes of a group each byte of weights finds its
-    input, the mask planes (taps, plane), the number of weights inside the image (plane,), and how many bytes
-    outside of the planes a tap may touch.
+    term: where in the byte planes of a group each byte of weights finds its input, and in which mask plane;
+    masks (taps, plane); valid (plane,), the number of weights inside the image.
     """
     height_out, width_out = -(-height // stride), -(-width // stride)
-    plane, n_bytes = _padded(height_out * width_out), -(-channels // 8)
-    terms, masks, reach = [], np.zeros((kernel**2, plane), np.uint8), 0
+    pixels, plane = height_out * width_out, _padded(height_out * width_out)
+    terms, masks, valid = [], np.zeros((kernel**2, plane), np.uint8), np.zeros(plane, np.int16)
     for tap in range(kernel**2):
         dy, dx = (d * dilation - padding for d in divmod(tap, kernel))
         rows, columns = np.arange(height_out) * stride + dy, np.arange(width_out) * stride + dx
-        inside = np.outer((rows >= 0) & (rows < height), (columns >= 0) & (columns < width))
-        masks[tap, : inside.size] = np.where(inside, 255, 0).ravel()
-        shift = dy // stride * width_out + dx // stride
-        reach = max(reach, abs(shift))
-        phase = dy % stride * stride + dx % stride
-        for byte in range(n_bytes):
-            terms.append(_Term((byte * stride**2 + phase) * plane + shift, tap * plane))
-    valid = ((masks > 0).sum(0) * channels).astype(np.int16)
-    return (_Term * len(terms))(*terms), masks, valid, _padded(reach) + 64
+        inside = np.outer((rows >= 0) & (rows < height), (columns >= 0) & (columns < width)).ravel()
+        masks[tap, :pixels] = inside * np.uint8(255)
+        valid[:pixels] += inside * np.int16(channels)
+        phase, shift = dy % stride * stride + dx % stride, dy // stride * width_out + dx // stride
+        for byte in range(-(-channels // 8)):
+            terms.append(((byte * stride**2 + phase) * plane + shift, tap * plane))
+    return {"term": np.array(terms, np.int32), "masks": masks, "valid": valid}
 
 
-@functools.lru_cache(maxsize=64)
+def _slack(step: Step, width_out: int) -> int:
+    """How many bytes outside of its planes the taps of a 1-bit convolution may touch."""
+    ends = (-step.padding, (step.kernel - 1) * step.dilation - step.padding)
+    return _padded(max(abs(end // step.stride) for end in ends) * (width_out + 1)) + 64
+
+
 def _borders(kernel: int, padding: int, average: bool, height: int, width: int):
-    """The constants of a pool: whether a column of a window is inside (kernel, plane), 1 / pixels (plane,).
+    """The constants of a pool.
 
-    Inside is a factor of 1 or 0 for an average, a limit of +inf or -inf for a maximum.
+    weight (kernel, plane): whether a column of a window is inside, a factor of 1 or 0 for an average, a limit
+    of +inf or -inf for a maximum; scale (plane,): 1 / the window's pixels inside.
     """
     taps, plane = np.arange(kernel)[:, None] - padding, _padded(height * width)
     rows, columns = (((n := np.arange(size) + taps) >= 0) & (n < size) for size in (height, width))
@@ -178,9 +200,9 @@ def _borders(kernel: int, padding: int, average: bool, height: int, width: int):
     inside[:, : height * width] = np.tile(columns, height)
     if not average:
         inside = np.where(inside, np.float32(np.inf), np.float32(-np.inf))
-    share = np.ones(plane, np.float32)
-    share[: height * width] /= np.outer(rows.sum(0), columns.sum(0)).ravel()
-    return inside, share
+    scale = np.ones(plane, np.float32)
+    scale[: height * width] /= np.outer(rows.sum(0), columns.sum(0)).ravel()
+    return {"weight": inside, "scale": scale}
 
 
 class Plan:
@@ -191,16 +213,23 @@ class Plan:
         for channels, level in program.buffers:
             self.sizes.append((channels, -(-height // 2**level), -(-width // 2**level)))
         self.offsets, scratch = self._place(program)
-        if height * width > LARGEST_IMAGE or scratch * 4 > LARGEST_ARENA:
-            raise ValueError(f"images of {height} x {width} are too large for this network")
         self.units = (_Unit * len(program.steps))()
-        self._kept: list[Any] = [weights]  # the units point into these
-        needed = 0
+        floats, constants = [], []
         for unit, step, tensors in zip(self.units, program.steps, weights, strict=True):
             unit.scratch = scratch
-            needed = max(needed, self._fill(unit, step, tensors))
-        self.result = self.units[-1].target = scratch + _padded(needed)
+            needs = self._fill(unit, step, tensors)
+            floats.append(needs[0])
+            constants.append(needs[1])
+        self.result = self.units[-1].target = scratch + _padded(max(floats))
         self.floats = self.result + _padded(len(program.classes)) + 64
+        size = 4 * self.floats + sum(each.bytes for each in set(constants) if each)
+        if height * width > LARGEST_IMAGE or size > LARGEST_PLAN:
+            raise ValueError(f"images of {height} x {width} are too large for this network")
+
+        made = {each: each.make(*each.arguments) for each in set(constants) if each}
+        for unit, each in zip(self.units, constants, strict=True):
+            _point(unit, made[each] if each else {})
+        self._kept = weights, made  # the units point into these
 
     def _place(self, program: Program) -> tuple[list[int], int]:
         """Offsets of the buffers, two of which share memory if no step needs both; and the end of them."""
@@ -235,41 +264,45 @@ class Plan:
         _, height, width = self.sizes[view.buffer]
         return self.offsets[view.buffer] + view.first * _padded(height * width)
 
-    def _fill(self, unit: _Unit, step: Step, tensors: dict[str, np.ndarray]) -> int:
-        """Describe a step to the C file. Returns the floats of scratch memory that it needs."""
+    def _fill(self, unit: _Unit, step: Step, tensors: dict[str, np.ndarray]) -> tuple[int, _Constants | None]:
+        """Describe a step to the C file. Returns the floats of scratch memory and the constants it needs."""
         unit.op = _OPS.index(step.op)
         unit.source, unit.channels_in = self._address(step.source), step.source.channels
         _, unit.height_in, unit.width_in = self.sizes[step.source.buffer]
-        for name, tensor in tensors.items():
-            setattr(unit, name, tensor.ctypes.data)
+        _point(unit, tensors)
         if step.op == "linear":
             unit.channels_out = len(tensors["bias"])
-            return _padded(unit.channels_in)
+            return _padded(unit.channels_in), None
         unit.target, unit.channels_out = self._address(step.target), step.target.channels
         unit.residual = -1 if step.residual is None else self._address(step.residual)
         _, unit.height_out, unit.width_out = self.sizes[step.target.buffer]
         for name in ("groups", "kernel", "stride", "padding", "add"):
             setattr(unit, name, getattr(step, name))
         unit.flag = step.average or step.relu
+        size, plane = (unit.height_in, unit.width_in), _padded(unit.height_in * unit.width_in)
         if step.op == "pool":
-            borders = _borders(step.kernel, step.padding, step.average, unit.height_in, unit.width_in)
-            self._kept.append(borders)
-            unit.weight, unit.scale = (array.ctypes.data for array in borders)
-            return 3 * _padded(unit.height_in * unit.width_in) + 4 * (_padded(unit.width_in) + 64)
+            arguments = (step.kernel, step.padding, step.average, *size)
+            borders = _Constants(_borders, arguments, 4 * (step.kernel + 1) * plane)
+            return 3 * plane + 4 * (_padded(unit.width_in) + 64), borders
         channels = unit.channels_in // step.groups
         if step.op == "float":
             border = (step.kernel - 1) // step.stride
             height, width = unit.height_out + border, unit.width_out + border
             phases = _padded(channels * step.stride**2 * height * width) + 128
-            return phases + 4 * _padded(unit.height_out * width)
-        size = (step.kernel, step.stride, step.dilation, step.padding)
-        taps = _taps(*size, channels, unit.height_in, unit.width_in)
-        self._kept.append(taps)
-        terms, masks, valid, unit.slack = taps
-        unit.term, unit.terms = ctypes.addressof(terms), len(terms)
-        unit.masks, unit.valid = masks.ctypes.data, valid.ctypes.data
-        planes = step.groups * -(-channels // 8) * step.stride**2 * masks.shape[1]
-        return (planes + 2 * unit.slack + _padded(unit.height_in * unit.width_in)) // 4
+            return phases + 4 * _padded(unit.height_out * width), None
+        unit.slack = _slack(step, unit.width_out)
+        unit.terms = step.kernel**2 * -(-channels // 8)
+        plane_out = _padded(unit.height_out * unit.width_out)
+        arguments = (step.kernel, step.stride, step.dilation, step.padding, channels, *size)
+        taps = _Constants(_taps, arguments, (step.kernel**2 + 2) * plane_out + 8 * unit.terms)
+        planes = step.groups * -(-channels // 8) * step.stride**2 * plane_out
+        return (planes + 2 * unit.slack + plane) // 4, taps
+
+
+def _point(unit: _Unit, arrays: dict[str, np.ndarray]) -> None:
+    """Let the unit's pointers of these names point to the arrays."""
+    for name, array in arrays.items():
+        setattr(unit, name, array.ctypes.data)
 
 
 def kernel_weights(step: Step, path: int) -> dict[str, np.ndarray]:

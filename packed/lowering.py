@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from binary_ops import BinaryConv2d
+from images import evaluation_resize
 from model import Cell, Network
 from operations import BinaryUnit, FactorizedReduce
 from utils import InputError
@@ -32,7 +33,6 @@ def lower(model: Network, data: dict) -> Program:
     with torch.no_grad():
         lowering.network(model)
     size = data["image_size"]
-    resize = size * 256 // 224 if data["set"] == "imagenet" else size  # as data.py prepares test images
     return Program(
         buffers=tuple(lowering.buffers),
         steps=tuple(lowering.steps),
@@ -40,7 +40,7 @@ def lower(model: Network, data: dict) -> Program:
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         image_size=size,
-        resize=resize,
+        resize=evaluation_resize(size, imagenet=data["set"] == "imagenet"),
         config=config.to_dict(),
     )
 

@@ -7,12 +7,13 @@ import os
 import sys
 import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from .kernel import KERNELS, Plan, choose_kernel, kernel_weights, library
-from .program import Program, View, read_program
+from .program import LARGEST_PIXEL, Program, View, read_program
 
 
 class PackedNetwork:
@@ -48,7 +49,7 @@ class PackedNetwork:
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
     def __call__(self, images: Any) -> Any:
-        """Logits (n, classes) of finite float32 images (n, 3, h, w): an array, or a tensor for a tensor."""
+        """Logits (n, classes) of float32 images (n, 3, h, w): an array, or a tensor for a tensor."""
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(images, torch.Tensor):
             return torch.from_numpy(self(images.detach().cpu().numpy())).to(images.device)
@@ -59,22 +60,20 @@ class PackedNetwork:
             hint = ": see preprocess()" if images.dtype == np.uint8 else ""
             expected = f"expected float32 images (n, {channels}, h, w)"
             raise ValueError(f"{expected}, not {images.dtype} {images.shape}{hint}")
-        if not np.isfinite(images).all():
-            raise ValueError("images must be finite: there are NaN or infinite pixels")
+        if not (images.min(initial=0) >= -LARGEST_PIXEL and images.max(initial=0) <= LARGEST_PIXEL):
+            limit = f"images must be finite and within {LARGEST_PIXEL:g}"
+            raise ValueError(f"{limit}: there are NaN, infinite or larger pixels")
         if self.kernel == "torch":
             return self._float_form(images)
         plan, arenas = self._plan(*images.shape[2:])
         logits = np.empty((len(images), len(self.classes)), np.float32)
-        share = -(-len(images) // self.threads) or 1
-        parts = [slice(start, start + share) for start in range(0, len(images), share)]
-        jobs = [(plan, arenas, images[part], logits[part]) for part in parts]
-        threads = [threading.Thread(target=self._run, args=job) for job in jobs[1:]]
-        for thread in threads:
-            thread.start()
-        for job in jobs[:1]:
-            self._run(*job)
-        for thread in threads:
-            thread.join()
+        each = -(-len(images) // self.threads) or 1
+        parts = [slice(start, start + each) for start in range(0, len(images), each)]
+        with ThreadPoolExecutor(self.threads) as pool:  # starts a thread a job; the first part needs none
+            jobs = [pool.submit(self._run, plan, arenas, images[part], logits[part]) for part in parts[1:]]
+            self._run(plan, arenas, images[:each], logits[:each])
+            for job in jobs:
+                job.result()  # raises what it raised
         return logits
 
     def _plan(self, height: int, width: int) -> tuple[Plan, deque[np.ndarray]]:
