@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from distributed import World
-from logger import RUNS
 from utils import InputError, write_atomically
 
 FORMAT = "ebnas-checkpoint-1"
@@ -137,6 +136,8 @@ def load_checkpoint(path: str | Path, prefer: str = LAST) -> dict:
 
 def runs_newest_first(pattern: str) -> list[Path]:
     """The run folders whose name fits `pattern` and that hold a checkpoint, the newest checkpoint first."""
+    from logger import RUNS  # here, so that reading a checkpoint does not import it
+
     folders = [folder for folder in RUNS.glob(pattern) if (folder / LAST).is_file()]
     return sorted(folders, key=lambda folder: (folder / LAST).stat().st_mtime_ns, reverse=True)
 

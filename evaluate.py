@@ -23,10 +23,9 @@ from distributed import World, setup
 from engine import PRECISIONS, Precision, evaluate
 from genotypes import describe
 from logger import Run
-from model import ModelConfig, Network
+from model import ModelConfig, Network, trained_network
 from packed import PackedNetwork
 from packed.lowering import lower
-from stages import trained_network
 from utils import InputError, human, run_main
 
 

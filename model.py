@@ -231,3 +231,15 @@ class Network(nn.Module):
 def build_model(config: ModelConfig) -> Network:
     """The network of a configuration, freshly initialised from torch's global random state, on the CPU."""
     return Network(config)
+
+
+def trained_network(checkpoint: dict) -> Network:
+    """The network of a stage-1 or stage-2 checkpoint, rebuilt from it alone: on the CPU, evaluation mode.
+
+    Raises InputError on a search's checkpoint, which holds a supernet.
+    """
+    if checkpoint["kind"] == "search":
+        raise InputError("this is a search's checkpoint: train its genotype first, with train.py --arch")
+    model = build_model(ModelConfig.from_dict(checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from binary_ops import WEIGHT_BINARIZATIONS
-from engine import PRECISIONS
-from logger import Run
 from utils import InputError
+
+if TYPE_CHECKING:
+    from logger import Run
 
 RETIRED = {
     "momentum": "Adam is the optimiser, as in the original",
@@ -69,6 +71,8 @@ class Parser(argparse.ArgumentParser):
 
 def add_run_flags(parser: Parser, *, save: str, epochs: int, batch_size: int) -> None:
     """Flags of everything that trains."""
+    from engine import PRECISIONS  # here, so that export.py does not import it
+
     flag = parser.add_argument
     flag("--save", default=save, help="name of the run; its folder is runs/<kind>-<name>-<time>")
     flag("--note", default="", help="a note on this run, kept in its args.json")

@@ -132,18 +132,6 @@ def load_start(model: Network, path: Path) -> None:
     model.load_state_dict({name: ours[name] if name in kept else theirs[name] for name in ours})
 
 
-def trained_network(checkpoint: dict) -> Network:
-    """The network of a stage-1 or stage-2 checkpoint, rebuilt from it alone: on the CPU, evaluation mode.
-
-    Raises InputError on a search's checkpoint, which holds a supernet.
-    """
-    if checkpoint["kind"] == "search":
-        raise InputError("this is a search's checkpoint: train its genotype first, with train.py --arch")
-    model = build_model(ModelConfig.from_dict(checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()
-
-
 @dataclass
 class Training:
     """What a training script trains, and with what. `start` is the stage-1 checkpoint it began with."""
