@@ -48,7 +48,9 @@ def parser() -> Parser:
 
 def main() -> None:
     args = parser().parse_args()
-    warnings.showwarning = lambda message, *_: print(f"warning: {one_line(message)}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(
+        f"warning: {printable(one_line(message))}", file=sys.stderr
+    )
     if args.top < 1 or (args.threads is not None and args.threads < 1):
         raise InputError("--top and --threads must be at least 1")
     folders = [path for path in args.pictures if path.is_dir()]
