@@ -21,6 +21,7 @@ import checkpoint
 import data
 import export
 import infer
+from distributed import World
 from genotypes import GENOTYPES
 from images import central_square, read_rgb
 from model import ModelConfig, build_model
@@ -343,23 +344,16 @@ def test_a_damaged_cache_is_no_obstacle(models, monkeypatch, tmp_path):
 def run_folder(tmp_path, models) -> Path:
     """A run's folder with a stage-2 checkpoint."""
     model = models["deep"]
-    torch.save(
-        {
-            **dict.fromkeys(checkpoint.ENTRIES),
-            "format": checkpoint.FORMAT,
-            "kind": "stage2",
-            "config": model.config.to_dict(),
-            "data": data_entry(image_size=24),
-            "model": model.state_dict(),
-        },
-        tmp_path / checkpoint.LAST,
-    )
+    data = data_entry(image_size=24)
+    header = {"script": "train", "kind": "stage2", "args": {}, "config": model.config.to_dict(), "data": data}
+    world = World(torch.device("cpu"))
+    checkpoint.Checkpointer(tmp_path, header=header, model=model, stateful={}, world=world).save(epoch=1)
     return tmp_path
 
 
 def call(module, monkeypatch, *arguments) -> None:
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    module.main()
+    module.main(module.parser().parse_args())
 
 
 def test_export_script(run_folder, monkeypatch, models, capsys):
@@ -390,7 +384,7 @@ def test_export_reads_what_it_writes(run_folder, monkeypatch):
     saved = torch.load(run_folder / checkpoint.LAST)
     for field, value in (("std", [0.2, 1e-50, 0.2]), ("classes", ["one"]), ("mean", [float("nan")] * 3)):
         torch.save({**saved, "data": {**saved["data"], field: value}}, run_folder / checkpoint.LAST)
-        with pytest.raises(InputError, match="makes no packed network"):
+        with pytest.raises(InputError, match=r"makes no packed network|is damaged"):
             call(export, monkeypatch, run_folder)
     assert not (run_folder / "model.ebnas").exists()
 
@@ -473,7 +467,7 @@ def test_infer_script(run_folder, pictures, monkeypatch):
         (["model.ebnas", "empty"], "no pictures"),
         (["model.ebnas", "a.png", "pictures"], "one folder"),
         (["model.ebnas", "a.png", "--threads", "0"], "at least 1"),
-        (["model.ebnas", "a.png", "--top", "x"], "invalid int"),
+        (["model.ebnas", "a.png", "--top", "x"], "invalid whole_number"),
         (["model.ebnas", "a.png", "--output", "x.csv"], "CSV of a folder"),
         (["model.ebnas", "pictures", "--output", "model.ebnas"], "is what is read"),
         (["model.ebnas", "pictures", "--output", "pictures/test/one/a.png"], "is what is read"),
