@@ -1,5 +1,6 @@
 # make demo     search, stage 1, stage 2 and a result table on an embedded set of images, in minutes
-# make test     all tests
+# make test     all tests but those of test-sanitizers
+# make test-sanitizers  every path of the packed kernel, compiled with address and undefined-behaviour sanitizers
 # make lint     ruff
 # PYTHON=...    use the environment of that interpreter, instead of setting one up in .venv
 
@@ -14,10 +15,11 @@ endif
 SHAPES := --set shapes --image_size 16 --batch_size 100 --save demo --seed 0 --report_freq 50
 NETWORK := $(SHAPES) --init_channels 14 --layers 3 --learning_rate 3e-3 --drop_path_prob 0
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-sanitizers lint clean
 
-# networks this small gain little from a second thread, and lose much where other programs want the cores
-demo: export OMP_NUM_THREADS = 1
+# two threads, which sleep while they wait: spinning, they would stall where other programs want the cores
+demo: export OMP_NUM_THREADS = 2
+demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(SETUP)
 	$(PYTHON) train_search.py $(SHAPES) --epochs 3 --init_channels 8 --layers 3 --learning_rate 3e-3 --arch_learning_rate 1e-2
 	$(PYTHON) train.py $(NETWORK) --epochs 2 --arch "$$(ls -td runs/search-demo-* | head -n 1)"
@@ -29,6 +31,10 @@ demo: $(SETUP)
 test: export OMP_NUM_THREADS = 1
 test: $(SETUP)
 	$(PYTHON) -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
+
+test-sanitizers: export OMP_NUM_THREADS = 1
+test-sanitizers: $(SETUP)
+	$(PYTHON) -m pytest -q -m sanitizer tests
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .

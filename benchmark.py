@@ -48,6 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import options
 from architect import Architect, edge_regularizer, path_regularizer
 from binary_ops import WEIGHT_BINARIZATIONS
+from comparison.engines import RIVALS, Logits, float_network, make_runner
 from data import Augmentation, Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
 from engine import PRECISIONS, Precision
@@ -55,7 +56,6 @@ from genotypes import get_genotype
 from model import FAMILIES, ModelConfig, Network, build_model
 from model_search import SearchConfig, Supernet
 from packed import PackedNetwork, available_kernels, load
-from rivals import RIVALS, Logits, float_network, make_runner
 from utils import InputError, run_main
 
 PUBLISHED = {

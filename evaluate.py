@@ -28,9 +28,9 @@ from data import BatchLoader, Loader, imagenet_val_loader, load_set
 from distributed import World, setup
 from engine import Precision, choose_precision, evaluate
 from genotypes import describe
-from lowering import lower
 from model import ModelConfig, Network, trained_network
 from packed import PackedNetwork
+from packed.lowering import lower
 from utils import InputError, human, run_main
 
 

@@ -3,7 +3,7 @@
     python export.py runs/eval-EXP-stage2-TIME             # its last checkpoint, to model.ebnas in the folder
     python export.py runs/eval-EXP-stage2-TIME/best.pt --output small.ebnas
 
-The file is read by packed.py, infer.py, benchmark.py infer and evaluate.py --packed.
+The file is read by packed/, infer.py, benchmark.py infer and evaluate.py --packed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 
 import options
 from checkpoint import load_checkpoint, resolve_checkpoint
-from lowering import lower
 from model import trained_network
-from packed import program_bytes
-from utils import InputError, run_main, write_atomically
+from packed import PackedFileError, parse_program, program_bytes
+from packed.lowering import lower
+from utils import InputError, check_output, run_main, write_atomically
 
 
 def parser() -> options.Parser:
@@ -34,15 +34,15 @@ def parser() -> options.Parser:
 def main(args: argparse.Namespace) -> None:
     path = resolve_checkpoint(args.checkpoint)
     output = args.output or path.with_name("model.ebnas")
-    if output.is_dir():
-        raise InputError(f"{output} is a folder; --output is the file to write")
+    check_output(output, path)
     checkpoint = load_checkpoint(path)
     model = trained_network(checkpoint)
     content = program_bytes(lower(model, checkpoint["data"]))
     try:
-        write_atomically(output, content)
-    except OSError as error:
-        raise InputError(f"cannot write {output}: {error.strerror}") from None
+        parse_program(content)
+    except PackedFileError as error:  # weights so large that they overflow, no classes, a std of 0
+        raise InputError(f"{path} makes no packed network: {error}") from None
+    write_atomically(output, content)
     model.auxiliary_head = None  # of training only
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     print(f"{output}: {len(content):,} bytes, {weights / len(content):.1f} times fewer than float32 weights")

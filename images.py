@@ -8,6 +8,9 @@ import stat
 import numpy as np
 from PIL import Image, ImageOps
 
+LONGEST = 200
+"""How many times its shorter side the longer side of a picture may be."""
+
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:
     """An image file as a viewer shows it: uint8 (h, w, 3), RGB, upright, transparent parts over white.
@@ -34,7 +37,12 @@ def evaluation_resize(image_size: int, *, imagenet: bool) -> int:
 
 
 def resized_shape(height: int, width: int, shorter: int) -> tuple[int, int]:
-    """(height, width) with the shorter side made `shorter` pixels, the longer in proportion, rounded down."""
+    """(height, width) with the shorter side made `shorter` pixels, the longer in proportion, rounded down.
+
+    Raises ValueError on a picture so long that it would take gigabytes.
+    """
+    if max(height, width) > LONGEST * min(height, width):
+        raise ValueError(f"its sides are {height} and {width}; one is at most {LONGEST} times the other")
     longer = int(shorter * max(height, width) / min(height, width))
     return (shorter, longer) if height <= width else (longer, shorter)
 

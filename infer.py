@@ -10,92 +10,117 @@ cut out, as in training. What a folder holds and Pillow cannot read is left out 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # NumPy takes a while to import
+    from utils import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import csv
 import io
-import os
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from packed import PackedNetwork, load
+import options
+from images import central_square, read_rgb
+from packed import NoCompiler, PackedNetwork, load
+from utils import InputError, RunFailed, check_output, one_line, printable, run_main, write_atomically
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 BATCH = 64
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ValueErrors: one line. (options.py has its like, but needs PyTorch.)"""
-
-    def error(self, message: str):
-        raise ValueError(f"{message}; {self.prog} --help lists the flags")
-
-
-def make_parser() -> Parser:
-    parser = Parser(description="classify pictures with a packed network (see export.py)")
-    parser.add_argument("model", help="the .ebnas file")
+def parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    parser.add_argument("model", help="the .ebnas file (see export.py)")
     parser.add_argument("pictures", nargs="+", type=Path, help="pictures, or one folder of pictures")
-    parser.add_argument("--top", type=int, default=5, help="how many classes to print per picture")
+    parser.add_argument(
+        "--top", type=options.integer(1), default=5, help="how many classes to print per picture"
+    )
     parser.add_argument("--output", type=Path, help="the CSV of a folder; default: standard output")
-    parser.add_argument("--threads", type=int, help="pictures at once; default: all usable cores")
+    parser.add_argument(
+        "--threads", type=options.integer(1, 1024), help="pictures at once; default: all usable cores"
+    )
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.top < 1 or (args.threads is not None and args.threads < 1):
-        raise ValueError("--top and --threads must be at least 1")
+    warnings.showwarning = lambda message, *_: print(
+        f"warning: {printable(one_line(message))}", file=sys.stderr
+    )
     folders = [path for path in args.pictures if path.is_dir()]
     if folders and len(args.pictures) > 1:
-        raise ValueError("give pictures, or one folder")
+        raise InputError("give pictures, or one folder")
     if args.output and not folders:
-        raise ValueError("--output is for the CSV of a folder")
-    net = load(args.model, threads=args.threads)
-    top = min(args.top, len(net.classes))
+        raise InputError("--output is for the CSV of a folder")
+    paths = pictures_in(folders[0]) if folders else args.pictures
+    if args.output:
+        check_output(args.output, args.model, *paths)
+    net = load_network(args.model, args.threads)
     if folders:
-        write_csv(net, folders[0], args.output, top)
+        write_csv(net, folders[0], paths, args.output, top=args.top)
         return
-    for path, probabilities in classify(net, args.pictures):
-        if isinstance(probabilities, Exception):
-            raise ValueError(f"cannot read {path}: {_one_line(probabilities)}")
-        print(path)
-        for index in np.argsort(-probabilities, kind="stable")[:top]:
-            print(f"  {probabilities[index]:7.2%}  {net.classes[index]}")
+    for path, result in classify(net, paths):
+        if isinstance(result, Exception):
+            raise InputError(f"cannot read {path}: {one_line(result)}")
+        print(printable(str(path)))
+        for name, probability in likeliest(net, result, args.top):
+            print(f"  {probability:7.2%}  {name}")
 
 
-def write_csv(net: PackedNetwork, folder: Path, output: Path | None, top: int) -> None:
-    """One row per picture of the folder: file, then class and probability, `top` times."""
+def load_network(path: str, threads: int | None) -> PackedNetwork:
+    """The network of a file. Raises InputError; RunFailed where there is neither a compiler nor PyTorch."""
+    try:
+        net = load(path, threads=threads)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    except NoCompiler as error:
+        raise RunFailed(str(error)) from None
+    if (channels := len(net.program.mean)) != 3:
+        raise InputError(f"{path} is a network of images with {channels} channels; pictures have 3")
+    return net
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures in a folder and in those in it. Raises InputError: there are none."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
-        raise ValueError(f"no pictures in {folder} ({', '.join(sorted(SUFFIXES))})")
+        raise InputError(f"no pictures in {folder} ({', '.join(sorted(SUFFIXES))})")
+    return paths
+
+
+def write_csv(net: PackedNetwork, folder: Path, paths: list[Path], output: Path | None, *, top: int) -> None:
+    """One row per picture of the folder: file, then class and probability, `top` times."""
     text, unreadable = io.StringIO(), []
     table = csv.writer(text)
-    columns = (f"{what}{rank}" for rank in range(1, top + 1) for what in ("class", "probability"))
-    table.writerow(["file", *columns])
-    for path, probabilities in classify(net, paths):
-        if isinstance(probabilities, Exception):
-            unreadable.append(f"{path} ({_one_line(probabilities)})")
+    columns = range(1, min(top, len(net.classes)) + 1)
+    table.writerow(["file", *(f"{what}{rank}" for rank in columns for what in ("class", "probability"))])
+    for path, result in classify(net, paths):
+        if isinstance(result, Exception):
+            unreadable.append(f"{path} ({one_line(result)})")
             continue
-        row = [path.relative_to(folder)]
-        for index in np.argsort(-probabilities, kind="stable")[:top]:
-            row += [net.classes[index], f"{probabilities[index]:.4f}"]
+        row = [printable(str(path.relative_to(folder)))]
+        for name, probability in likeliest(net, result, top):
+            row += [name, f"{probability:.4f}"]
         table.writerow(row)
     if len(unreadable) == len(paths):
-        raise ValueError(f"none of the {len(paths)} pictures in {folder} can be read: {unreadable[0]}")
+        raise InputError(f"none of the {len(paths)} pictures in {folder} can be read: {unreadable[0]}")
     if output:
-        aside = output.with_name(f".{output.name}.{os.getpid()}")
-        try:
-            aside.write_text(text.getvalue(), newline="")
-            os.replace(aside, output)  # whole or not at all
-        finally:
-            aside.unlink(missing_ok=True)
+        write_atomically(output, text.getvalue().encode())
     else:
         sys.stdout.write(text.getvalue())
     if unreadable:
-        print(f"left out {len(unreadable)}: {', '.join(unreadable[:3])}", file=sys.stderr)
+        print(f"left out {len(unreadable)}: {printable(', '.join(unreadable[:3]))}", file=sys.stderr)
+
+
+def likeliest(net: PackedNetwork, row: np.ndarray, top: int) -> list[tuple[str, float]]:
+    """The `top` likeliest classes of a row of probabilities, named for a terminal, each with its own."""
+    return [(printable(net.classes[i]), float(row[i])) for i in np.argsort(-row, kind="stable")[:top]]
 
 
 def classify(net: PackedNetwork, paths: list[Path]) -> Iterator[tuple[Path, np.ndarray | Exception]]:
@@ -103,7 +128,9 @@ def classify(net: PackedNetwork, paths: list[Path]) -> Iterator[tuple[Path, np.n
 
     def read(path: Path) -> np.ndarray | Exception:
         try:
-            return read_picture(path, net.program.resize, net.image_size)
+            return central_square(read_rgb(path), resize=net.program.resize, size=net.image_size)
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's parsers raise many types
             return error
 
@@ -112,45 +139,20 @@ def classify(net: PackedNetwork, paths: list[Path]) -> Iterator[tuple[Path, np.n
             batch = paths[start : start + BATCH]
             pictures = list(pool.map(read, batch))
             readable = [picture for picture in pictures if isinstance(picture, np.ndarray)]
-            rows = iter(softmax(net(net.preprocess(np.stack(readable))))) if readable else iter(())
+            rows = iter(probabilities(net, np.stack(readable)) if readable else ())
             for path, picture in zip(batch, pictures, strict=True):
                 yield path, next(rows) if isinstance(picture, np.ndarray) else picture
 
 
-def read_picture(path: Path, resize: int, size: int) -> np.ndarray:
-    """uint8 (size, size, 3): the shorter side made `resize` pixels, bilinear, and the centre cut out."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
-        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    short, long = sorted(image.size)
-    other = resize * long // short
-    target = (resize, other) if image.width <= image.height else (other, resize)
-    if image.size != target:
-        image = image.resize(target, Image.Resampling.BILINEAR)
-    left, top = (round((extent - size) / 2) for extent in image.size)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """(n, classes) -> probabilities of the same shape."""
+def probabilities(net: PackedNetwork, pictures: np.ndarray) -> np.ndarray:
+    """uint8 (n, size, size, 3) -> (n, classes). Raises InputError: such images are too large."""
+    try:
+        logits = net(net.preprocess(pictures))
+    except ValueError as error:
+        raise InputError(str(error)) from None
     powers = np.exp(logits - logits.max(1, keepdims=True))
     return powers / powers.sum(1, keepdims=True)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 if __name__ == "__main__":
-    try:
-        main(make_parser().parse_args())
-    except (OSError, ValueError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main, parser)

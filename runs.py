@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from checkpoint import LAST, load_checkpoint, resolve_checkpoint
-from utils import InputError, one_line, printable, remove_asides, write_atomically
+from utils import InputError, os_error_message, printable, remove_asides, write_atomically
 
 RUNS = Path("runs")
 METRICS, ARGS, LOCK = "metrics.jsonl", "args.json", ".lock"
@@ -133,40 +133,53 @@ def create_run(name: str, args: dict[str, Any]) -> Path:
     return folder
 
 
-def read_args(folder: Path) -> dict[str, Any]:
-    """The flags, command and commit of a run. Raises InputError where args.json is missing or damaged."""
-    path = Path(folder) / ARGS
-    try:
-        args = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
-    if not isinstance(args, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return args
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, each with its epoch, without a last line that a crash cut short.
 
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The records of metrics.jsonl, without a last line that a crash cut short.
-
-    Raises InputError where the file cannot be read, or another line is not an object with its epoch.
+    Raises InputError: it cannot be read, or has a line that is no such record (which one).
     """
-    path = Path(folder) / METRICS
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
-    records = []
+    path, records = Path(folder) / METRICS, []
+    lines = _read(path).split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines):
+            record = _json_object(line, path, first_line=number)
+        except InputError:
+            if number == len(lines):  # what follows the last newline: nothing, or a line cut short
                 break
-            raise InputError(f"{path}, line {number} is not JSON") from None
-        if not isinstance(record, dict) or type(record.get("epoch")) is not int:
-            raise InputError(f"{path}, line {number} is not an object with its epoch")
+            raise
+        if type(record.get("epoch")) is not int:
+            raise InputError(f"{path}, line {number}: field 'epoch' must be a whole number")
         records.append(record)
     return records
+
+
+def read_args(folder: Path) -> dict[str, Any]:
+    """args.json: the flags of a run, its command and its commit. Raises InputError: which file and line."""
+    path = Path(folder) / ARGS
+    return _json_object(_read(path), path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {os_error_message(error)}") from None
+
+
+def _json_object(content: bytes, path: Path, *, first_line: int = 1) -> dict[str, Any]:
+    """The object in `content`, which is the text of `path` from `first_line` on."""
+    try:
+        value = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        line = first_line + content.count(b"\n", 0, error.start)
+        raise InputError(f"{path}, line {line}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {first_line + error.lineno - 1}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}, line {first_line}: a number too long, or nested too deeply") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}, line {first_line}: not a JSON object")
+    return value
 
 
 def code_commit() -> str | None:

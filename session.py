@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import options
@@ -135,7 +136,7 @@ class Session:
         )
         with self.stop:
             try:
-                self._begin(model, header["data"])
+                self._begin(model)
                 yield run
             except Interrupted:
                 run.log(f"stopped at epoch {self.position.epoch}, step {self.position.step}; to go on:")
@@ -153,7 +154,7 @@ class Session:
         if self.stop.received:
             sys.exit(128 + self.stop.received)
 
-    def _begin(self, model: torch.nn.Module, data: dict[str, Any]) -> None:
+    def _begin(self, model: torch.nn.Module) -> None:
         """Write the first checkpoint, or put back the one to go on from."""
         run = self.run
         if self.checkpoint is None:
@@ -162,7 +163,7 @@ class Session:
             if self.args.resume or restarted():
                 run.log("nothing to resume: a new run")
         else:
-            self._check_unchanged(data)
+            self._check_unchanged()
             self.checkpoints.restore(self.checkpoint)
             run.rewind(self.position.epoch)
             run.log(f"resumed {self.folder} at epoch {self.position.epoch}, step {self.position.step}")
@@ -189,13 +190,24 @@ class Session:
             )
         return error
 
-    def _check_unchanged(self, data: dict[str, Any]) -> None:
-        """Raise InputError where the images are others, or the run has moved on before it was locked."""
+    def own_images(self, data: dict[str, Any]) -> dict[str, Any]:
+        """`data` (see `describe_data`), for a resumed run with its own statistics, whose last bits depend on
+        the processor. Raises InputError where it was run on other images."""
+        if self.checkpoint is None:
+            return data
+        saved = self.checkpoint["data"]
         for entry in ("set", "image_size", "classes", "mean", "std"):
-            if data[entry] != self.checkpoint["data"][entry]:
+            same = data[entry] == saved[entry]
+            if not same and not (
+                entry in ("mean", "std") and np.allclose(data[entry], saved[entry], rtol=1e-5)
+            ):
                 raise InputError(
                     f"{self.folder} was run on other images: their {entry} differs; give its --data"
                 )
+        return {**data, "mean": saved["mean"], "std": saved["std"]}
+
+    def _check_unchanged(self) -> None:
+        """Raise InputError where the run has moved on before it was locked."""
         current = load_checkpoint(self.folder)
         if any(current[entry] != self.checkpoint[entry] for entry in ("epoch", "step", "finished")):
             raise InputError(
@@ -288,14 +300,14 @@ class Session:
             self.stop.held = False
 
 
-def prepare_data(
-    args: argparse.Namespace, world: World, *, test: bool
-) -> tuple[ImageSet, ImageSet | None, dict[str, Any]]:
+def prepare_data(session: Session, *, test: bool) -> tuple[ImageSet, ImageSet | None, dict[str, Any]]:
     """Training and, if asked for, test images of the set that the flags name, on the device; and what a
     checkpoint keeps of them.
 
-    The first process of a machine downloads before the others look. Raises InputError as load_set does.
+    The first process of a machine downloads before the others look. Raises InputError as load_set does, and
+    where a resumed run had other images.
     """
+    args, world = session.args, session.world
     with world.in_turn("reading the data"):
         train, held_out = (
             load_set(args.set, args.data, train=part, image_size=args.image_size, workers=args.workers)
@@ -304,7 +316,9 @@ def prepare_data(
             for part in (True, False)
         )
     statistics = channel_statistics(args.set, train)
-    description = describe_data(args.set, args.data, args.image_size, train.classes, statistics)
+    description = session.own_images(
+        describe_data(args.set, args.data, args.image_size, train.classes, statistics)
+    )
     return train.to(world.device), held_out.to(world.device) if test else None, description
 
 

@@ -15,9 +15,9 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from checkpoint import load_checkpoint, network_config, resolve_checkpoint
+from figures import draw_curves
 from genotypes import get_genotype
 from model import ModelConfig, Network, build_model
-from pictures import draw_curves
 from runs import Run, newest_checkpoint, read_args, read_metrics
 from session import Session
 from utils import InputError, human, one_line, seed_everything
@@ -247,7 +247,7 @@ def finish(session: Session, *, held_out: str) -> None:
         for picture in draw_curves(run.folder):
             run.log(f"picture {picture}")
         command = read_args(run.folder)["command"]  # not the one that resumed it
-    except (InputError, LookupError) as error:  # damaged files; the run is done all the same
+    except (InputError, LookupError, OSError) as error:  # the run is done all the same
         run.log(f"cannot look back on the run: {one_line(error)}")
     run.log(f"best epoch {best['epoch']}: {held_out} top-1 {best['score']:.2f} %, {note}")
     if session.args.binary:

@@ -22,7 +22,7 @@ import options
 import stages
 from checkpoint import BEST, load_checkpoint
 from data import SETS, Augmentation, BatchLoader, holdout_split
-from distributed import World, setup
+from distributed import setup
 from engine import evaluate, train_one_epoch
 from model import trained_network
 from session import Session, loader_settings, prepare_data
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     world = setup(args.device, args.gpu)
     session = Session(args, parser=parser(), script="train", name=stages.run_name, world=world)
     args, precision = session.args, session.precision
-    train_loader, valid_loader, test_loader, data = make_loaders(args, world)
+    train_loader, valid_loader, test_loader, data = make_loaders(session)
     training = stages.build(session, family="cifar", data=data, warmup=0)
     model, scheduler = training.model, training.scheduler
 
@@ -106,12 +106,11 @@ def main(args: argparse.Namespace) -> None:
         stages.finish(session, held_out="held-out" if args.holdout else "test")
 
 
-def make_loaders(
-    args: argparse.Namespace, world: World
-) -> tuple[BatchLoader, BatchLoader, BatchLoader, dict[str, Any]]:
+def make_loaders(session: Session) -> tuple[BatchLoader, BatchLoader, BatchLoader, dict[str, Any]]:
     """For training, for choosing an epoch (held-out training images, or the test set), and for testing; and
     what a checkpoint keeps of the images."""
-    train_set, test_set, data = prepare_data(args, world, test=True)
+    args, world = session.args, session.world
+    train_set, test_set, data = prepare_data(session, test=True)
     augmentation = Augmentation(
         crop_padding=data["image_size"] // 8,
         flip=True,

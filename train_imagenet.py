@@ -64,7 +64,9 @@ def main(args: argparse.Namespace) -> None:
         rank=world.rank,
         world_size=world.size,
     )
-    data = describe_data("imagenet", args.tmp_data_dir, args.image_size, classes, STATISTICS["imagenet"])
+    data = session.own_images(
+        describe_data("imagenet", args.tmp_data_dir, args.image_size, classes, STATISTICS["imagenet"])
+    )
     warmup = args.warmup_epochs if args.batch_size > 256 else 0
     training = stages.build(session, family="imagenet", data=data, warmup=warmup)
     model, scheduler = training.model, training.scheduler

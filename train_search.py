@@ -28,11 +28,11 @@ from torch import nn
 import options
 from architect import Architect
 from data import SETS, Augmentation, Batch, BatchLoader, split_halves
-from distributed import World, setup
+from distributed import setup
 from engine import evaluate, train_one_epoch
+from figures import draw_curves, draw_genotype
 from genotypes import Genotype, describe, genotype_from_dict, genotype_to_dict, save_genotype
 from model_search import SearchConfig, Supernet
-from pictures import draw_curves, draw_genotype
 from runs import Run
 from session import Session, loader_settings, prepare_data
 from utils import InputError, run_main, seed_everything
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
         args, parser=parser(), script="train_search", name=lambda args: f"search-{args.save}", world=world
     )
     args, precision = session.args, session.precision
-    weight_loader, arch_loader, valid_loader, data = make_loaders(args, world)
+    weight_loader, arch_loader, valid_loader, data = make_loaders(session)
 
     seed_everything(args.seed)
     config = SearchConfig(args.init_channels, args.layers, len(data["classes"]))
@@ -141,12 +141,11 @@ def main(args: argparse.Namespace) -> None:
         finish(session, model.genotype())
 
 
-def make_loaders(
-    args: argparse.Namespace, world: World
-) -> tuple[BatchLoader, BatchLoader, BatchLoader, dict[str, Any]]:
+def make_loaders(session: Session) -> tuple[BatchLoader, BatchLoader, BatchLoader, dict[str, Any]]:
     """The halves of the training set: the weights' and, in its own order, the architecture's, both augmented,
     and the architecture's again as it is, for evaluation; and what a checkpoint keeps of the images."""
-    train_set, _, data = prepare_data(args, world, test=False)
+    args, world = session.args, session.world
+    train_set, _, data = prepare_data(session, test=False)
     halves = split_halves(len(train_set), args.train_portion, args.seed)
     weight_half, arch_half = (train_set.subset(indices.to(world.device)) for indices in halves)
     augmentation = Augmentation(
@@ -179,7 +178,7 @@ def epoch_record(architect: Architect, train: dict, valid: dict, *, before: dict
     path, edge = architect.regularizers()
     softmaxes = torch.cat([model.alphas_normal, model.alphas_reduce]).detach().softmax(1)
     entropy = torch.special.entr(softmaxes).sum(1).mean()
-    old = genotype_from_dict(before["genotype"]) if before else now
+    old = genotype_from_dict(before.get("genotype")) if before else now
     pairs = zip(old.normal + old.reduce, now.normal + now.reduce, strict=True)
     return {
         "train_loss": train["loss"],
@@ -226,7 +225,7 @@ def finish(session: Session, genotype: Genotype) -> None:
     try:
         for picture in [*draw_genotype(genotype, run.folder), *draw_curves(run.folder)]:
             run.log(f"picture {picture}")
-    except InputError as error:  # the search is done, with pictures or without
+    except (InputError, OSError) as error:  # the search is done, with pictures or without
         run.log(f"no pictures: {error}")
     run.log(f"genotype written to {run.folder / 'genotype.json'}; train it:")
     where = ["--set", args.set, "--data", args.data, "--image_size", str(args.image_size)]

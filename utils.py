@@ -58,7 +58,7 @@ def run_main(main: Callable[[Any], None], parser: Callable[[], Any]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _end("there is not enough memory; a smaller --batch_size or network needs less", 1)
+        _end("there is not enough memory; smaller batches, images or networks need less", 1)
 
 
 def end_on_interrupt() -> None:

@@ -16,9 +16,9 @@ if __name__ == "__main__":  # torch takes seconds to import
 import argparse
 from pathlib import Path
 
+from figures import draw_curves, draw_genotype
 from genotypes import GENOTYPES, get_genotype
 from options import Parser
-from pictures import draw_curves, draw_genotype
 from utils import InputError, run_main
 
 
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
         paths = draw_genotype(get_genotype(args.what), Path(args.out or "."), name=name)
     else:
         folder = Path(args.out or run)
-        has_genotype, has_metrics = ((run / name).is_file() for name in ("genotype.json", "metrics.jsonl"))
+        has_genotype, has_metrics = ((run / name).exists() for name in ("genotype.json", "metrics.jsonl"))
         if not has_genotype and not has_metrics:
             raise InputError(f"{run} is no run: it has neither genotype.json nor metrics.jsonl")
         genotype = get_genotype(str(run)) if has_genotype else None

@@ -31,7 +31,7 @@ CASES = {
 @pytest.mark.parametrize(("flags", "names"), CASES.items())
 def test_table_and_json(flags, names, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags.split()])
-    benchmark.main()
+    benchmark.main(benchmark.parser().parse_args())
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]

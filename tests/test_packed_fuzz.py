@@ -1,16 +1,32 @@
 """Damaged and hostile packed files: a PackedFileError, or a network that runs; never a crash."""
 
+import dataclasses
 import json
+import os
 import random
+import tracemalloc
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from packed_programs import SEVEN, data_entry, network
+from packed_programs import SEVEN, data_entry, network, random_program, skip_without
 
-import lowering
-from packed import PackedFileError, PackedNetwork, program_bytes, read_program
+from packed import (
+    KERNELS,
+    PackedFileError,
+    PackedNetwork,
+    Step,
+    View,
+    load,
+    lowering,
+    parse_program,
+    program_bytes,
+    read_program,
+)
+from packed.float_form import FloatForm, run_step
+from packed.program import sealed
 
 ODD_VALUES = (
     None,
@@ -43,17 +59,15 @@ def content() -> bytes:
 
 
 @pytest.fixture
-def attempt(tmp_path):
-    """Writes a file, loads it and, if it is accepted, runs it. Returns whether it was accepted."""
-    path = tmp_path / "model.ebnas"
+def attempt():
+    """Reads the content of a file and, if it is accepted, runs it. Returns whether it was accepted."""
     images = np.random.default_rng(0).standard_normal((1, 3, 9, 8), np.float32)
 
     def attempt(content: bytes) -> bool:
-        path.write_bytes(content)
         try:
-            program = read_program(path)
+            program = parse_program(content)
         except PackedFileError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
+            assert "\n" not in str(error) and len(str(error)) < 300
             return False
         if program.buffers[0][0] == 3:
             PackedNetwork(program, threads=1)(images)
@@ -70,9 +84,20 @@ def split(content: bytes) -> tuple[dict, dict, bytes]:
 
 
 def join(header: dict, network: object, data: bytes) -> bytes:
-    header = {**header, "__metadata__": {"network": json.dumps(network)}}
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
+    """The opposite of `split`, with the right checksum: it hides nothing of what else is wrong."""
+    if isinstance(network, dict):  # the format and the checksum come first
+        network = {**{key: network[key] for key in ("format", "sha256") if key in network}, **network}
+    network = json.dumps(network, separators=(",", ":"))
+    text = json.dumps({**header, "__metadata__": {"network": network}}).encode()
+    return resealed(len(text).to_bytes(8, "little") + text + data)
+
+
+def resealed(content: bytes) -> bytes:
+    """With the right checksum, where there is still one."""
+    try:
+        return sealed(content)
+    except ValueError:
+        return content
 
 
 def test_the_file_itself_is_accepted(content, attempt):
@@ -99,7 +124,7 @@ def test_damaged_bytes(content, attempt):
                 damaged[place] = rng.choice(b'\x00\xff0123456789-"{}[],:x')
             else:
                 del damaged[place : place + rng.randrange(1, 9)]
-        attempt(bytes(damaged))
+        attempt(resealed(bytes(damaged)))
 
 
 def fields_of(node: object, path: tuple = ()) -> list[tuple]:
@@ -208,3 +233,165 @@ def test_deep_nesting(content, attempt):
     nested = {**header, "__metadata__": {"network": "[" * 100_000}}
     text = json.dumps(nested).encode()
     assert not attempt(len(text).to_bytes(8, "little") + text + data)
+
+
+def steps_of(net: PackedNetwork, image: np.ndarray):
+    """Each step, its result, and what the float form makes of the same inputs, all (channels, h, w).
+
+    A step at a time: a sign that rounding takes across a threshold would make all that follows differ.
+    """
+    buffers = {0: torch.from_numpy(image)[None]}
+    results, weights = net.trace(image), FloatForm(net.program).weights
+    for step, result, tensors in zip(net.program.steps, results, weights, strict=True):
+        inputs = [
+            buffers[view.buffer][:, view.slice] if view else None for view in (step.source, step.residual)
+        ]
+        expected = run_step(step, tensors, *inputs).reshape(1, *result.shape)
+        if step.target is not None:
+            shape = (1, net.program.buffers[step.target.buffer][0], *result.shape[1:])
+            target = buffers.setdefault(step.target.buffer, torch.zeros(shape))[:, step.target.slice]
+            if step.add:
+                expected = expected + target
+            target[:] = torch.from_numpy(result)
+        yield step, result, expected[0].numpy()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_random_programs(kernel):
+    """The float form runs all that is accepted, and the kernel computes the same in every step."""
+    skip_without(kernel)
+    for seed in range(150):
+        rng = np.random.default_rng([KERNELS.index(kernel), seed])
+        program = parse_program(program_bytes(random_program(rng)))
+        image = rng.standard_normal((3, *rng.integers(1, 20, 2)), np.float32)
+        for step, result, expected in steps_of(PackedNetwork(program, kernel=kernel, threads=1), image):
+            close = {"rtol": 1e-4, "atol": 1e-5 * (1 + np.abs(expected).max())}
+            np.testing.assert_allclose(result, expected, **close, err_msg=f"seed {seed}: {step}")
+        logits = PackedNetwork(program, kernel="torch")(image[None])
+        assert logits.shape == (1, len(program.classes)) and np.isfinite(logits).all()
+
+
+def test_every_bit_counts():
+    """A file of a few kilobytes with any one bit flipped, in the header or in a tensor, is refused."""
+    content = program_bytes(random_program(np.random.default_rng(8)))
+    assert len(content) < 8000
+    program = parse_program(content)
+    assert {step.op for step in program.steps} == {"binary", "float", "pool", "linear"}
+    damaged = bytearray(content)
+    for place in range(8 * len(content)):
+        damaged[place // 8] ^= 1 << place % 8
+        with pytest.raises(PackedFileError):
+            parse_program(bytes(damaged))
+        damaged[place // 8] ^= 1 << place % 8
+
+
+def test_numbers_that_overflow(content, attempt):
+    """No weights are accepted with which finite images could give an infinite value."""
+    header, network, data = split(content)
+    for name, entry in header.items():
+        if entry.get("dtype") == "F32" and not name.endswith("threshold"):
+            begin, end = entry["data_offsets"]
+            large = np.full((end - begin) // 4, 3.4e38, np.float32).tobytes()
+            assert not attempt(join(header, network, data[:begin] + large + data[end:])), name
+    for field, value in (("mean", 1e39), ("mean", 1e7), ("mean", 10**400), ("std", 1e-50), ("std", 0)):
+        assert not attempt(join(header, {**network, field: [value, 0.5, 0.5]}, data)), (field, value)
+
+
+def test_a_chain_that_overflows():
+    """Each step is harmless, their product is not."""
+    large = {"weight": np.full((3, 3, 1, 1), 1e5, np.float32), "bias": np.zeros(3, np.float32)}
+    classifier = {"weight": np.ones((1, 3), np.float32), "bias": np.zeros(1, np.float32)}
+
+    def chain(length: int) -> bytes:
+        steps = [Step("float", View(i, 0, 3), View(i + 1, 0, 3), large) for i in range(length)]
+        last = Step("linear", View(length, 0, 3), None, classifier)
+        program = random_program(np.random.default_rng(0))
+        return program_bytes(
+            dataclasses.replace(
+                program, buffers=((3, 0),) * (length + 1), steps=(*steps, last), classes=("a",)
+            )
+        )
+
+    net = PackedNetwork(parse_program(chain(4)))
+    assert np.isfinite(net(np.full((1, 3, 5, 5), 1e6, np.float32))).all()
+    with pytest.raises(PackedFileError, match="overflow"):
+        parse_program(chain(5))
+
+
+def test_no_classes(content, attempt):
+    header, network, data = split(content)
+    last = len(network["steps"]) - 1
+    weight, bias = header[f"{last}.weight"], header[f"{last}.bias"]
+    kept = sorted((entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__")
+    kept = [(offsets, name) for offsets, name in kept if not name.startswith(f"{last}.")]
+    header, parts, end = {}, [], 0
+    for (begin, stop), name in kept:
+        header[name] = {**split(content)[0][name], "data_offsets": [end, end + stop - begin]}
+        parts.append(data[begin:stop])
+        end += stop - begin
+    header[f"{last}.weight"] = {**weight, "shape": [0, weight["shape"][1]], "data_offsets": [end, end]}
+    header[f"{last}.bias"] = {**bias, "shape": [0], "data_offsets": [end, end]}
+    assert not attempt(join(header, {**network, "classes": []}, b"".join(parts)))
+
+
+def test_format_1():
+    """A file that the first version wrote: a warning, and the same logits. Format 2 is never taken for it."""
+    path = Path(__file__).parent / "reference" / "packed_format_1.ebnas"
+    expected = np.load(path.with_suffix(".npz"))
+    with pytest.warns(RuntimeWarning, match="of format 1"):
+        net = load(path)
+    images = expected["images"].astype(np.float32) / 4
+    np.testing.assert_allclose(net(images), expected["logits"], rtol=1e-5, atol=1e-6)
+    again = program_bytes(net.program)
+    assert program_bytes(parse_program(again)) == again
+    with pytest.raises(PackedFileError, match="sha256"):
+        parse_program(again.replace(b"network 2", b"network 1"))
+
+
+def test_not_a_packed_file(tmp_path):
+    path = tmp_path / "model.ebnas"
+    for content in (b"", b"12345678", b"\x00" * 100, b"\xff" * 100):
+        path.write_bytes(content)
+        with pytest.raises(PackedFileError, match=r"model\.ebnas is not a packed network"):
+            read_program(path)
+    pipe = tmp_path / "pipe.ebnas"
+    os.mkfifo(pipe)
+    for odd in (pipe, tmp_path, "/dev/zero"):
+        with pytest.raises(PackedFileError, match="is not a regular file"):
+            read_program(odd)
+    with pytest.raises(FileNotFoundError):
+        read_program(tmp_path / "absent")
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(PackedFileError, match="has 1099511627776 bytes"):
+        read_program(path)
+
+
+def test_memory_is_counted_before_it_is_taken():
+    """Masks of many large convolutions, which a file of kilobytes asks for: refused, and none is made."""
+    rng = np.random.default_rng(0)
+    bits = {"threshold": np.zeros(1, np.float32), "bits": np.zeros((1, 49, 1), np.uint8)}
+    bits["affine"] = rng.standard_normal((3, 1), np.float32)
+    shapes = [{"kernel": 7, "padding": p, "dilation": d} for p in range(12) for d in range(1, 5)]
+    steps = [Step("binary", View(0, 0, 1), View(1, 0, 1), bits, **shape) for shape in shapes]
+    classifier = {"weight": np.ones((1, 1), np.float32), "bias": np.zeros(1, np.float32)}
+    program = dataclasses.replace(
+        random_program(rng),
+        buffers=((1, 0), (1, 0)),
+        steps=(*steps, Step("linear", View(1, 0, 1), None, classifier)),
+        classes=("a",),
+        mean=(0.0,),
+        std=(1.0,),
+    )
+    content = program_bytes(program)
+    assert len(content) < 30_000
+    net = PackedNetwork(parse_program(content), threads=1, kernel="c")
+    images = np.zeros((1, 1, 2048, 2048), np.float32)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="too large"):
+            net(images)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert net(images[:, :, :64, :64]).shape == (1, 1)

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from packed_programs import needs_kernel, one_step, result_of, skip_without
+from packed_programs import needs_kernel, one_step, random_program, result_of, skip_without
 from torch.nn import functional as F
 
-from packed import View
+from packed import View, program_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
 
 CONVOLUTIONS = [  # channels in and out, groups, kernel, stride, dilation, padding, height, width
     (3, 5, 1, 3, 1, 1, 1, 7, 9),
@@ -157,8 +159,8 @@ def test_float_convolution(c_in, c_out, groups, stride, size, relu, kernel):
     np.testing.assert_allclose(result_of(program, x, kernel), y.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_sanitizers(tmp_path):
-    """Every path once more, and the damaged files, under the address and undefined-behaviour sanitizers."""
+def under_sanitizers(cache: Path, optimisation: str, *command: str) -> None:
+    """Run Python with the kernel compiled under the address and undefined-behaviour sanitizers."""
     if "EBNAS_CFLAGS" in os.environ:
         pytest.skip("this is the run under sanitizers")
     if shutil.which("gcc") is None:
@@ -172,15 +174,38 @@ def test_sanitizers(tmp_path):
         pytest.skip("gcc has no address sanitizer here")
     environment = {
         **os.environ,
-        "EBNAS_CFLAGS": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
-        "XDG_CACHE_HOME": str(tmp_path),
+        "EBNAS_CFLAGS": f"{optimisation} -fsanitize=address,undefined -fno-sanitize-recover=all",
+        "XDG_CACHE_HOME": str(cache),
         "CC": "gcc",
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(ROOT),
     }
-    tests = [__file__, str(Path(__file__).with_name("test_packed_fuzz.py"))]
-    reaching = "not truncated and not lying and not no_numbers"  # these files never get as far as the kernel
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", reaching, *tests]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert list((tmp_path / "ebnas").glob("*.so")), "the kernel with sanitizers was not the one that ran"
+    assert list((cache / "ebnas").glob("*.so")), "the kernel with sanitizers was not the one that ran"
+
+
+RUN_ALL = """
+import sys, pathlib, numpy, packed
+for i, path in enumerate(sorted(pathlib.Path(sys.argv[1]).glob("*.ebnas"))):
+    image = numpy.random.default_rng(i).standard_normal((1, 3, 1 + i % 19, 1 + i % 13), numpy.float32)
+    for kernel in packed.available_kernels():
+        packed.load(path, kernel=kernel, threads=1)(image)
+"""
+
+
+def test_random_programs_under_sanitizers(tmp_path):
+    for seed in range(60):
+        content = program_bytes(random_program(np.random.default_rng(seed)))
+        (tmp_path / f"{seed}.ebnas").write_bytes(content)
+    under_sanitizers(tmp_path, "-O0", "-c", RUN_ALL, str(tmp_path))  # built in a fifth of the time
+
+
+@pytest.mark.sanitizer
+def test_all_under_sanitizers(tmp_path):
+    """This file's tests on every path once more, and the damaged files that are accepted."""
+    tests = [__file__, str(Path(__file__).with_name("test_packed_fuzz.py"))]
+    reaching = "not truncated and not lying and not no_numbers and not every_bit"  # the kernel, at least once
+    pytest_run = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", reaching, *tests)
+    under_sanitizers(tmp_path, "-O1", *pytest_run)

@@ -196,7 +196,7 @@ def test_damaged_files_beside_the_checkpoint(interrupted, scripts, at_step):
     (interrupted / "args.json").write_text("{")
     (interrupted / "metrics.jsonl").write_text("nonsense\n{}\n")
     result = scripts.run("train.py", "--resume", interrupted, code=2)
-    assert "metrics.jsonl, line 1 is not JSON" in result.stderr and result.stderr.count("\n") == 1
+    assert "metrics.jsonl, line 1: not JSON" in result.stderr and result.stderr.count("\n") == 1
 
     (interrupted / "metrics.jsonl").unlink()
     at_step(4, lambda: (interrupted / "metrics.jsonl").write_text('{"epoch": 0}\n'))

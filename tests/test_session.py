@@ -128,6 +128,8 @@ def test_the_images_are_held_once(script, flags, data_flags, monkeypatch):
 
     monkeypatch.setattr(session, "load_set", watched)
     args = script.parser().parse_args([*data_flags, *flags])
-    loaders = script.make_loaders(args, World(torch.device("cpu")))
+    world = World(torch.device("cpu"))
+    around = session.Session(args, parser=script.parser(), script="train", name=lambda _: "", world=world)
+    loaders = script.make_loaders(around)
     gc.collect()
     assert len(loaders) == 4 and [reference() for reference in loaded] == [None]

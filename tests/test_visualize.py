@@ -1,28 +1,39 @@
 """Pictures: what a cell's figure shows is its genotype, nothing overlaps, curves are the run's numbers."""
 
+import argparse
+import errno
 import json
-import subprocess
+import runpy
 import sys
+from copy import deepcopy
+from functools import cache
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, PathPatch
 from matplotlib.transforms import Affine2D
 from reference_values import REFERENCE
 
-import pictures
-import visualize
+import figures
 from architect import Architect
+from figures import draw_curves, draw_genotype
+from figures.canvas import COLORS, GREY, LABELS, STATES
+from figures.cell import cell_figure
+from figures.curves import curve_figures
 from genotypes import EDGES, GENOTYPES, PRIMITIVES, Genotype, genotype_from_dict, save_genotype
 from model_search import SearchConfig, Supernet
-from pictures import COLORS, LABELS, STATES, cell_figure, curve_figures, draw_curves, draw_genotype
+from runs import Run
 from stages import epoch_record as training_record
 from train_search import epoch_record as search_record
+from train_search import finish as finish_search
 from utils import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +87,7 @@ class Cell:
         self.states = [shape for shape in shapes if shape not in self.labels and shape not in self.badges]
         curves = [p for p in axes.patches if type(p) is PathPatch and p.get_edgecolor() != WHITE]
         arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
-        grey = to_rgba(pictures.GREY)
+        grey = to_rgba(GREY)
         self.curves = {curve: points(curve) for curve in curves}
         self.concat = {arrow: points(arrow) for arrow in arrows if arrow.get_edgecolor() == grey}
         self.arrows = {arrow: points(arrow) for arrow in arrows if arrow not in self.concat}
@@ -130,24 +141,28 @@ def expected_pairs(genotype: Genotype, kind: str) -> list[tuple[int, str, int, b
     return sorted((i // 2, name, source, kind == "reduce" and source < 2) for i, (name, source) in pairs)
 
 
+@cache
+def drawn(genotype: Genotype, kind: str) -> Cell:
+    return Cell(cell_figure(genotype, kind))
+
+
+@pytest.mark.parametrize("kind", ["normal", "reduce"])
 @pytest.mark.parametrize("genotype", [*GENOTYPES.values(), DOUBLED, *DRAWS])
-def test_a_cell_shows_its_genotype(genotype):
-    for kind in ("normal", "reduce"):
-        cell = Cell(cell_figure(genotype, kind))
-        assert cell.pairs() == expected_pairs(genotype, kind)
-        concat = [cell.state_at(line[0]) for line in cell.concat.values()]
-        assert sorted(concat) == sorted(getattr(genotype, f"{kind}_concat"))
+def test_a_cell_shows_its_genotype(genotype, kind):
+    cell = drawn(genotype, kind)
+    assert cell.pairs() == expected_pairs(genotype, kind)
+    concat = [cell.state_at(line[0]) for line in cell.concat.values()]
+    assert sorted(concat) == sorted(getattr(genotype, f"{kind}_concat"))
 
 
+@pytest.mark.parametrize("kind", ["normal", "reduce"])
 @pytest.mark.parametrize("genotype", [*GENOTYPES.values(), DOUBLED, *DRAWS[::5]])
-def test_labels_nodes_and_edges_do_not_overlap(genotype):
-    for kind in ("normal", "reduce"):
-        Cell(cell_figure(genotype, kind)).assert_nothing_overlaps()
+def test_labels_nodes_and_edges_do_not_overlap(genotype, kind):
+    drawn(genotype, kind).assert_nothing_overlaps()
 
 
 def test_double_edges_run_apart():
-    cell = Cell(cell_figure(DOUBLED, "normal"))
-    ends = [line[-1] for line in cell.curves.values()]
+    ends = [line[-1] for line in drawn(DOUBLED, "normal").curves.values()]
     assert len(ends) == 8
     assert min(abs(a - b).max() for a, b in combinations(ends, 2)) > 0.3
 
@@ -157,17 +172,23 @@ def test_pictures_of_a_genotype_are_written(tmp_path):
     assert [path.name for path in paths] == ["cell-normal.png", "cell-reduce.png"]
     assert sorted(tmp_path.iterdir()) == paths
     widths = [assert_picture(path) for path in paths]
-    assert widths[0] == widths[1]
+    assert widths[0] == widths[1] >= 1600  # pixels: twice the width of a README
 
 
 def assert_picture(path: Path) -> int:
-    """A PNG at least as wide as a README, white around, with something on it; gives its width."""
+    """A PNG, white around, with something on it; gives its width."""
     pixels = imread(path)[..., :3]
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert pixels.shape[1] >= 900
-    assert (pixels[-1] == 1).all()
+    assert (pixels[[0, -1]] == 1).all()
+    assert (pixels[:, [0, -1]] == 1).all()
     assert pixels.std() > 0.02
     return pixels.shape[1]
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """A quarter of the pixels each way, where only their being there is tested."""
+    monkeypatch.setattr(figures, "DPI", figures.DPI / 4)
 
 
 # Runs.
@@ -204,9 +225,20 @@ def search_records(epochs: int) -> list[dict]:
             for parameter in model.arch_state().values():
                 parameter += 0.3 * torch.randn_like(parameter)
         before = records[-1] if records else None
-        record = search_record(architect, means(epoch), means(epoch), model.genotype(), before=before)
+        record = search_record(architect, means(epoch), means(epoch), before=before)
         records.append(json.loads(json.dumps({"epoch": epoch, **record})))
     return records
+
+
+SEARCH = search_records(4)
+
+
+@pytest.fixture(scope="module")
+def search_figures(tmp_path_factory) -> dict[str, Figure]:
+    """Of a search of 4 epochs, the first two of weights only."""
+    run = write_run(tmp_path_factory.mktemp("search"), SEARCH)
+    (run / "args.json").write_text(json.dumps({"arch_start_epoch": 2}))
+    return curve_figures(run)
 
 
 def line(axes, start: str):
@@ -229,29 +261,27 @@ def test_curves_of_training_are_its_metrics_with_the_best_epoch_marked(tmp_path)
     assert best.get_label() == "best: 32.00 %, epoch 3"
 
 
-def test_alpha_and_beta_of_a_search(tmp_path):
-    records = search_records(4)
-    figures = curve_figures(write_run(tmp_path / "run", records))
-    kept = genotype_from_dict(records[-1]["genotype"])
-    panels = [axes for part in figures["arch-alpha.png"].subfigs for axes in part.axes if axes.axison]
+def test_alpha_and_beta_of_a_search(search_figures):
+    kept = genotype_from_dict(SEARCH[-1]["genotype"])
+    panels = [axes for part in search_figures["arch-alpha.png"].subfigs for axes in part.axes if axes.axison]
     assert len(panels) == 2 * len(EDGES)
     for axes, (kind, edge) in zip(
         panels, ((k, e) for k in ("normal", "reduce") for e in range(14)), strict=True
     ):
         node, source = EDGES[edge]
         assert axes.get_title("left") == f"{STATES[source]} → {STATES[2 + node]}"
-        alpha = np.array([record["arch"][f"alphas_{kind}"][edge] for record in records])
+        alpha = np.array([record["arch"][f"alphas_{kind}"][edge] for record in SEARCH])
         softmax = np.exp(alpha) / np.exp(alpha).sum(1, keepdims=True)
         drawn = {line.get_color(): line for line in axes.get_lines()}
         for operation, name in enumerate(PRIMITIVES):
             np.testing.assert_allclose(drawn[COLORS[name]].get_ydata(), softmax[:, operation])
         chosen = [name for i, (name, s) in enumerate(getattr(kept, kind)) if (i // 2, s) == (node, source)]
         assert axes.get_title("right") == "".join(LABELS[name] for name in chosen)
-    (panel,) = [
-        axes for axes in figures["arch-beta.png"].axes if axes.get_title("left") == "reduction cell, node 2"
+    panels = {axes.get_title("left"): axes for axes in search_figures["arch-beta.png"].axes}
+    beta = np.array([record["arch"]["betas_reduce"][3:7] for record in SEARCH])
+    drawn = [
+        line for line in panels["reduction cell, node 2"].get_lines() if len(line.get_xdata()) == len(SEARCH)
     ]
-    beta = np.array([record["arch"]["betas_reduce"][3:7] for record in records])
-    drawn = [line for line in panel.get_lines() if len(line.get_xdata()) == len(records)]
     np.testing.assert_allclose([line.get_ydata() for line in drawn], 1 / (1 + np.exp(-beta.T)))  # b_4 is 0
     solid = [source for source, line in enumerate(drawn) if line.get_linestyle() == "-"]
     assert solid == sorted(source for _, source in kept.reduce[4:6])
@@ -261,19 +291,17 @@ def test_curves_of_one_training_epoch_are_written_elsewhere(tmp_path):
     run = write_run(tmp_path / "run", training_records(1))
     paths = draw_curves(run, folder=tmp_path / "elsewhere")
     assert paths == [*(tmp_path / "elsewhere").iterdir()] == [tmp_path / "elsewhere" / "curves.png"]
-    assert_picture(*paths)
+    assert assert_picture(*paths) >= 1600
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
 
 
-def test_epochs_before_the_architecture_steps_are_shaded(tmp_path):
-    run = write_run(tmp_path / "run", search_records(4))
+def test_epochs_before_the_architecture_steps_are_shaded(tmp_path, search_figures):
+    def shaded(figures: dict[str, Figure]) -> list[str]:
+        return [patch.get_label() for patch in figures["curves.png"].axes[0].patches]
 
-    def shaded() -> list[str]:
-        return [patch.get_label() for patch in curve_figures(run)["curves.png"].axes[0].patches]
-
-    assert shaded() == []
-    (run / "args.json").write_text(json.dumps({"arch_start_epoch": 2}))
-    assert shaded() == ["weights only"]
+    assert shaded(search_figures) == ["weights only"]
+    without_args = write_run(tmp_path, SEARCH[:1])
+    assert shaded(curve_figures(without_args)) == []
 
 
 def test_a_last_line_that_a_crash_cut_short_is_left_out(tmp_path):
@@ -294,62 +322,95 @@ def setting(name, value, inside=None):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without("valid_top1"), "line 2: field 'valid_top1' is missing"),
-        (setting("train_loss", "low"), "line 2: field 'train_loss' must be a finite number"),
-        (setting("train_loss", float("nan")), "line 2: field 'train_loss' must be a finite number"),
-        (setting("train_top1", 10**400), "line 2: field 'train_top1' must be a finite number"),
-        (setting("epoch", 0), "line 2: field 'epoch' does not follow"),
-        (without("arch"), "line 2: field 'alphas_normal' is missing"),
-        (
-            setting("alphas_reduce", [[0.0] * 7] * 13, "arch"),
-            "line 2: field 'alphas_reduce' must be 14 x 7 finite",
-        ),
-        (
-            setting("betas_normal", [None] * 12, "arch"),
-            "line 2: field 'betas_normal' must be 12 finite numbers",
-        ),
-        (without("genotype"), "line 2: a genotype is a JSON object"),
+        (without("valid_top1"), "field 'valid_top1' is missing"),
+        (without("epoch"), "field 'epoch' must be a whole number"),
+        (without("arch"), "field 'arch' must be an object"),
+        (without("genotype"), "a genotype is a JSON object"),
+        (setting("epoch", "1"), "field 'epoch' must be a whole number"),
+        (setting("epoch", 0), "field 'epoch' does not follow"),
+        (setting("train_loss", "low"), "field 'train_loss' must be a finite number"),
+        (setting("train_loss", "2.25"), "field 'train_loss' must be a finite number"),
+        (setting("train_loss", True), "field 'train_loss' must be a finite number"),
+        (setting("train_loss", float("nan")), "field 'train_loss' must be a finite number"),
+        (setting("train_top1", 1e300), "field 'train_top1' must be a finite number"),
+        (setting("train_top1", 10**400), "field 'train_top1' must be a finite number"),
+        (setting("arch", [1]), "field 'arch' must be an object"),
+        (setting("alphas_reduce", [[0.0] * 7] * 13, "arch"), "field 'alphas_reduce' must be 14 x 7 finite"),
+        (setting("alphas_normal", [[0.0], []], "arch"), "field 'alphas_normal' must be 14 x 7 finite"),
+        (setting("betas_normal", [None] * 12, "arch"), "field 'betas_normal' must be 12 finite numbers"),
     ],
 )
 def test_malformed_metrics_name_line_and_field(tmp_path, damage, message):
-    records = search_records(2)
+    records = deepcopy(SEARCH[:2])
     damage(records[1])
     run = write_run(tmp_path / "run", records)
-    with pytest.raises(InputError, match=r"metrics\.jsonl") as error:
+    with pytest.raises(InputError) as error:
         draw_curves(run)
-    assert message in str(error.value)
+    assert str(error.value).startswith(f"{run / 'metrics.jsonl'}, line 2: {message}")
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
 
 
+GOOD = "".join(json.dumps(record) + "\n" for record in SEARCH[:2]).encode()
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "content", "message"),
     [
-        (None, "cannot read"),
-        (b"", "holds no epoch"),
-        (b"\xff\xfe\n", "not text"),
-        (b'{"epoch": 0\n{"epoch": 1}\n', "line 1: not JSON"),
-        (b"[1, 2]\n", "line 1: field 'epoch' is missing"),
+        ("metrics.jsonl", None, r"cannot read .*metrics\.jsonl: no such file"),
+        ("metrics.jsonl", "a folder", r"cannot read .*metrics\.jsonl: is a directory"),
+        ("metrics.jsonl", b"", r"metrics\.jsonl holds no epoch"),
+        ("metrics.jsonl", GOOD + b"\xff\n", r"metrics\.jsonl, line 3: not UTF-8 text"),
+        ("metrics.jsonl", b'{"epoch": 0\n' + GOOD, r"metrics\.jsonl, line 1: not JSON"),
+        ("metrics.jsonl", GOOD + b'{"epoch": 2\n', r"metrics\.jsonl, line 3: not JSON"),
+        ("metrics.jsonl", GOOD + b"[1, 2]\n", r"metrics\.jsonl, line 3: not a JSON object"),
+        ("metrics.jsonl", GOOD + b"[" * 100_000 + b"\n", r"metrics\.jsonl, line 3: .* nested too deeply"),
+        ("args.json", "a folder", r"cannot read .*args\.json: is a directory"),
+        ("args.json", b"", r"args\.json, line 1: not JSON"),
+        ("args.json", b"[]", r"args\.json, line 1: not a JSON object"),
+        ("args.json", b'{\n "seed": 0,\n "note": "\xff"\n}', r"args\.json, line 3: not UTF-8 text"),
+        ("args.json", b'{\n "seed": 0,\n "note": ', r"args\.json, line 3: not JSON"),
+        ("args.json", b"{}", r"args\.json: field 'arch_start_epoch' must be a whole number"),
+        ("args.json", b'{"arch_start_epoch": "1"}', r"args\.json: field 'arch_start_epoch' must be"),
+        ("args.json", b'{"arch_start_epoch": NaN}', r"args\.json: field 'arch_start_epoch' must be"),
     ],
 )
-def test_files_that_are_no_metrics(tmp_path, text, message):
-    if text is not None:
-        (tmp_path / "metrics.jsonl").write_bytes(text)
-    with pytest.raises(InputError, match=message):
+def test_damaged_files_are_named_with_the_line(tmp_path, name, content, message):
+    (tmp_path / "metrics.jsonl").write_bytes(GOOD)
+    (tmp_path / name).unlink(missing_ok=True)
+    if content == "a folder":
+        (tmp_path / name).mkdir()
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
         draw_curves(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_search_with_damaged_metrics_ends_well(tmp_path, coarse, capsys):
+    (tmp_path / "metrics.jsonl").write_text("[]\n")
+    args = argparse.Namespace(set="shapes", data="data", image_size=16)
+    run = Run(tmp_path)
+    finish_search(SimpleNamespace(run=run, args=args, finish=lambda: None), GENOTYPES["EBNAS"])
+    run.close()
+    log = capsys.readouterr().out
+    assert f"no pictures: {tmp_path / 'metrics.jsonl'}, line 1: not a JSON object\n" in log
+    assert "python train.py --set shapes" in log
 
 
 # The script.
 
 
 def script(monkeypatch, capsys, *words: object) -> list[str]:
-    """What visualize.py prints for these arguments, run in this process."""
+    """What visualize.py prints for these arguments, run in this process as a user's command is."""
     monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, words)])
-    visualize.main()
-    return capsys.readouterr().out.splitlines()
+    runpy.run_path(str(ROOT / "visualize.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out.splitlines()
 
 
-def test_script_draws_a_search_of_one_epoch_into_its_folder(tmp_path, monkeypatch, capsys):
-    run = write_run(tmp_path / "run", search_records(1))
+def test_script_draws_a_search_of_one_epoch_into_its_folder(tmp_path, monkeypatch, capsys, coarse):
+    run = write_run(tmp_path / "run", SEARCH[:1])
     save_genotype(run / "genotype.json", GENOTYPES["EBNAS"])
     names = ["genotype-normal", "genotype-reduce", "curves", "arch-alpha", "arch-beta"]
     assert script(monkeypatch, capsys, run) == [str(run / f"{name}.png") for name in names]
@@ -357,45 +418,43 @@ def test_script_draws_a_search_of_one_epoch_into_its_folder(tmp_path, monkeypatc
         assert_picture(run / f"{name}.png")
 
 
-def test_script_draws_a_genotype_file_under_its_name(tmp_path, monkeypatch, capsys):
+def test_script_draws_a_genotype_file_under_its_name(tmp_path, monkeypatch, capsys, coarse):
     save_genotype(tmp_path / "mine.json", DOUBLED)
     printed = script(monkeypatch, capsys, tmp_path / "mine.json", "--out", tmp_path / "new" / "folder")
     assert printed == [str(tmp_path / "new" / "folder" / f"mine-{kind}.png") for kind in ("normal", "reduce")]
     assert all(Path(path).stat().st_size > 0 for path in printed)
 
 
-def test_script_refuses_what_it_cannot_draw_or_write(tmp_path, monkeypatch, capsys):
-    with pytest.raises(InputError, match="neither genotype"):
-        script(monkeypatch, capsys, tmp_path)
+def test_script_draws_a_registered_genotype_here(tmp_path, monkeypatch, capsys, coarse):
+    monkeypatch.chdir(tmp_path)
+    printed = script(monkeypatch, capsys, "EBNAS")
+    assert printed == ["EBNAS-normal.png", "EBNAS-reduce.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == printed
+
+
+def test_script_refuses_what_it_cannot_draw_or_write(tmp_path, fails, coarse):
+    assert fails("visualize.py", "EBNAZ").startswith("error: unknown genotype 'EBNAZ'")
+    assert "neither genotype" in fails("visualize.py", tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot write .*EBNAS-normal\.png: "):
-        script(monkeypatch, capsys, "EBNAS", "--out", tmp_path / "file")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert "cannot draw into file: file exists" in fails("visualize.py", "EBNAS", "--out", "file")
+    assert "cannot draw into file/a: not a directory" in fails("visualize.py", "EBNAS", "--out", "file/a")
+    (tmp_path / "run").mkdir()
+    save_genotype(tmp_path / "run" / "genotype.json", GENOTYPES["EBNAS"])
+    (tmp_path / "run" / "metrics.jsonl").mkdir()
+    assert "metrics.jsonl: is a directory" in fails("visualize.py", "run")
 
 
-def run_script(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "visualize.py"), *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+def test_a_full_disk_is_not_the_users_fault(tmp_path, monkeypatch, coarse):
+    def write(path, _content):
+        raise OSError(errno.ENOSPC, "cannot write: no space left on device", str(path))
+
+    monkeypatch.setattr(figures, "write_atomically", write)
+    with pytest.raises(OSError, match="no space left") as error:
+        draw_genotype(GENOTYPES["EBNAS"], tmp_path)
+    assert error.value.errno == errno.ENOSPC
 
 
-def test_script_in_a_process(tmp_path):
-    done = run_script(tmp_path, "EBNAS")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == ["EBNAS-normal.png", "EBNAS-reduce.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == done.stdout.split()
-
-
-def test_script_with_an_unknown_name(tmp_path):
-    done = run_script(tmp_path, "EBNAZ")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: unknown genotype 'EBNAZ'")
-    assert done.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_drawing_leaves_the_users_matplotlib_alone(tmp_path, monkeypatch):
-    import matplotlib
-
+def test_drawing_leaves_the_users_matplotlib_alone(tmp_path, monkeypatch, coarse):
     monkeypatch.setitem(matplotlib.rcParams, "font.size", 33)
     before = dict(matplotlib.rcParams)
     draw_genotype(GENOTYPES["EBNAS"], tmp_path, name="user")

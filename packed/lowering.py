@@ -1,4 +1,4 @@
-"""From a trained W1A1 network to the flat program of units that packed.py runs."""
+"""From a trained W1A1 network to the flat program that packed networks run. Needs torch and model.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from binary_ops import BinaryConv2d
+from images import evaluation_resize
 from model import Cell, Network
 from operations import BinaryUnit, FactorizedReduce
-from packed import Program, Step, View
 from utils import InputError
+
+from .program import Program, Step, View
 
 
 def lower(model: Network, data: dict) -> Program:
@@ -31,7 +33,6 @@ def lower(model: Network, data: dict) -> Program:
     with torch.no_grad():
         lowering.network(model)
     size = data["image_size"]
-    resize = size * 256 // 224 if data["set"] == "imagenet" else size  # as data.py prepares test images
     return Program(
         buffers=tuple(lowering.buffers),
         steps=tuple(lowering.steps),
@@ -39,7 +40,7 @@ def lower(model: Network, data: dict) -> Program:
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         image_size=size,
-        resize=resize,
+        resize=evaluation_resize(size, imagenet=data["set"] == "imagenet"),
         config=config.to_dict(),
     )
 

@@ -1,6 +1,6 @@
 /* 1-bit convolutions with XOR and popcount, and the few float layers around them: a whole network, one call.
 
-   packed.py compiles this file at first use, fills an array of `struct unit`, and calls run_network().
+   kernel.py compiles this file at first use, fills an array of `struct unit`, and calls run_network().
 
    Floats.  A tensor is channel planes of height * width floats, each plane padded to a multiple of 64 floats,
    so that no loop over pixels has a tail. What a plane holds past its pixels has no meaning and is never
@@ -30,7 +30,7 @@ struct term {
     int32_t input, mask;
 };
 
-/* One step of the network; packed.py's _Unit is the same structure. Tensors are offsets into the arena, in
+/* One step of the network; kernel.py's _Unit is the same structure. Tensors are offsets into the arena, in
    floats. BINARY: sign, convolve, scale and shift, add the residual, PReLU. FLOAT: convolve, shift, ReLU. */
 struct unit {
     int64_t op, source, target, residual /* < 0: none */, scratch;

@@ -1,0 +1,1 @@
+"""What tests and benchmarks measure against; nothing here is needed to search, to train or to run."""

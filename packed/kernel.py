@@ -1,0 +1,326 @@
+"""binary_cpu.c: compiled at first use, called through ctypes, and a program laid out in its memory."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .program import Program, Step, View
+
+KERNELS = ("c", "avx2", "avx512")  # the C file's paths, by number
+LARGEST_IMAGE = 1 << 24  # pixels
+LARGEST_PLAN = 1 << 31  # bytes of buffers, scratch memory and constants, for one image at a time
+
+_SOURCE = Path(__file__).with_name("binary_cpu.c")
+_FLAGS = ("-O3", "-fno-trapping-math", "-shared", "-fPIC")
+
+
+class _Unit(ctypes.Structure):
+    """`struct unit` of binary_cpu.c."""
+
+    _integers = (
+        *("op", "source", "target", "residual", "scratch"),
+        *("channels_in", "channels_out", "groups", "kernel", "stride", "padding"),
+        *("height_in", "width_in", "height_out", "width_out"),
+        *("add", "flag", "terms", "slack"),
+    )
+    _pointers = ("term", "masks", "valid", "threshold", "bits", "weight", "scale", "bias", "slope")
+    _fields_ = [(name, ctypes.c_int64) for name in _integers]
+    _fields_ += [(name, ctypes.c_void_p) for name in _pointers]
+
+
+_OPS = ("binary", "float", "pool", "linear")  # the C file's enum
+
+
+def cache_folder() -> Path:
+    """Where the compiled kernel is kept: $XDG_CACHE_HOME/ebnas, or ~/.cache/ebnas."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebnas"
+
+
+class NoCompiler(Exception):
+    """There is no C compiler, or it failed; the message says what it said."""
+
+
+def compile_kernel(folder: Path) -> Path:
+    """The compiled binary_cpu.c in `folder`, built if it is not there yet; two processes may do so at once.
+
+    Its name holds the hash of all that it was built from, and of what it contains: loading a damaged library
+    would end the process. Raises NoCompiler, or OSError where the folder cannot be written.
+    """
+    flags = [*_FLAGS, *shlex.split(os.environ.get("EBNAS_CFLAGS", ""))]
+    origin = f"{platform.system()}|{platform.machine()}|{' '.join(flags)}|".encode() + _SOURCE.read_bytes()
+    prefix = f"binary_cpu-{_digest(origin)}-"
+    for library in folder.glob(f"{prefix}*.so"):
+        if library.name == f"{prefix}{_digest(library.read_bytes())}.so":
+            return library
+    candidates = (os.environ.get("CC"), "cc", "gcc", "clang")
+    compiler = next(filter(None, (shutil.which(name) for name in candidates if name)), None)
+    if compiler is None:
+        raise NoCompiler("no C compiler (cc, gcc, clang) is installed")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, aside = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    os.close(descriptor)
+    try:
+        command = [compiler, *flags, "-o", aside, str(_SOURCE), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise NoCompiler(f"{compiler} failed: {' '.join(done.stderr.split())[-300:]}")
+        library = folder / f"{prefix}{_digest(Path(aside).read_bytes())}.so"
+        os.replace(aside, library)
+    except subprocess.TimeoutExpired:
+        raise NoCompiler(f"{compiler} took more than two minutes") from None
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    return library
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(compile_kernel(cache_folder())))
+    except (OSError, RuntimeError):  # no place to keep it: build it for this process alone
+        with tempfile.TemporaryDirectory() as folder:
+            library = ctypes.CDLL(str(compile_kernel(Path(folder))))
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.encode_weights.argtypes = [ctypes.c_int, pointer, number, number, number, pointer]
+    library.encode_weights.restype = None
+    library.run_units.argtypes = [ctypes.c_int, pointer, number, pointer]
+    library.run_units.restype = None
+    library.run_network.argtypes = [*library.run_units.argtypes, pointer, number, number, number, pointer]
+    library.run_network.restype = None
+    return library
+
+
+def available_kernels() -> tuple[str, ...]:
+    """The paths that this machine can run, the fastest last: `c`, then `avx2` and `avx512`. Compiles."""
+    return KERNELS[: library().best_path() + 1]
+
+
+def _has_torch() -> bool:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def choose_kernel(wanted: str | None) -> str:
+    """The path to run: `wanted`, or $EBNAS_KERNEL, or the best; without a compiler `torch`, with a warning.
+
+    Raises ValueError where the one that is asked for is unknown or cannot run, and NoCompiler where there is
+    no PyTorch either.
+    """
+    wanted = wanted or os.environ.get("EBNAS_KERNEL") or None
+    if wanted not in (None, "torch", *KERNELS):
+        raise ValueError(f"unknown kernel {wanted!r}; choose from {(*KERNELS, 'torch')}")
+    if wanted == "torch":
+        if not _has_torch():
+            raise ValueError("the kernel 'torch' is PyTorch, which is not installed")
+        return wanted
+    try:
+        available = available_kernels()
+    except (NoCompiler, OSError) as error:
+        if wanted is not None:
+            raise ValueError(f"the kernel {wanted!r} cannot be built: {error}") from None
+        if not _has_torch():
+            needs = "a packed network needs a C compiler or PyTorch, which is not installed"
+            raise NoCompiler(f"{needs}: {error}") from None
+        warnings.warn(f"packed networks run in float, slowly: {error}", RuntimeWarning, stacklevel=4)
+        return "torch"
+    if wanted is not None and wanted not in available:
+        raise ValueError(f"this processor cannot run the kernel {wanted!r}; it can run {available}")
+    return wanted or available[-1]
+
+
+def _padded(n: int) -> int:
+    return -(-n // 64) * 64
+
+
+class _Constants(NamedTuple):
+    """The constants of a step: what makes them, of what, and how many bytes they will have."""
+
+    make: Callable[..., dict[str, np.ndarray]]
+    arguments: tuple
+    bytes: int
+
+
+def _taps(kernel: int, stride: int, dilation: int, padding: int, channels: int, height: int, width: int):
+    """The constants of a 1-bit convolution with `channels` channels a group on height x width pixels.
+
+    term: where in the byte planes of a group each byte of weights finds its input, and in which mask plane;
+    masks (taps, plane); valid (plane,), the number of weights inside the image.
+    """
+    height_out, width_out = -(-height // stride), -(-width // stride)
+    pixels, plane = height_out * width_out, _padded(height_out * width_out)
+    terms, masks, valid = [], np.zeros((kernel**2, plane), np.uint8), np.zeros(plane, np.int16)
+    for tap in range(kernel**2):
+        dy, dx = (d * dilation - padding for d in divmod(tap, kernel))
+        rows, columns = np.arange(height_out) * stride + dy, np.arange(width_out) * stride + dx
+        inside = np.outer((rows >= 0) & (rows < height), (columns >= 0) & (columns < width)).ravel()
+        masks[tap, :pixels] = inside * np.uint8(255)
+        valid[:pixels] += inside * np.int16(channels)
+        phase, shift = dy % stride * stride + dx % stride, dy // stride * width_out + dx // stride
+        for byte in range(-(-channels // 8)):
+            terms.append(((byte * stride**2 + phase) * plane + shift, tap * plane))
+    return {"term": np.array(terms, np.int32), "masks": masks, "valid": valid}
+
+
+def _slack(step: Step, width_out: int) -> int:
+    """How many bytes outside of its planes the taps of a 1-bit convolution may touch."""
+    ends = (-step.padding, (step.kernel - 1) * step.dilation - step.padding)
+    return _padded(max(abs(end // step.stride) for end in ends) * (width_out + 1)) + 64
+
+
+def _borders(kernel: int, padding: int, average: bool, height: int, width: int):
+    """The constants of a pool.
+
+    weight (kernel, plane): whether a column of a window is inside, a factor of 1 or 0 for an average, a limit
+    of +inf or -inf for a maximum; scale (plane,): 1 / the window's pixels inside.
+    """
+    taps, plane = np.arange(kernel)[:, None] - padding, _padded(height * width)
+    rows, columns = (((n := np.arange(size) + taps) >= 0) & (n < size) for size in (height, width))
+    inside = np.zeros((kernel, plane), np.float32)
+    inside[:, : height * width] = np.tile(columns, height)
+    if not average:
+        inside = np.where(inside, np.float32(np.inf), np.float32(-np.inf))
+    scale = np.ones(plane, np.float32)
+    scale[: height * width] /= np.outer(rows.sum(0), columns.sum(0)).ravel()
+    return {"weight": inside, "scale": scale}
+
+
+class Plan:
+    """A program laid out for one image size: the C file's units and the size of their arena (in floats)."""
+
+    def __init__(self, program: Program, weights: list[dict[str, np.ndarray]], height: int, width: int):
+        self.sizes = []  # (channels, height, width) of each buffer
+        for channels, level in program.buffers:
+            self.sizes.append((channels, -(-height // 2**level), -(-width // 2**level)))
+        self.offsets, scratch = self._place(program)
+        self.units = (_Unit * len(program.steps))()
+        floats, constants = [], []
+        for unit, step, tensors in zip(self.units, program.steps, weights, strict=True):
+            unit.scratch = scratch
+            needs = self._fill(unit, step, tensors)
+            floats.append(needs[0])
+            constants.append(needs[1])
+        self.result = self.units[-1].target = scratch + _padded(max(floats))
+        self.floats = self.result + _padded(len(program.classes)) + 64
+        size = 4 * self.floats + sum(each.bytes for each in set(constants) if each)
+        if height * width > LARGEST_IMAGE or size > LARGEST_PLAN:
+            raise ValueError(f"images of {height} x {width} are too large for this network")
+
+        made = {each: each.make(*each.arguments) for each in set(constants) if each}
+        for unit, each in zip(self.units, constants, strict=True):
+            _point(unit, made[each] if each else {})
+        self._kept = weights, made  # the units point into these
+
+    def _place(self, program: Program) -> tuple[list[int], int]:
+        """Offsets of the buffers, two of which share memory if no step needs both; and the end of them."""
+        first, last = {0: -1}, {0: 0}
+        for i, step in enumerate(program.steps):
+            for view in filter(None, (step.source, step.residual, step.target)):
+                first.setdefault(view.buffer, i)
+                last[view.buffer] = i
+        offsets, placed, end = [0] * len(self.sizes), [], 0
+        for buffer in sorted(first, key=first.get):
+            channels, height, width = self.sizes[buffer]
+            size, start = channels * _padded(height * width), 0
+            for other_start, other_end, other in sorted(placed):
+                if last[other] >= first[buffer] and start + size > other_start:
+                    start = max(start, other_end)
+            placed.append((start, start + size, buffer))
+            offsets[buffer], end = start, max(end, start + size)
+        return offsets, end
+
+    def new_arena(self) -> np.ndarray:
+        """Memory for one image, float32; zeros, so that what lies beside pixels is never a slow number."""
+        memory = np.zeros(self.floats + 16, np.float32)
+        return memory[-memory.ctypes.data % 64 // 4 :]
+
+    def channels_of(self, arena: np.ndarray, view: View) -> np.ndarray:
+        """The pixels of a view, (channels, height * width), where they lie in the arena."""
+        _, height, width = self.sizes[view.buffer]
+        planes = arena[self._address(view) :][: view.channels * _padded(height * width)]
+        return planes.reshape(view.channels, -1)[:, : height * width]
+
+    def _address(self, view: View) -> int:
+        _, height, width = self.sizes[view.buffer]
+        return self.offsets[view.buffer] + view.first * _padded(height * width)
+
+    def _fill(self, unit: _Unit, step: Step, tensors: dict[str, np.ndarray]) -> tuple[int, _Constants | None]:
+        """Describe a step to the C file. Returns the floats of scratch memory and the constants it needs."""
+        unit.op = _OPS.index(step.op)
+        unit.source, unit.channels_in = self._address(step.source), step.source.channels
+        _, unit.height_in, unit.width_in = self.sizes[step.source.buffer]
+        _point(unit, tensors)
+        if step.op == "linear":
+            unit.channels_out = len(tensors["bias"])
+            return _padded(unit.channels_in), None
+        unit.target, unit.channels_out = self._address(step.target), step.target.channels
+        unit.residual = -1 if step.residual is None else self._address(step.residual)
+        _, unit.height_out, unit.width_out = self.sizes[step.target.buffer]
+        for name in ("groups", "kernel", "stride", "padding", "add"):
+            setattr(unit, name, getattr(step, name))
+        unit.flag = step.average or step.relu
+        size, plane = (unit.height_in, unit.width_in), _padded(unit.height_in * unit.width_in)
+        if step.op == "pool":
+            arguments = (step.kernel, step.padding, step.average, *size)
+            borders = _Constants(_borders, arguments, 4 * (step.kernel + 1) * plane)
+            return 3 * plane + 4 * (_padded(unit.width_in) + 64), borders
+        channels = unit.channels_in // step.groups
+        if step.op == "float":
+            border = (step.kernel - 1) // step.stride
+            height, width = unit.height_out + border, unit.width_out + border
+            phases = _padded(channels * step.stride**2 * height * width) + 128
+            return phases + 4 * _padded(unit.height_out * width), None
+        unit.slack = _slack(step, unit.width_out)
+        unit.terms = step.kernel**2 * -(-channels // 8)
+        plane_out = _padded(unit.height_out * unit.width_out)
+        arguments = (step.kernel, step.stride, step.dilation, step.padding, channels, *size)
+        taps = _Constants(_taps, arguments, (step.kernel**2 + 2) * plane_out + 8 * unit.terms)
+        planes = step.groups * -(-channels // 8) * step.stride**2 * plane_out
+        return (planes + 2 * unit.slack + plane) // 4, taps
+
+
+def _point(unit: _Unit, arrays: dict[str, np.ndarray]) -> None:
+    """Let the unit's pointers of these names point to the arrays."""
+    for name, array in arrays.items():
+        setattr(unit, name, array.ctypes.data)
+
+
+def kernel_weights(step: Step, path: int) -> dict[str, np.ndarray]:
+    """The tensors of a step as the C file wants them, by the names of its `struct unit`."""
+    tensors = step.tensors
+    if step.op == "binary":
+        bits = tensors["bits"]
+        encoded = np.empty(bits.size, np.uint32)
+        filters, terms = bits.shape[0] // step.groups, bits.shape[1] * bits.shape[2]
+        library().encode_weights(path, bits.ctypes.data, step.groups, filters, terms, encoded.ctypes.data)
+        affine = dict(zip(("scale", "bias", "slope"), tensors["affine"], strict=True))
+        return {"threshold": tensors["threshold"], "bits": encoded, **affine}
+    if step.op == "float":
+        weight = tensors["weight"].reshape(step.groups, -1, tensors["weight"][0].size)
+        weight = np.pad(weight, ((0, 0), (0, -weight.shape[1] % 4), (0, 0)))
+        weight = weight.reshape(step.groups, -1, 4, weight.shape[2]).transpose(0, 1, 3, 2)
+        return {"weight": np.ascontiguousarray(weight), "bias": tensors["bias"]}
+    if step.op == "linear":
+        weight = np.pad(tensors["weight"], ((0, 0), (0, -step.source.channels % 64)))
+        return {"weight": weight, "bias": tensors["bias"]}
+    return {}

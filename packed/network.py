@@ -1,0 +1,128 @@
+"""A packed network: images in, logits out."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from .kernel import KERNELS, Plan, choose_kernel, kernel_weights, library
+from .program import LARGEST_PIXEL, Program, View, read_program
+
+
+class PackedNetwork:
+    """A packed network. Calls from several Python threads at once are safe, as are forks between calls.
+
+    `classes`, `image_size`, `config` (of the exported network), `kernel` (the path that runs). `threads`
+    images of a batch run at once; by default as many as this process may use cores.
+    """
+
+    def __init__(self, program: Program, *, threads: int | None = None, kernel: str | None = None):
+        self.program = program
+        self.classes, self.image_size, self.config = program.classes, program.image_size, program.config
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}; it must be at least 1")
+        self.threads = threads or _usable_cores()
+        self.kernel = choose_kernel(kernel)
+        self._plans: dict[tuple[int, int], tuple[Plan, deque]] = {}
+        self._lock = threading.Lock()
+        if self.kernel == "torch":
+            from .float_form import FloatForm  # imports torch
+
+            self._float_form = FloatForm(program)
+        else:
+            self._path = KERNELS.index(self.kernel)
+            self._weights = [kernel_weights(step, self._path) for step in program.steps]
+
+    def preprocess(self, pictures: np.ndarray) -> np.ndarray:
+        """uint8 (n, h, w, 3) -> float32 (n, 3, h, w), normalised as in training. Sizes are kept."""
+        pictures = np.asarray(pictures)
+        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != len(self.program.mean):
+            raise ValueError(f"expected uint8 (n, h, w, 3), not {pictures.dtype} {pictures.shape}")
+        scaled = (pictures / np.float32(255) - np.float32(self.program.mean)) / np.float32(self.program.std)
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+    def __call__(self, images: Any) -> Any:
+        """Logits (n, classes) of float32 images (n, 3, h, w): an array, or a tensor for a tensor."""
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(images, torch.Tensor):
+            return torch.from_numpy(self(images.detach().cpu().numpy())).to(images.device)
+        images = np.ascontiguousarray(images)
+        channels = self.program.buffers[0][0]
+        fits = images.ndim == 4 and images.shape[1] == channels and 0 not in images.shape[2:]
+        if images.dtype != np.float32 or not fits:
+            hint = ": see preprocess()" if images.dtype == np.uint8 else ""
+            expected = f"expected float32 images (n, {channels}, h, w)"
+            raise ValueError(f"{expected}, not {images.dtype} {images.shape}{hint}")
+        if not (images.min(initial=0) >= -LARGEST_PIXEL and images.max(initial=0) <= LARGEST_PIXEL):
+            limit = f"images must be finite and within {LARGEST_PIXEL:g}"
+            raise ValueError(f"{limit}: there are NaN, infinite or larger pixels")
+        if self.kernel == "torch":
+            return self._float_form(images)
+        plan, arenas = self._plan(*images.shape[2:])
+        logits = np.empty((len(images), len(self.classes)), np.float32)
+        each = -(-len(images) // self.threads) or 1
+        parts = [slice(start, start + each) for start in range(0, len(images), each)]
+        with ThreadPoolExecutor(self.threads) as pool:  # starts a thread a job; the first part needs none
+            jobs = [pool.submit(self._run, plan, arenas, images[part], logits[part]) for part in parts[1:]]
+            self._run(plan, arenas, images[:each], logits[:each])
+            for job in jobs:
+                job.result()  # raises what it raised
+        return logits
+
+    def _plan(self, height: int, width: int) -> tuple[Plan, deque[np.ndarray]]:
+        """The plan for a size and its idle arenas. The last few sizes are kept."""
+        with self._lock:
+            if (height, width) not in self._plans:
+                if len(self._plans) == 4:
+                    del self._plans[next(iter(self._plans))]
+                self._plans[height, width] = (Plan(self.program, self._weights, height, width), deque())
+            return self._plans[height, width]
+
+    def _run(self, plan: Plan, arenas: deque[np.ndarray], images: np.ndarray, logits: np.ndarray) -> None:
+        """Fill `logits` in one call of the kernel, with an arena that no other call has meanwhile."""
+        try:
+            arena = arenas.pop()
+        except IndexError:
+            arena = plan.new_arena()
+        count, channels, height, width = images.shape
+        program = (self._path, plan.units, len(plan.units), arena.ctypes.data)
+        sizes = (count, channels, height * width)
+        library().run_network(*program, images.ctypes.data, *sizes, logits.ctypes.data)
+        arenas.append(arena)
+
+    def trace(self, image: np.ndarray) -> list[np.ndarray]:
+        """What every step wrote, (channels, h, w), for one image (3, h, w): to look into a network."""
+        image = np.ascontiguousarray(image, np.float32)
+        if self.kernel == "torch":
+            return self._float_form.trace(image)
+        plan = Plan(self.program, self._weights, *image.shape[1:])
+        arena, outputs = plan.new_arena(), []
+        plan.channels_of(arena, View(0, 0, len(image)))[:] = image.reshape(len(image), -1)
+        for i, step in enumerate(self.program.steps):
+            unit = plan.units[i]
+            library().run_units(self._path, ctypes.addressof(unit), 1, arena.ctypes.data)
+            if step.target is None:
+                outputs.append(arena[unit.target :][: len(self.classes), None, None].copy())
+            else:
+                planes = plan.channels_of(arena, step.target)
+                outputs.append(planes.reshape(-1, unit.height_out, unit.width_out).copy())
+        return outputs
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load(path: str | os.PathLike, *, threads: int | None = None, kernel: str | None = None) -> PackedNetwork:
+    """The network of a file. `kernel`: one of avx512, avx2, c, torch instead of the best that runs here.
+
+    Raises PackedFileError (a ValueError) for a file that is not a whole and consistent packed network.
+    """
+    return PackedNetwork(read_program(path), threads=threads, kernel=kernel)
