@@ -243,29 +243,15 @@ class Torchrun:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, data_flags) -> tuple[Path, str]:
-    torchrun = Torchrun(tmp_path_factory.mktemp("torchrun"), data_flags)
-    process = torchrun.start()
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return torchrun.run(), output
-
-
-def test_only_the_main_process_writes(finished):
-    run, output = finished
-    assert output.count("run folder ") == 1
-    assert len(re.findall(r"train 000 ", output)) == 2  # one line in each epoch
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
-    assert len(load_checkpoint(run)["random"]) == PROCESSES
-
-
-def test_two_machines_train_as_one_does(finished, tmp_path, data_flags):
-    """Two launchers of one process each meet at an address, as on two machines that share folder and data."""
+def two_machines(tmp_path_factory, data_flags) -> tuple[Path, list[str]]:
+    """A run of two launchers of one process each, which meet at an address, as on two machines that share
+    folder and data; and what each of them printed."""
     place = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d")
     address = f"--rdzv_endpoint=localhost:{free_port()}"
+    folder = tmp_path_factory.mktemp("machines")
     # on one machine both would take themselves for the host of that address
     torchruns = [
-        Torchrun(tmp_path, data_flags, (*place, address, f"--rdzv_conf=is_host={is_host}"))
+        Torchrun(folder, data_flags, (*place, address, f"--rdzv_conf=is_host={is_host}"))
         for is_host in ("true", "false")
     ]
     machines = [torchrun.start() for torchrun in torchruns]
@@ -275,12 +261,21 @@ def test_two_machines_train_as_one_does(finished, tmp_path, data_flags):
         for machine in machines:
             machine.kill()
     assert [machine.returncode for machine in machines] == [0, 0], outputs
-    assert_same(final_state(torchruns[0].run()), final_state(finished[0]))
+    return torchruns[0].run(), outputs
+
+
+def test_only_the_main_process_writes(two_machines):
+    run, outputs = two_machines
+    assert sorted(output.count("run folder ") for output in outputs) == [0, 1]
+    assert len(re.findall(r"train 000 ", "".join(outputs))) == 2  # one line in each epoch
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(load_checkpoint(run)["random"]) == PROCESSES
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through /proc")
-def test_killed_restarted_interrupted_and_resumed(finished, tmp_path, data_flags):
-    """One process is killed, and torchrun starts all again; then a signal ends them within an epoch."""
+def test_killed_restarted_interrupted_and_resumed(two_machines, tmp_path, data_flags):
+    """One process is killed, and torchrun starts all again; then a signal ends them within an epoch. In the
+    end all is as on two machines that nothing happened to."""
     torchrun = Torchrun(tmp_path, data_flags)
     process = torchrun.start()
     wait_for(process, r"epoch 0 lr")
@@ -302,4 +297,4 @@ def test_killed_restarted_interrupted_and_resumed(finished, tmp_path, data_flags
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert f"at epoch 1, step {stopped['step']}\n" in output
-    assert_same(final_state(torchrun.run()), final_state(finished[0]))
+    assert_same(final_state(torchrun.run()), final_state(two_machines[0]))

@@ -81,7 +81,7 @@ def train_once(epochs: int = 1, precision: str = "fp32", **changes) -> tuple[dic
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_training_learns_in_every_precision(precision):
     first, _ = train_once(precision=precision)
-    last, model = train_once(epochs=10, precision=precision)
+    last, model = train_once(epochs=6, precision=precision)
     assert last["loss"] < 0.6 * first["loss"]
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     means = evaluate(model, Batches(), world=WORLD, precision=Precision(precision, WORLD.device))
