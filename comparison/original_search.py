@@ -146,25 +146,25 @@ class OriginalSupernet(nn.Module):
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("arch.")]
 
 
-def pairs(fused: Supernet, per_edge: OriginalSupernet) -> Iterator[tuple[Tensor, slice, Tensor]]:
-    """(tensor of the fused net, the rows of it, the per-edge net's tensor that equals them), for all weights
+def pairs(fused: Supernet, original: OriginalSupernet) -> Iterator[tuple[Tensor, slice, Tensor]]:
+    """(tensor of the fused net, the rows of it, the original net's tensor that equals them), for all weights
     and BN statistics."""
     whole = slice(None)
     for name in ("stem", "classifier"):
-        ours, theirs = (getattr(network, name).state_dict(keep_vars=True) for network in (fused, per_edge))
+        ours, theirs = (getattr(network, name).state_dict(keep_vars=True) for network in (fused, original))
         yield from ((ours[key], whole, theirs[key]) for key in ours if ours[key].dim())
-    for ours, theirs in zip(fused.cells, per_edge.cells, strict=True):
+    for ours, theirs in zip(fused.cells, original.cells, strict=True):
         yield from pairs_of_preprocess(ours.preprocess0, theirs.preprocess0)
         yield from pairs_of_preprocess(ours.preprocess1, theirs.preprocess1)
         for source, leaving in zip(ours.sources, LEAVING, strict=True):
             yield from pairs_of_source(source, [theirs.edges[e].operations for e in leaving])
 
 
-def pairs_of_preprocess(fused: SearchPreprocess, per_edge: nn.Module) -> Iterator[tuple]:
-    convolutions = [m for m in per_edge.modules() if isinstance(m, nn.Conv2d)]
+def pairs_of_preprocess(fused: SearchPreprocess, original: nn.Module) -> Iterator[tuple]:
+    convolutions = [m for m in original.modules() if isinstance(m, nn.Conv2d)]
     for ours, theirs in zip(fused.convolutions, convolutions, strict=True):
         yield ours.weight, slice(None), theirs.weight
-    yield from pairs_of_norm(fused.norm, slice(None), per_edge.norm)
+    yield from pairs_of_norm(fused.norm, slice(None), original.norm)
 
 
 def pairs_of_source(fused: SourceOperations, edges: list[nn.ModuleList]) -> Iterator[tuple]:
@@ -186,6 +186,6 @@ def pairs_of_source(fused: SourceOperations, edges: list[nn.ModuleList]) -> Iter
             yield from pairs_of_norm(fused.pool_norm, slice(p * c, (p + 1) * c), pool[1])
 
 
-def pairs_of_norm(fused: nn.BatchNorm2d, rows: slice, per_edge: nn.BatchNorm2d) -> Iterator[tuple]:
-    yield fused.running_mean, rows, per_edge.running_mean
-    yield fused.running_var, rows, per_edge.running_var
+def pairs_of_norm(fused: nn.BatchNorm2d, rows: slice, original: nn.BatchNorm2d) -> Iterator[tuple]:
+    yield fused.running_mean, rows, original.running_mean
+    yield fused.running_var, rows, original.running_var
