@@ -42,8 +42,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import options
 from architect import Architect, edge_regularizer, path_regularizer
+from augment import Augmentation, Normalize
 from binary_ops import WEIGHT_BINARIZATIONS
-from data import Augmentation, Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
+from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
 from engine import PRECISIONS, Precision
 from genotypes import get_genotype
@@ -360,8 +361,7 @@ def cifar_loader(batch_size: int, device: torch.device) -> BatchLoader:
     return BatchLoader(
         ImageSet(images, labels, tuple("0123456789")),
         batch_size,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
+        normalize=Normalize((0.5,) * 3, (0.25,) * 3),
         augmentation=Augmentation(crop_padding=4, flip=True, cutout_length=16),
         shuffle=True,
     )

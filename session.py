@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
+from augment import Normalize
 from checkpoint import Checkpointer, find_resumable, load_checkpoint
-from data import ImageSet, channel_statistics, load_set
+from data import ImageSet, Share, channel_statistics, load_set
 from distributed import World, restarted
 from engine import Interrupted, StopSignal
 from logger import Run, create_run
@@ -205,9 +206,7 @@ def prepare_data(
 def loader_settings(args: argparse.Namespace, data: dict[str, Any], world: World) -> dict[str, Any]:
     """The arguments that all loaders of a run have in common."""
     return {
-        "mean": data["mean"],
-        "std": data["std"],
+        "normalize": Normalize(data["mean"], data["std"]),
         "seed": args.seed,
-        "rank": world.rank,
-        "world_size": world.size,
+        "share": Share(world.rank, world.size),
     }

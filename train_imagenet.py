@@ -13,7 +13,7 @@ from torch import nn
 
 import options
 import stages
-from data import STATISTICS, imagenet_loaders
+from data import STATISTICS, Share, imagenet_loaders
 from distributed import setup
 from engine import Precision, evaluate, train_one_epoch
 from session import Session
@@ -49,8 +49,7 @@ def main() -> None:
         workers=args.workers,
         seed=args.seed,
         image_size=args.image_size,
-        rank=world.rank,
-        world_size=world.size,
+        share=Share(world.rank, world.size),
     )
     mean, std = STATISTICS["imagenet"]
     data = {
