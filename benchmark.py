@@ -36,12 +36,13 @@ from torch import Tensor, nn
 
 import options
 from architect import Architect, edge_regularizer, path_regularizer
+from augment import Augmentation, Normalize
 from binary_ops import WEIGHT_BINARIZATIONS
 from comparison.engines import RIVALS, Logits, float_network, make_runner
 from comparison.measure import CLOCKS, MEMORY, Case, machine, measure
 from comparison.original_network import original_network
 from comparison.original_search import OriginalSupernet
-from data import Augmentation, Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
+from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
 from engine import Precision, choose_precision, optimize, training_loss
 from genotypes import get_genotype
@@ -343,8 +344,7 @@ def cifar_loader(batch_size: int, device: torch.device) -> BatchLoader:
     return BatchLoader(
         ImageSet(images, labels, tuple("0123456789")),
         batch_size,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
+        normalize=Normalize((0.5,) * 3, (0.25,) * 3),
         augmentation=Augmentation(crop_padding=4, flip=True, cutout_length=16),
         shuffle=True,
     )

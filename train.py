@@ -19,8 +19,9 @@ import argparse
 
 import options
 import stages
+from augment import Augmentation
 from checkpoint import BEST, load_checkpoint
-from data import SETS, Augmentation, BatchLoader, ImageSet, holdout_split
+from data import SETS, BatchLoader, ImageSet, holdout_split
 from distributed import World, setup
 from engine import evaluate, train_one_epoch
 from session import Session, loader_settings, prepare_data
@@ -117,17 +118,15 @@ def make_loaders(
         mixup_alpha=args.alpha if args.mixup else 0.0,
     )
     shared = loader_settings(args, data, world)
-    valid_set = test_set
-    if args.holdout:
-        kept, held_out = holdout_split(len(train_set), args.holdout, args.seed)
-        train_set, valid_set = (
-            train_set.subset(kept.to(world.device)),
-            train_set.subset(held_out.to(world.device)),
-        )
+    training = {"augmentation": augmentation, "shuffle": True, **shared}
+    test_loader = BatchLoader(test_set, args.batch_size, **shared)
+    if not args.holdout:
+        return BatchLoader(train_set, args.batch_size, **training), test_loader, test_loader
+    kept, held_out = holdout_split(len(train_set), args.holdout, args.seed)
     return (
-        BatchLoader(train_set, args.batch_size, augmentation=augmentation, shuffle=True, **shared),
-        BatchLoader(valid_set, args.batch_size, **shared),
-        BatchLoader(test_set, args.batch_size, **shared),
+        BatchLoader(train_set, args.batch_size, indices=kept, **training),
+        BatchLoader(train_set, args.batch_size, indices=held_out, **shared),
+        test_loader,
     )
 
 

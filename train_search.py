@@ -26,7 +26,8 @@ from torch import nn
 
 import options
 from architect import Architect
-from data import SETS, Augmentation, Batch, BatchLoader, ImageSet, split_halves
+from augment import Augmentation
+from data import SETS, Batch, BatchLoader, ImageSet, split_halves
 from distributed import World, setup
 from engine import evaluate, train_one_epoch
 from figures import draw_curves, draw_genotype
@@ -144,17 +145,16 @@ def make_loaders(
 ) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
     """The halves of the training set: the weights' and, in its own order, the architecture's, both augmented,
     and the architecture's again as it is, for evaluation."""
-    halves = split_halves(len(train_set), args.train_portion, args.seed)
-    weight_half, arch_half = (train_set.subset(indices.to(world.device)) for indices in halves)
+    weight_half, arch_half = split_halves(len(train_set), args.train_portion, args.seed)
     augmentation = Augmentation(
         crop_padding=args.image_size // 8, flip=True, cutout_length=args.cutout_length if args.cutout else 0
     )
     shared = loader_settings(args, data, world)
     training = {"augmentation": augmentation, "shuffle": True, **shared}
     return (
-        BatchLoader(weight_half, args.batch_size, stream=0, **training),
-        BatchLoader(arch_half, args.batch_size, stream=1, **training),
-        BatchLoader(arch_half, args.batch_size, **shared),
+        BatchLoader(train_set, args.batch_size, indices=weight_half, stream=0, **training),
+        BatchLoader(train_set, args.batch_size, indices=arch_half, stream=1, **training),
+        BatchLoader(train_set, args.batch_size, indices=arch_half, **shared),
     )
 
 

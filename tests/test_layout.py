@@ -9,7 +9,7 @@ from conftest import ROOT
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 ROWS = [line.split("|")[2] for line in PAGE.splitlines() if line.startswith("|")]
 ORDER = [name for row in ROWS for name in re.findall(r"`([\w/]+(?:\.py|/))`", row)]
-SCRIPTS = [path.name for path in ROOT.glob("*.py") if "run_main(main" in path.read_text()]
+SCRIPTS = [path.name for path in ROOT.glob("*.py") if "\n    run_main(main," in path.read_text()]
 MODULES = [
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.py", "packed/*.py", "figures/*.py", "comparison/*.py")
