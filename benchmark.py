@@ -1,16 +1,16 @@
-"""Time what runs often, each beside its obvious form: a table, and one line of JSON at the end.
+"""Time what runs often, beside what a user would otherwise run: a table, and one line of JSON at the end.
 
-    python benchmark.py search                      # the steps of a search, fused and edge by edge
-    python benchmark.py train                       # a step of stage 2 at CIFAR's size, lean and plain
+    python benchmark.py search                      # the steps of a search, and those of the original program
+    python benchmark.py train                       # a step of stage 2 at CIFAR's size, and the original's
     python benchmark.py train --family imagenet
     python benchmark.py data                        # the loaders' rates beside those of the networks
     python benchmark.py infer model.ebnas           # a packed network beside its float form in other engines
     python benchmark.py search --device cuda --precision bf16 --compile --batch_size 256
 
-The obvious forms stand in tests/: the supernet edge by edge, binarisation in float tensors by autograd, the
-gradients of everything in every step. Cases take turns, round by round; `ratio` is the median over the rounds
-of a case's images per second over those of the case that it is set against. `operations` counts the tensor
-operations of a call that do work (no views): on a GPU each is a kernel to launch, or a few.
+The original program's forms stand in comparison/: its modules with our weights, its gradients of everything
+in every step, its Adam. Cases take turns, round by round; `ratio` is the median over the rounds of a case's
+images per second over those of the case that it is set against. `operations` counts the tensor operations of
+a call that do work (no views), the optimisers' too: on a GPU each is a kernel to launch, or a few.
 """
 
 from __future__ import annotations
@@ -24,34 +24,27 @@ import argparse
 import copy
 import itertools
 import json
-import os
-import platform
-import sys
 import tempfile
-import time
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import options
 from architect import Architect, edge_regularizer, path_regularizer
+from augment import Augmentation, Normalize
 from binary_ops import WEIGHT_BINARIZATIONS
 from comparison.engines import RIVALS, Logits, float_network, make_runner
-from data import Augmentation, Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
+from comparison.measure import CLOCKS, MEMORY, Case, machine, measure
+from comparison.original_network import original_network
+from comparison.original_search import OriginalSupernet
+from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
-from engine import PRECISIONS, Precision
+from engine import Precision, choose_precision, optimize, training_loss
 from genotypes import get_genotype
 from model import FAMILIES, ModelConfig, Network, build_model
 from model_search import SearchConfig, Supernet
@@ -63,20 +56,7 @@ PUBLISHED = {
     "imagenet": {"init_channels": 112, "layers": 14, "image_size": 224, "num_classes": 1000},
 }
 BITS = {"w1a1": (1, 1), "w1a32": (1, 32), "w32a1": (32, 1)}
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-MEMORY = {"cuda": "peak", "cpu": "kept"}
-"""The memory column. `peak`: the most that is allocated in a step, above what is held between steps. `kept`:
-the most that autograd keeps at one time for the backward pass."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is timed: `run` handles `images` images; `against` names the case that its rate is divided by."""
-
-    name: str
-    run: Callable[[], Any]
-    images: int
-    against: str | None = None
+CRITERION = nn.CrossEntropyLoss()
 
 
 def parser() -> options.Parser:
@@ -86,15 +66,14 @@ def parser() -> options.Parser:
         benchmark = benchmarks.add_parser(name, help=cases.__doc__, description=cases.__doc__)
         add_flags(benchmark)
         flag = benchmark.add_argument
-        flag("--repeats", type=int, default=5, help="rounds that are timed")
-        flag("--warmup", type=int, default=1, help="rounds before them that are not")
+        flag("--repeats", type=options.integer(1), default=5, help="rounds that are timed")
+        flag("--warmup", type=options.integer(0), default=1, help="rounds before them that are not")
         flag("--clock", choices=CLOCKS, default="wall", help="cpu: this process's time on a busy machine")
         if name == "infer":  # always float32, on the CPU
-            benchmark.set_defaults(precision="fp32", device="cpu")
+            benchmark.set_defaults(device="cpu")
             continue
-        flag("--precision", choices=PRECISIONS, help="default: bf16 on a CUDA GPU that has it, else fp32")
         flag("--compile", action="store_true", help="torch.compile of our form")
-        flag("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+        options.add_device_flags(benchmark)
     return parser
 
 
@@ -103,73 +82,79 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     _, cases = BENCHMARKS[args.benchmark]
     with cases(args, world) as to_time:
-        rows = measure(to_time, args, world.device)
+        rows = measure(
+            to_time,
+            repeats=args.repeats,
+            warmup=args.warmup,
+            clock=args.clock,
+            device=world.device,
+            # what compiled code and other engines do is not dispatched
+            count=args.benchmark != "infer" and not args.compile,
+        )
     print_table(rows, args, world.device)
-    print(json.dumps({"settings": vars(args), "machine": machine(world.device), "rows": rows}))
+    print(json.dumps({"settings": options.as_dict(args), "machine": machine(world.device), "rows": rows}))
 
 
 # What is timed
 
 
 def add_search_flags(parser: options.Parser) -> None:
-    parser.add_argument("--init_channels", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--image_size", type=int, default=32)
+    flag = parser.add_argument
+    flag("--init_channels", type=options.integer(1, 10_000), default=16)
+    flag("--layers", type=options.integer(3, 1_000), default=8)
+    flag("--batch_size", type=options.integer(1), default=64)
+    flag("--image_size", type=options.integer(16, 4096), default=32)
 
 
 @contextmanager
 def search_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
-    """a weight step, and an architecture step with a weight step: the fused supernet, and edge by edge"""
-    fused = Supernet(SearchConfig(args.init_channels, args.layers)).to(world.device)
-    per_edge = obvious_form("per_edge_supernet").PerEdgeSupernet(copy.deepcopy(fused))
+    """a weight step, and an architecture step with a weight step: ours, and the original's"""
+    ours = Supernet(SearchConfig(args.init_channels, args.layers)).to(world.device)
+    original = OriginalSupernet(copy.deepcopy(ours))
     if args.compile:
-        fused.compile()
-    precision = Precision(args.precision, world.device)
+        ours.compile()
+    precision = choose_precision(args.precision, world.device, tf32=args.tf32)
     batch = random_batch(args.batch_size, args.image_size, 10, world.device)
     architect = Architect(
-        fused, learning_rate=6e-4, weight_decay=1e-3, path_reg_weight=1.5, edge_reg_weight=0.8
+        ours, learning_rate=6e-4, weight_decay=1e-3, path_reg_weight=1.5, edge_reg_weight=0.8
     )
-    weight_step = training_step(fused, fused.weight_parameters(), batch, precision, world)
+    weight_step = training_step(ours, ours.weight_parameters(), batch, precision, world)
 
     def both_steps() -> None:
         architect.step(itertools.repeat(batch), ramp=1.0, world=world, precision=precision)
         weight_step()
 
-    plain_weight_step, plain_both_steps = per_edge_steps(per_edge, batch, precision)
+    original_weight_step, original_both_steps = original_search_steps(original, batch, precision, world)
     n = args.batch_size
     yield [
-        Case("weight", weight_step, n, against="weight, per edge"),
-        Case("weight, per edge", plain_weight_step, n),
-        Case("architecture + weight", both_steps, n, against="architecture + weight, per edge"),
-        Case("architecture + weight, per edge", plain_both_steps, n),
+        Case("weight", weight_step, n, against="weight, original"),
+        Case("weight, original", original_weight_step, n),
+        Case("architecture + weight", both_steps, n, against="architecture + weight, original"),
+        Case("architecture + weight, original", original_both_steps, n),
     ]
 
 
-def per_edge_steps(
-    network: nn.Module, batch: Batch, precision: Precision
+def original_search_steps(
+    network: OriginalSupernet, batch: Batch, precision: Precision, world: World
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The weight step, and both steps, as in DARTS: each computes the gradients of all parameters."""
+    """The weight step, and both steps, as the original takes them: each computes the gradients of all
+    parameters, and Adam is torch's default one."""
     weights, arch = network.weight_parameters(), network.arch
     weight_optimizer = torch.optim.Adam(weights, lr=1e-3, weight_decay=3e-4)
     arch_optimizer = torch.optim.Adam(arch.values(), lr=6e-4, betas=(0.5, 0.999), weight_decay=1e-3)
 
-    def backward(regularizer: Tensor | float = 0.0) -> None:
-        network.zero_grad()
-        with precision.autocast():
-            logits, _ = network(batch.images)
-        (F.cross_entropy(logits.float(), batch.targets) + regularizer).backward()
+    def loss() -> Tensor:
+        network.zero_grad()  # of what the optimiser does not step, too
+        return training_loss(network, batch, CRITERION, precision=precision, auxiliary_weight=0.0)[0]
 
     def weight_step() -> None:
-        backward()
-        nn.utils.clip_grad_norm_(weights, 5.0)
-        weight_optimizer.step()
+        optimize(loss(), weight_optimizer, world=world, precision=precision, grad_clip=5.0)
 
     def both_steps() -> None:
         path = path_regularizer(arch["alphas_normal"]) + path_regularizer(arch["alphas_reduce"])
         edge = edge_regularizer(arch["betas_normal"]) + edge_regularizer(arch["betas_reduce"])
-        backward(1.5 * path + 0.8 * edge)
-        arch_optimizer.step()
+        objective = loss() + 1.5 * path + 0.8 * edge
+        optimize(objective, arch_optimizer, world=world, precision=precision)
         weight_step()
 
     return weight_step, both_steps
@@ -179,11 +164,12 @@ def add_network_flags(parser: options.Parser) -> None:
     flag = parser.add_argument
     flag("--arch", default="EBNAS")
     flag("--bits", choices=BITS, default="w1a1", help="of weights and activations")
-    flag("--init_channels", type=int, help="default: as published, and so with layers and image_size")
-    flag("--layers", type=int)
-    flag("--groups", type=int, default=14)
-    flag("--image_size", type=int)
-    flag("--batch_size", type=int, default=32)
+    size = "default: as published, and so with layers and image_size"
+    flag("--init_channels", type=options.integer(1, 10_000), help=size)
+    flag("--layers", type=options.integer(3, 1_000))
+    flag("--groups", type=options.integer(1, 10_000), default=14)
+    flag("--image_size", type=options.integer(16, 4096))
+    flag("--batch_size", type=options.integer(1), default=32)
     flag("--weight_binarization", choices=WEIGHT_BINARIZATIONS, default="plain")
 
 
@@ -194,30 +180,33 @@ def add_train_flags(parser: options.Parser) -> None:
 
 @contextmanager
 def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
-    """a training step: the network as it is trained, and with binarisation in float tensors by autograd"""
+    """a training step: of our network as it is trained, and of the original's (weight_binarization plain)"""
     ours, batch = network_and_batch(args, args.family, world.device)
-    plain = obvious_form("plain_forms").use_plain_convolutions(copy.deepcopy(ours))
+    original = original_network(ours)
     ours = as_trained(ours, args, world.device)
-    precision = Precision(args.precision, world.device)
-    our_step, plain_step = (
-        training_step(model, list(model.parameters()), batch, precision, world) for model in (ours, plain)
+    precision = choose_precision(args.precision, world.device, tf32=args.tf32)
+    our_step = training_step(ours, list(ours.parameters()), batch, precision, world)
+    original_step = training_step(
+        original, list(original.parameters()), batch, precision, world, fused_adam=False
     )
     yield [
-        Case("training", our_step, args.batch_size, against="training, plain"),
-        Case("training, plain", plain_step, args.batch_size),
+        Case("training", our_step, args.batch_size, against="training, original"),
+        Case("training, original", original_step, args.batch_size),
     ]
 
 
 def add_data_flags(parser: options.Parser) -> None:
     add_network_flags(parser)
-    parser.add_argument("--images", type=int, default=256, help="JPEG files of 500 x 375 that are made")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read them")
+    parser.add_argument(
+        "--images", type=options.integer(1), default=256, help="JPEG files of 500 x 375 that are made"
+    )
+    options.add_worker_flag(parser)
 
 
 @contextmanager
 def data_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
     """the loaders of CIFAR and of ImageNet, and beside each a training step of its network"""
-    precision = Precision(args.precision, world.device)
+    precision = choose_precision(args.precision, world.device, tf32=args.tf32)
     steps = {}
     for family in FAMILIES:
         model, batch = network_and_batch(args, family, world.device)
@@ -240,8 +229,8 @@ def data_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
 
 def add_infer_flags(parser: options.Parser) -> None:
     parser.add_argument("model", help="a packed network (export.py)")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch_size", type=options.integer(1), default=1)
+    parser.add_argument("--threads", type=options.integer(1, 1024), default=1)
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=RIVALS)
 
 
@@ -296,19 +285,6 @@ BENCHMARKS = {
 # What the cases are made of
 
 
-def obvious_form(module: str) -> Any:
-    """A module of tests/. Raises InputError where the tests are not beside this script."""
-    tests = str(Path(__file__).resolve().parent / "tests")
-    if tests not in sys.path:
-        sys.path.append(tests)
-    try:
-        return __import__(module)
-    except ModuleNotFoundError:
-        raise InputError(
-            f"{module}.py, the form to compare with, is not in {tests}; run the script in a full checkout"
-        ) from None
-
-
 def random_batch(n: int, size: int, classes: int, device: torch.device) -> Batch:
     images = torch.randn(n, 3, size, size, device=device)
     return Batch(images, torch.randint(classes, (n,), device=device), n)
@@ -342,16 +318,21 @@ def as_trained(model: Network, args: argparse.Namespace, device: torch.device) -
 
 
 def training_step(
-    model: nn.Module, parameters: list[nn.Parameter], batch: Batch, precision: Precision, world: World
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    batch: Batch,
+    precision: Precision,
+    world: World,
+    *,
+    fused_adam: bool = True,
 ) -> Callable[[], None]:
-    """Forward, backward, clipping and Adam, as in engine.train_one_epoch."""
-    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
+    """The step of engine.train_one_epoch, as the training scripts take it by default."""
+    # None, not False: Adam's default chooses its form by the device
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=fused_adam or None)
 
     def step() -> None:
-        with precision.autocast():
-            logits = [output.float() for output in model(batch.images) if output is not None]
-            loss = sum(F.cross_entropy(output, batch.targets) for output in logits)
-        precision.step(loss, optimizer, parameters, world=world, grad_clip=5.0)
+        objective, _, _ = training_loss(model, batch, CRITERION, precision=precision, auxiliary_weight=0.4)
+        optimize(objective, optimizer, world=world, precision=precision, grad_clip=5.0)
 
     return step
 
@@ -363,8 +344,7 @@ def cifar_loader(batch_size: int, device: torch.device) -> BatchLoader:
     return BatchLoader(
         ImageSet(images, labels, tuple("0123456789")),
         batch_size,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
+        normalize=Normalize((0.5,) * 3, (0.25,) * 3),
         augmentation=Augmentation(crop_padding=4, flip=True, cutout_length=16),
         shuffle=True,
     )
@@ -392,144 +372,13 @@ def epochs_of(loader: Loader) -> Callable[[], None]:
     return epoch
 
 
-# Measuring
-
-
-def measure(cases: list[Case], args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """A row for each case: seconds of a call (median, min, max), images per second, memory, operations."""
-    clock = CLOCKS[args.clock]
-    memory = {case.name: measure_memory(case.run, device) for case in cases}
-    # what compiled code and other engines do is not dispatched
-    counted = args.benchmark != "infer" and not args.compile
-    operations = {case.name: count_operations(case.run) for case in cases} if counted else {}
-    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
-    for repeat in range(-args.warmup, args.repeats):
-        for case in cases:
-            synchronize(device)
-            started = clock()
-            case.run()
-            synchronize(device)
-            if repeat >= 0:
-                seconds[case.name].append(clock() - started)
-
-    per_image = {case.name: [s / case.images for s in seconds[case.name]] for case in cases}
-    rows = []
-    for case in cases:
-        row = {
-            "case": case.name,
-            "median": median(seconds[case.name]),
-            "min": min(seconds[case.name]),
-            "max": max(seconds[case.name]),
-            "images_per_second": 1 / median(per_image[case.name]),
-            "memory_bytes": memory[case.name],
-        }
-        if counted:
-            row["operations"] = operations[case.name]
-        if case.against is not None:
-            turns = zip(per_image[case.against], per_image[case.name], strict=True)
-            row["ratio"] = median(theirs / ours for theirs, ours in turns)
-            if memory[case.name]:
-                row["memory_ratio"] = memory[case.name] / memory[case.against]
-        rows.append(row)
-    return rows
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure_memory(run: Callable[[], Any], device: torch.device) -> int:
-    """Bytes of one call, see MEMORY."""
-    run()  # what is held from now on (gradients, the optimiser's state) does not count
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - held
-    kept = KeptForBackward()
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
-        run()
-    return kept.peak
-
-
-class KeptForBackward:
-    """Hooks that count the bytes of the tensors that autograd keeps, each storage once, and their peak."""
-
-    class Holder:
-        """Lives as long as autograd keeps `tensor`."""
-
-        def __init__(self, tensor: Tensor):
-            self.tensor = tensor
-
-    def __init__(self):
-        self.holders: Counter[int] = Counter()  # by the address of a storage
-        self.bytes = self.peak = 0
-
-    def pack(self, tensor: Tensor) -> Holder:
-        storage, holder = tensor.untyped_storage(), self.Holder(tensor)
-        self._count(storage.data_ptr(), storage.nbytes(), 1)
-        weakref.finalize(holder, self._count, storage.data_ptr(), storage.nbytes(), -1)
-        return holder
-
-    def unpack(self, holder: Holder) -> Tensor:
-        return holder.tensor
-
-    def _count(self, address: int, size: int, change: int) -> None:
-        held = self.holders[address] > 0
-        self.holders[address] += change
-        self.bytes += size * ((self.holders[address] > 0) - held)
-        self.peak = max(self.peak, self.bytes)
-
-
-def count_operations(run: Callable[[], Any]) -> int:
-    """Tensor operations of one call that do work."""
-    with OperationCount() as count:
-        run()
-    return count.operations
-
-
-IDLE = ("empty", "new_empty", "_unsafe_view", "promote_types", "scalar_tensor")
-"""Beginnings of the names of operations that only allocate, or only the host's."""
-
-
-class OperationCount(TorchDispatchMode):
-    """Within it, `operations` counts what is dispatched to a device, forward and backward."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        works = operation.namespace == "aten" and not operation.is_view
-        self.operations += works and not operation.__name__.startswith(IDLE)
-        return operation(*args, **(kwargs or {}))
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """The hardware and the versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {
-        "device": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor without that line
-        return platform.processor() or platform.machine()
-
-
 def print_table(rows: list[dict], args: argparse.Namespace, device: torch.device) -> None:
     print(", ".join(f"{name} {value}" for name, value in machine(device).items()))
-    print(", ".join(f"{name} {value}" for name, value in vars(args).items() if value not in (None, False)))
+    print(
+        ", ".join(
+            f"{name} {value}" for name, value in options.as_dict(args).items() if value not in (None, False)
+        )
+    )
     print()
     memory = MEMORY[device.type]
     columns = (

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -34,7 +34,7 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    store: dist.Store | None = None
+    store: dist.Store | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 import options
+from augment import Normalize
 from checkpoint import load_checkpoint
 from cost import Cost, measure_cost
 from data import BatchLoader, Loader, imagenet_val_loader, load_set
@@ -108,7 +109,8 @@ def test_loader(data: dict, args: argparse.Namespace, world: World) -> Loader:
             data["set"], root, train=False, image_size=data["image_size"], workers=args.workers
         )
         classes = test_set.classes
-        loader = BatchLoader(test_set.to(world.device), args.batch_size, mean=data["mean"], std=data["std"])
+        normalize = Normalize(data["mean"], data["std"])
+        loader = BatchLoader(test_set.to(world.device), args.batch_size, normalize=normalize)
     if list(classes) != data["classes"]:
         raise InputError(
             f"{root} has the classes {', '.join(classes[:5])}, ...; the network was trained on "

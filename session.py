@@ -30,8 +30,9 @@ import numpy as np
 import torch
 
 import options
+from augment import Normalize
 from checkpoint import Checkpointer, load_checkpoint
-from data import ImageSet, channel_statistics, load_set
+from data import ImageSet, Share, channel_statistics, load_set
 from distributed import World, launch_name, restarted
 from engine import AfterStep, Position, Sums, choose_precision
 from runs import Run, create_run, find_launched, find_resumable
@@ -323,30 +324,23 @@ def prepare_data(session: Session, *, test: bool) -> tuple[ImageSet, ImageSet | 
 
 
 def describe_data(
-    name: str,
-    root: str,
-    image_size: int,
-    classes: tuple[str, ...],
-    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    name: str, root: str, image_size: int, classes: tuple[str, ...], normalize: Normalize
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of its images; `statistics` are the channels' mean and standard deviation."""
-    mean, std = statistics
+    """What a checkpoint keeps of its images."""
     return {
         "set": name,
         "root": str(root),
         "image_size": image_size,
         "classes": list(classes),
-        "mean": list(mean),
-        "std": list(std),
+        "mean": list(normalize.mean),
+        "std": list(normalize.std),
     }
 
 
 def loader_settings(args: argparse.Namespace, data: dict[str, Any], world: World) -> dict[str, Any]:
     """The arguments that all loaders of a run have in common."""
     return {
-        "mean": data["mean"],
-        "std": data["std"],
+        "normalize": Normalize(data["mean"], data["std"]),
         "seed": args.seed,
-        "rank": world.rank,
-        "world_size": world.size,
+        "share": Share(world.rank, world.size),
     }

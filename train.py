@@ -16,13 +16,13 @@ if __name__ == "__main__":  # torch takes seconds to import
     end_on_interrupt()
 
 import argparse
-from typing import Any
 
 import options
 import stages
+from augment import Augmentation
 from checkpoint import BEST, load_checkpoint
-from data import SETS, Augmentation, BatchLoader, holdout_split
-from distributed import setup
+from data import SETS, BatchLoader, ImageSet, holdout_split
+from distributed import World, setup
 from engine import evaluate, train_one_epoch
 from model import trained_network
 from session import Session, loader_settings, prepare_data
@@ -58,7 +58,8 @@ def main(args: argparse.Namespace) -> None:
     world = setup(args.device, args.gpu)
     session = Session(args, parser=parser(), script="train", name=stages.run_name, world=world)
     args, precision = session.args, session.precision
-    train_loader, valid_loader, test_loader, data = make_loaders(session)
+    train_set, test_set, data = prepare_data(session, test=True)
+    train_loader, valid_loader, test_loader = make_loaders(args, train_set, test_set, data, world)
     training = stages.build(session, family="cifar", data=data, warmup=0)
     model, scheduler = training.model, training.scheduler
 
@@ -106,11 +107,10 @@ def main(args: argparse.Namespace) -> None:
         stages.finish(session, held_out="held-out" if args.holdout else "test")
 
 
-def make_loaders(session: Session) -> tuple[BatchLoader, BatchLoader, BatchLoader, dict[str, Any]]:
-    """For training, for choosing an epoch (held-out training images, or the test set), and for testing; and
-    what a checkpoint keeps of the images."""
-    args, world = session.args, session.world
-    train_set, test_set, data = prepare_data(session, test=True)
+def make_loaders(
+    args: argparse.Namespace, train_set: ImageSet, test_set: ImageSet, data: dict, world: World
+) -> tuple[BatchLoader, ...]:
+    """For training, for choosing an epoch (held-out training images, or the test set), and for testing."""
     augmentation = Augmentation(
         crop_padding=data["image_size"] // 8,
         flip=True,
@@ -118,18 +118,15 @@ def make_loaders(session: Session) -> tuple[BatchLoader, BatchLoader, BatchLoade
         mixup_alpha=args.alpha if args.mixup else 0.0,
     )
     shared = loader_settings(args, data, world)
-    valid_set = test_set
-    if args.holdout:
-        kept, held_out = holdout_split(len(train_set), args.holdout, args.seed)
-        train_set, valid_set = (
-            train_set.subset(kept.to(world.device)),
-            train_set.subset(held_out.to(world.device)),
-        )
+    training = {"augmentation": augmentation, "shuffle": True, **shared}
+    test_loader = BatchLoader(test_set, args.batch_size, **shared)
+    if not args.holdout:
+        return BatchLoader(train_set, args.batch_size, **training), test_loader, test_loader
+    kept, held_out = holdout_split(len(train_set), args.holdout, args.seed)
     return (
-        BatchLoader(train_set, args.batch_size, augmentation=augmentation, shuffle=True, **shared),
-        BatchLoader(valid_set, args.batch_size, **shared),
-        BatchLoader(test_set, args.batch_size, **shared),
-        data,
+        BatchLoader(train_set, args.batch_size, indices=kept, **training),
+        BatchLoader(train_set, args.batch_size, indices=held_out, **shared),
+        test_loader,
     )
 
 

@@ -18,7 +18,7 @@ import argparse
 
 import options
 import stages
-from data import STATISTICS, imagenet_loaders
+from data import STATISTICS, Share, imagenet_loaders
 from distributed import setup
 from engine import evaluate, train_one_epoch
 from session import Session, describe_data
@@ -61,8 +61,7 @@ def main(args: argparse.Namespace) -> None:
         workers=args.workers,
         seed=args.seed,
         image_size=args.image_size,
-        rank=world.rank,
-        world_size=world.size,
+        share=Share(world.rank, world.size),
     )
     data = session.own_images(
         describe_data("imagenet", args.tmp_data_dir, args.image_size, classes, STATISTICS["imagenet"])

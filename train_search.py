@@ -20,15 +20,15 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
 import options
 from architect import Architect
-from data import SETS, Augmentation, Batch, BatchLoader, split_halves
-from distributed import setup
+from augment import Augmentation
+from data import SETS, Batch, BatchLoader, ImageSet, split_halves
+from distributed import World, setup
 from engine import evaluate, train_one_epoch
 from figures import draw_curves, draw_genotype
 from genotypes import Genotype, describe, genotype_from_dict, genotype_to_dict, save_genotype
@@ -81,7 +81,8 @@ def main(args: argparse.Namespace) -> None:
         args, parser=parser(), script="train_search", name=lambda args: f"search-{args.save}", world=world
     )
     args, precision = session.args, session.precision
-    weight_loader, arch_loader, valid_loader, data = make_loaders(session)
+    train_set, _, data = prepare_data(session, test=False)
+    weight_loader, arch_loader, valid_loader = make_loaders(args, train_set, data, world)
 
     seed_everything(args.seed)
     config = SearchConfig(args.init_channels, args.layers, len(data["classes"]))
@@ -141,23 +142,21 @@ def main(args: argparse.Namespace) -> None:
         finish(session, model.genotype())
 
 
-def make_loaders(session: Session) -> tuple[BatchLoader, BatchLoader, BatchLoader, dict[str, Any]]:
+def make_loaders(
+    args: argparse.Namespace, train_set: ImageSet, data: dict, world: World
+) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
     """The halves of the training set: the weights' and, in its own order, the architecture's, both augmented,
-    and the architecture's again as it is, for evaluation; and what a checkpoint keeps of the images."""
-    args, world = session.args, session.world
-    train_set, _, data = prepare_data(session, test=False)
-    halves = split_halves(len(train_set), args.train_portion, args.seed)
-    weight_half, arch_half = (train_set.subset(indices.to(world.device)) for indices in halves)
+    and the architecture's again as it is, for evaluation."""
+    weight_half, arch_half = split_halves(len(train_set), args.train_portion, args.seed)
     augmentation = Augmentation(
         crop_padding=args.image_size // 8, flip=True, cutout_length=args.cutout_length if args.cutout else 0
     )
     shared = loader_settings(args, data, world)
     training = {"augmentation": augmentation, "shuffle": True, **shared}
     return (
-        BatchLoader(weight_half, args.batch_size, stream=0, **training),
-        BatchLoader(arch_half, args.batch_size, stream=1, **training),
-        BatchLoader(arch_half, args.batch_size, **shared),
-        data,
+        BatchLoader(train_set, args.batch_size, indices=weight_half, stream=0, **training),
+        BatchLoader(train_set, args.batch_size, indices=arch_half, stream=1, **training),
+        BatchLoader(train_set, args.batch_size, indices=arch_half, **shared),
     )
 
 

@@ -1,1 +1,1 @@
-"""What tests and benchmarks measure against; nothing here is needed to search, to train or to run."""
+"""What tests and benchmark measure against: the original program's forms, other engines; and how to count."""

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data import draw_shapes
 from session import Session
+from shapes import SHAPES, draw_shapes
 from utils import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,12 +97,11 @@ class Scripts:
 def images(tmp_path_factory) -> Path:
     """A `folder` set: three classes of the shapes, 16 x 16, 128 images to train on and 30 to test."""
     root = tmp_path_factory.mktemp("images")
-    shapes = draw_shapes(600, 16, seed=7)
-    kept = shapes.subset((shapes.labels < 3).nonzero().flatten()[:158])
-    for index, (image, label) in enumerate(zip(kept.images, kept.labels, strict=True)):
-        folder = root / ("train" if index < 128 else "test") / shapes.classes[label]
+    drawn, labels = draw_shapes(600, 16, seed=7)
+    for index, kept in enumerate(np.flatnonzero(labels < 3)[:158]):
+        folder = root / ("train" if index < 128 else "test") / list(SHAPES)[labels[kept]]
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
+        Image.fromarray(drawn[kept].transpose(1, 2, 0)).save(folder / f"{index}.png")
     return root
 
 

@@ -1,14 +1,10 @@
 """Reading the original program's values (tests/reference), and comparing with them in float64."""
 
-import copy
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from plain_forms import use_plain_convolutions
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 REFERENCE = Path(__file__).parent / "reference"
 RELATIVE = 1e-9
@@ -32,27 +28,6 @@ def assert_gradient(gradient: Tensor, values, name: str) -> None:
         assert_close(gradient, values[f"grad.{name}"], f"gradient of {name}")
     else:
         assert_close(gradient.norm(), values[f"gradnorm.{name}"], f"gradient norm of {name}")
-
-
-def picked_pixels(network: nn.Module, images: Tensor) -> int:
-    """A checksum of the pixels that the max pools of `network`, with plain convolutions, pick here.
-
-    Many pixels of a 1-bit convolution are equal up to rounding, which differs from one torch and processor to
-    another: the gradients are the reference's only where it decides for the same pixels.
-    """
-    checksum = 0
-
-    def add(pool: nn.MaxPool2d, inputs: tuple[Tensor], _output: Tensor) -> None:
-        nonlocal checksum
-        _, picked = F.max_pool2d(*inputs, pool.kernel_size, pool.stride, pool.padding, return_indices=True)
-        checksum = zlib.crc32(picked.numpy().tobytes(), checksum)
-
-    plain = use_plain_convolutions(copy.deepcopy(network))
-    for module in plain.modules():
-        if isinstance(module, nn.MaxPool2d):
-            module.register_forward_hook(add)
-    plain(images)
-    return checksum
 
 
 def float64(values, name: str) -> Tensor:

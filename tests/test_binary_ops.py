@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from plain_forms import plain_convolution, plain_weight
+from torch import Tensor
+from torch.nn import functional as F
 
 from binary_ops import WEIGHT_BINARIZATIONS, BinaryConv2d, binarize_weight, binary_sign, sign
 from utils import InputError
@@ -32,6 +33,39 @@ BITS = [(1, 1), (1, 32), (32, 1), (32, 32)]
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+# Binarisation as its formulas read, in float tensors, by autograd alone
+
+
+def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
+    """`value`, with the gradient of `surrogate`."""
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def plain_sign(x: Tensor) -> Tensor:
+    """Bi-Real Net's sign: the gradient is that of the piecewise quadratic x (2 - |x|) on [-1, 1]."""
+    inside = x.clamp(-1, 1)
+    return straight_through(torch.where(x >= 0, 1.0, -1.0).to(x.dtype), inside * (2 - inside.abs()))
+
+
+def plain_weight(weight: Tensor, method: str = "plain") -> Tensor:
+    """Binary weights with one scale a filter; sign's gradient is that of its argument within (-1, 1)."""
+    dims = (1, 2, 3)
+    centred = weight - weight.mean(dims, keepdim=True)
+    standardised = centred / centred.std(dims, keepdim=True)
+    signed = standardised if method == "balanced" else weight
+    value = torch.where(signed >= 0, 1.0, -1.0).to(weight.dtype)
+    passed = torch.where(signed.abs() < 1, signed, signed.detach())
+    return straight_through(value, passed) * standardised.detach().abs().mean(dims, keepdim=True)
+
+
+def plain_convolution(conv: BinaryConv2d, x: Tensor) -> Tensor:
+    """What `conv` computes."""
+    if conv.activation_bits == 1:
+        x = plain_sign(x)
+    weight = plain_weight(conv.weight, conv.weight_binarization) if conv.weight_bits == 1 else conv.weight
+    return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,8 +19,9 @@ from torch import Tensor, multiprocessing, nn
 
 import distributed
 from architect import Architect
+from augment import Normalize
 from checkpoint import load_checkpoint
-from data import BatchLoader, ImageSet
+from data import BatchLoader, ImageSet, Share
 from distributed import World, setup
 from engine import Position, Precision, evaluate, train_one_epoch
 from model_search import SearchConfig, Supernet
@@ -46,9 +47,9 @@ def loader(n: int, world: World, **keywords) -> BatchLoader:
     generator = torch.Generator().manual_seed(n)
     images = torch.randint(256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator)
     labels = torch.randint(7, (n,), generator=generator)
-    place = {"rank": world.rank, "world_size": world.size}
-    scale = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
-    return BatchLoader(ImageSet(images, labels, tuple("abcdefg")), 8, **scale, **place, **keywords)
+    dataset = ImageSet(images, labels, tuple("abcdefg"))
+    normalize, share = Normalize((0.5,) * 3, (0.25,) * 3), Share(world.rank, world.size)
+    return BatchLoader(dataset, 8, normalize=normalize, share=share, **keywords)
 
 
 def search(world: World, *, batch_statistics: bool) -> dict:

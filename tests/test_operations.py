@@ -1,11 +1,13 @@
 """Every operation at both strides and odd sizes, networks at sizes no pool was made for, and drop-path."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
 
 from genotypes import GENOTYPES, PRIMITIVES
 from model import ModelConfig, build_model
@@ -69,6 +71,31 @@ def test_factorized_reduction_is_zero_where_its_shifted_half_has_no_pixel(size):
     assert preprocess(torch.randn(2, 4, size, size)).shape == y.shape
 
 
+def first_of_the_largest(x, stride):
+    """3x3 max pool with padding 1, whose gradient goes to the first of equal pixels, row by row."""
+    padded = F.pad(x, (1, 1, 1, 1), value=-math.inf)
+    windows = padded.unfold(2, 3, stride).unfold(3, 3, stride).flatten(-2)  # (n, c, h', w', 9)
+    return windows.max(-1).values  # the first, on a tie
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_max_pools_gradient_goes_to_the_first_of_equal_pixels(stride, size, memory_format):
+    """In the derived form and, mixed alone, in the search form."""
+    x = torch.randint(-1, 2, (2, 2, *size)).double().to(memory_format=memory_format).requires_grad_()
+    source = SourceOperations(2, 1, stride).double().eval()  # whose BN then divides by about 1
+    mixing = torch.zeros(1, len(PRIMITIVES), dtype=torch.float64)
+    mixing[0, PRIMITIVES.index("max_pool_3x3")] = (1 + source.pool_norm.eps) ** 0.5
+    expected = first_of_the_largest(x, stride)
+    grad = torch.randn_like(expected)
+    (expected_grad,) = torch.autograd.grad(expected, x, grad)
+    derived = make_operation("max_pool_3x3", 2, stride, groups=1, bits=BITS)(x)
+    for y in (derived, source(x, *coefficients(mixing, stride))[:, 0]):
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], expected_grad)
+
+
 def check_training_step(network, size, batch=2):
     logits, auxiliary = network(torch.randn(batch, 3, size, size))
     assert logits.shape == (batch, network.config.num_classes) and logits.isfinite().all()
@@ -101,6 +128,52 @@ def test_imagenet_network_with_auxiliary_head(size):
 @pytest.mark.parametrize("size", [16, 33])
 def test_supernet(size):
     check_training_step(Supernet(SearchConfig(8, 3, 7)), size)
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_search_operations_under_autocast(stride, dtype):
+    """Close to single precision: values, gradients and running statistics, which all stay in it.
+
+    The narrow type holds the input exactly, for rounding must not turn its signs.
+    """
+    x = torch.randn(4, 2, 9, 9).to(dtype).float().requires_grad_()
+    mixing = torch.randn(3, len(PRIMITIVES), requires_grad=True)
+    narrow = SourceOperations(2, 3, stride)
+    wide = copy.deepcopy(narrow)
+    outcomes = []
+    for operations, autocast in ((narrow, True), (wide, False)):
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            y = operations(x, *coefficients(mixing, stride))
+        torch.manual_seed(1)
+        gradients = torch.autograd.grad(y, (x, mixing, *operations.parameters()), torch.randn_like(y))
+        outcomes.append((y, *gradients, *(b for b in operations.buffers() if b.is_floating_point())))
+    for actual, expected in zip(*outcomes, strict=True):
+        assert actual.dtype == expected.dtype == torch.float32
+        assert relative_error(actual, expected) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_supernet_under_autocast(dtype):
+    """Logits stay close to single precision's. Of its signs a few turn, and gradients with them: those of the
+    classifier, behind the signs, stay close; all are finite and in single precision."""
+    network = Supernet(SearchConfig(8, 3, 7))
+    images, targets = torch.randn(8, 3, 16, 16), torch.arange(8) % 7
+    outcomes = []
+    for autocast in (True, False):
+        network.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            logits = network(images)[0].float()
+        F.cross_entropy(logits, targets).backward()
+        gradients = [parameter.grad for parameter in network.parameters()]
+        assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in gradients)
+        outcomes.append((logits, network.classifier.weight.grad, network.classifier.bias.grad))
+    for actual, expected in zip(*outcomes, strict=True):
+        assert relative_error(actual, expected) < 0.15
 
 
 def test_imagenet_stem_says_which_widths_it_takes():

@@ -1,23 +1,16 @@
-"""A run around its epochs: signals, what ends it, and what it keeps in memory."""
+"""A run around its epochs: signals, and what ends it."""
 
-import gc
 import signal
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, TINY_SEARCH, TINY_STAGE, environment
+from conftest import ROOT, TINY_STAGE, environment
 from torch._inductor.exc import InvalidCxxCompiler
 
 import engine
-import session
-import train
-import train_search
 from checkpoint import load_checkpoint
-from distributed import World
 from session import StopSignal
 
 
@@ -109,27 +102,3 @@ def test_flags_and_arithmetic_are_kept(interrupted):
     assert load_checkpoint(interrupted)["args"]["precision"] == "fp32"
     assert '"tf32": false' in (interrupted / "args.json").read_text()
     assert "1 x cpu, fp32" in (interrupted / "log.txt").read_text()
-
-
-@pytest.mark.parametrize(
-    ("script", "flags"),
-    [(train_search, TINY_SEARCH), (train, [*TINY_STAGE, "--holdout", "30"])],
-    ids=["search", "holdout"],
-)
-def test_the_images_are_held_once(script, flags, data_flags, monkeypatch):
-    """Where the training set is split, only its parts stay."""
-    loaded, load = [], session.load_set
-
-    def watched(*args, **keywords):
-        images = load(*args, **keywords)
-        if keywords["train"]:
-            loaded.append(weakref.ref(images.images))
-        return images
-
-    monkeypatch.setattr(session, "load_set", watched)
-    args = script.parser().parse_args([*data_flags, *flags])
-    world = World(torch.device("cpu"))
-    around = session.Session(args, parser=script.parser(), script="train", name=lambda _: "", world=world)
-    loaders = script.make_loaders(around)
-    gc.collect()
-    assert len(loaders) == 4 and [reference() for reference in loaded] == [None]

@@ -9,28 +9,19 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from data import (
+from augment import (
     LIGHTING_AXES,
     Augmentation,
-    BatchLoader,
-    ImageSet,
+    Normalize,
     cutout,
     lighting,
     mixup,
     random_crop,
     random_flip,
 )
+from data import BatchLoader, ImageSet
 
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Batches this small gain nothing from threads, and lose much where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+NORMALIZE = Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -121,14 +112,12 @@ def test_mixup_weights_follow_a_beta_distribution():
     labels = torch.arange(64)
     dataset = ImageSet(noise(64, 3, 2, 2), labels, tuple(map(str, labels.tolist())))
     loader = BatchLoader(
-        dataset, 2, mean=MEAN, std=STD, shuffle=True, augmentation=Augmentation(mixup_alpha=0.2)
+        dataset, 2, normalize=NORMALIZE, shuffle=True, augmentation=Augmentation(mixup_alpha=0.2)
     )
     weights = []
     for epoch in range(60):
         for _, targets, _ in loader.epoch(epoch):
-            top = targets.max(
-                1
-            ).values  # two labels: the weights are w and 1 - w, or 1 where a pair is one image
+            top = targets.amax(1)  # two labels: the weights are w and 1 - w, or 1 where a pair is one image
             assert torch.allclose(targets.sum(1), torch.ones(2))
             weights += top[:1].tolist() if top[0] < 1 else []
     assert 800 < len(weights) < 1120  # half of the permutations of two are the identity
@@ -167,20 +156,20 @@ def test_lighting_is_alexnets_per_image():
 
 def test_without_augmentation_a_batch_is_only_normalised():
     dataset = ImageSet(noise(10, 3, 6, 6), torch.arange(10), tuple("abcdefghij"))
-    usual = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    batch = next(BatchLoader(dataset, 10, mean=MEAN, std=STD).epoch(0))
+    usual = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*NORMALIZE)])
+    batch = next(BatchLoader(dataset, 10, normalize=NORMALIZE).epoch(0))
     assert torch.allclose(batch.images, usual(dataset.images), atol=1e-6)
     assert torch.equal(batch.targets, dataset.labels)
 
 
 def test_a_crop_pads_with_black_and_cutout_with_the_mean():
     white = ImageSet(torch.full((256, 3, 8, 8), 255, dtype=torch.uint8), torch.zeros(256).long(), ("white",))
-    mean, std = torch.tensor(MEAN).view(3, 1), torch.tensor(STD).view(3, 1)
+    mean, std = (torch.tensor(values).view(3, 1) for values in NORMALIZE)
     for wish, filled in (
         (Augmentation(crop_padding=2), -mean / std),
         (Augmentation(cutout_length=4), mean * 0),
     ):
-        batch = next(BatchLoader(white, 256, mean=MEAN, std=STD, augmentation=wish).epoch(0))
+        batch = next(BatchLoader(white, 256, normalize=NORMALIZE, augmentation=wish).epoch(0))
         pixels = batch.images.permute(1, 0, 2, 3).reshape(3, -1).unique(dim=1)
         expected = torch.cat([filled, (1 - mean) / std], 1)
         assert torch.allclose(pixels[:, pixels[0].argsort()], expected, atol=1e-6)
@@ -190,7 +179,7 @@ def test_the_data_set_is_not_changed():
     dataset = ImageSet(noise(32, 3, 8, 8), torch.arange(32), tuple(map(str, range(32))))
     before = dataset.images.clone()
     wish = Augmentation(crop_padding=2, flip=True, cutout_length=4, mixup_alpha=1.0)
-    list(BatchLoader(dataset, 8, mean=MEAN, std=STD, augmentation=wish, shuffle=True).epoch(0))
+    list(BatchLoader(dataset, 8, normalize=NORMALIZE, augmentation=wish, shuffle=True).epoch(0))
     assert torch.equal(dataset.images, before)
 
 
@@ -198,7 +187,7 @@ def test_the_data_set_is_not_changed():
 def test_no_step_waits_for_the_device():
     dataset = ImageSet(noise(64, 3, 8, 8), torch.arange(64), tuple(map(str, range(64)))).to("cuda")
     wish = Augmentation(crop_padding=2, flip=True, cutout_length=4, mixup_alpha=1.0)
-    epoch = BatchLoader(dataset, 8, mean=MEAN, std=STD, augmentation=wish, shuffle=True).epoch(0)
+    epoch = BatchLoader(dataset, 8, normalize=NORMALIZE, augmentation=wish, shuffle=True).epoch(0)
     next(epoch)  # moves the order to the device, once
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,21 +1,22 @@
-"""The supernet as its description reads: every edge has its own seven operations, mixes and shuffles alone.
+"""The supernet as the original program computes it: every edge has its own seven operations, mixes and
+shuffles alone. Its cost is the original's (tests/test_comparison.py).
 
-What the fused supernet must equal, and what the benchmark times it against. Sizes that do not halve evenly
-follow the fused network's conventions: halves are rounded up, a window over the border averages what it
-holds, and a factorised reduction is zero where its shifted half has no pixel.
+Sizes that do not halve evenly follow our supernet's conventions, for the original has none: halves are
+rounded up, a window over the border averages what it holds, and a factorised reduction is zero where its
+shifted half has no pixel.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-from plain_forms import plain_sign
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from comparison.original_binary import Sign
 from genotypes import EDGES, NODES
 from model_search import LEAVING, SAMPLING, SearchPreprocess, SourceOperations, Supernet, edge_weights
-
-GEOMETRIES = ((3, 1, 1), (5, 2, 1), (3, 2, 2), (5, 4, 2))  # size, padding, dilation of operations 3 to 6
+from operations import CONVOLUTIONS, pad_to_half
 
 
 class Convolution(nn.Module):
@@ -23,12 +24,15 @@ class Convolution(nn.Module):
 
     def __init__(self, channels: int, size: int, stride: int, padding: int, dilation: int):
         super().__init__()
+        self.sign = Sign()
         self.conv = nn.Conv2d(channels, channels, size, stride, padding, dilation, bias=False)
         self.norm = nn.BatchNorm2d(channels, affine=False)
         self.residual = nn.Identity() if stride == 1 else nn.AvgPool2d(2, 2, ceil_mode=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(plain_sign(x))) + self.residual(x)
+        y = self.norm(self.conv(self.sign(x)))
+        y += self.residual(x)
+        return y
 
 
 class Reduction(nn.Module):
@@ -36,25 +40,28 @@ class Reduction(nn.Module):
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
+        self.sign = Sign()
         self.even = nn.Conv2d(c_in, c_out // 2, 1, 2, bias=False)
         self.odd = nn.Conv2d(c_in, c_out // 2, 1, 2, bias=False)
         self.norm = nn.BatchNorm2d(c_out, affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        signs = plain_sign(x)
-        missing = (0, x.shape[3] % 2, 0, x.shape[2] % 2)
-        odd = F.pad(self.odd(signs[:, :, 1:, 1:]), missing)
-        return self.norm(torch.cat([self.even(signs), odd], 1))
+        signs = self.sign(x)
+        halves = [self.even(signs), pad_to_half(self.odd(signs[:, :, 1:, 1:]), signs)]
+        return self.norm(torch.cat(halves, 1))
 
 
 class Preprocess(nn.Module):
+    """BN(conv1x1(sign(x)))."""
+
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
+        self.sign = Sign()
         self.conv = nn.Conv2d(c_in, c_out, 1, bias=False)
         self.norm = nn.BatchNorm2d(c_out, affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(plain_sign(x)))
+        return self.norm(self.conv(self.sign(x)))
 
 
 class Edge(nn.Module):
@@ -62,25 +69,23 @@ class Edge(nn.Module):
 
     def __init__(self, channels: int, k: int, stride: int):
         super().__init__()
-        self.k, self.sampled, self.stride = k, channels // k, stride
+        self.k, self.sampled = k, channels // k
         c = self.sampled
         pools = (nn.MaxPool2d(3, stride, 1), nn.AvgPool2d(3, stride, 1, count_include_pad=False))
         self.operations = nn.ModuleList(
             [
                 nn.Identity() if stride == 1 else Reduction(c, c),
                 *(nn.Sequential(pool, nn.BatchNorm2d(c, affine=False)) for pool in pools),
-                *(Convolution(c, size, stride, padding, dilation) for size, padding, dilation in GEOMETRIES),
+                *(Convolution(c, size, stride, *geometry) for size, *geometry in CONVOLUTIONS.values()),
             ]
         )
+        self.bypass = nn.Identity() if stride == 1 else nn.MaxPool2d(2, 2, ceil_mode=True)
 
     def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
         sampled, rest = x[:, : self.sampled], x[:, self.sampled :]
         mixed = sum(w * operation(sampled) for w, operation in zip(mixing, self.operations, strict=True))
-        if self.stride == 2:
-            rest = F.max_pool2d(rest, 2, 2, ceil_mode=True)
-        n, c, h, w = x.shape[0], x.shape[1], *mixed.shape[2:]
-        shuffled = torch.cat([mixed, rest], 1).view(n, self.k, c // self.k, h, w).transpose(1, 2)
-        return shuffled.reshape(n, c, h, w)
+        together = torch.cat([mixed, self.bypass(rest)], 1)  # (n, c, h, w)
+        return together.unflatten(1, (self.k, -1)).transpose(1, 2).contiguous().flatten(1, 2)
 
 
 class Cell(nn.Module):
@@ -102,8 +107,11 @@ class Cell(nn.Module):
         return torch.cat(states[2:], 1)
 
 
-class PerEdgeSupernet(nn.Module):
-    """Images (n, 3, h, w) -> logits (n, classes), None: with the weights of `fused`, and what it computes."""
+class OriginalSupernet(nn.Module):
+    """Images (n, 3, h, w) -> logits (n, classes), None: with the weights of `fused`, and what it computes.
+
+    alpha and beta are those of `fused` themselves.
+    """
 
     def __init__(self, fused: Supernet):
         super().__init__()
@@ -134,32 +142,29 @@ class PerEdgeSupernet(nn.Module):
             s0, s1 = s1, cell(s0, s1, mixing, weights)
         return self.classifier(s1.mean((2, 3))), None
 
-    def arch_parameters(self) -> list[nn.Parameter]:
-        return list(self.arch.values())
-
     def weight_parameters(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("arch.")]
 
 
-def pairs(fused: Supernet, per_edge: PerEdgeSupernet) -> Iterator[tuple[Tensor, slice, Tensor]]:
-    """(tensor of the fused net, the rows of it, the per-edge net's tensor that equals them), for all weights
+def pairs(fused: Supernet, original: OriginalSupernet) -> Iterator[tuple[Tensor, slice, Tensor]]:
+    """(tensor of the fused net, the rows of it, the original net's tensor that equals them), for all weights
     and BN statistics."""
     whole = slice(None)
     for name in ("stem", "classifier"):
-        ours, theirs = (getattr(network, name).state_dict(keep_vars=True) for network in (fused, per_edge))
+        ours, theirs = (getattr(network, name).state_dict(keep_vars=True) for network in (fused, original))
         yield from ((ours[key], whole, theirs[key]) for key in ours if ours[key].dim())
-    for ours, theirs in zip(fused.cells, per_edge.cells, strict=True):
+    for ours, theirs in zip(fused.cells, original.cells, strict=True):
         yield from pairs_of_preprocess(ours.preprocess0, theirs.preprocess0)
         yield from pairs_of_preprocess(ours.preprocess1, theirs.preprocess1)
         for source, leaving in zip(ours.sources, LEAVING, strict=True):
             yield from pairs_of_source(source, [theirs.edges[e].operations for e in leaving])
 
 
-def pairs_of_preprocess(fused: SearchPreprocess, per_edge: nn.Module) -> Iterator[tuple]:
-    convolutions = [m for m in per_edge.modules() if isinstance(m, nn.Conv2d)]
+def pairs_of_preprocess(fused: SearchPreprocess, original: nn.Module) -> Iterator[tuple]:
+    convolutions = [m for m in original.modules() if isinstance(m, nn.Conv2d)]
     for ours, theirs in zip(fused.convolutions, convolutions, strict=True):
         yield ours.weight, slice(None), theirs.weight
-    yield from pairs_of_norm(fused.norm, slice(None), per_edge.norm)
+    yield from pairs_of_norm(fused.norm, slice(None), original.norm)
 
 
 def pairs_of_source(fused: SourceOperations, edges: list[nn.ModuleList]) -> Iterator[tuple]:
@@ -181,6 +186,6 @@ def pairs_of_source(fused: SourceOperations, edges: list[nn.ModuleList]) -> Iter
             yield from pairs_of_norm(fused.pool_norm, slice(p * c, (p + 1) * c), pool[1])
 
 
-def pairs_of_norm(fused: nn.BatchNorm2d, rows: slice, per_edge: nn.BatchNorm2d) -> Iterator[tuple]:
-    yield fused.running_mean, rows, per_edge.running_mean
-    yield fused.running_var, rows, per_edge.running_var
+def pairs_of_norm(fused: nn.BatchNorm2d, rows: slice, original: nn.BatchNorm2d) -> Iterator[tuple]:
+    yield fused.running_mean, rows, original.running_mean
+    yield fused.running_var, rows, original.running_var

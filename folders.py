@@ -1,0 +1,101 @@
+"""Which files of a folder are images, and of which class: DIR/<class>/**. No torch.
+
+The order and the suffixes are those of torchvision's ImageFolder, but a folder is read once at most, however
+many links lead to it, and a pipe is no image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The images of `folder`, class after class; `left_out` says how many of what else was found there."""
+
+    folder: Path
+    classes: list[str]
+    paths: list[str]
+    labels: list[int]
+    left_out: str
+
+
+def class_names(folder: Path) -> list[str]:
+    """The names of the folders in `folder`, sorted. Raises InputError where there is none."""
+    return [entry.name for entry in _class_folders(folder)]
+
+
+def list_images(folder: Path) -> ImageFiles:
+    """The image files of each class, those of its folders within folders too.
+
+    A link to a folder is followed, unless that folder is read already, or holds one that is: a link back to
+    a parent would repeat images, and one to another class would mislabel them. So a class's own folders come
+    before its links. Raises InputError where a class has no image, and OSError for a folder that cannot be
+    read.
+    """
+    classes = _class_folders(folder)
+    folders, links = [], []  # to be read: (label, path)
+    found, left_out, known = [], Counter(), set()
+
+    def note(label: int, entry: os.DirEntry) -> None:
+        (links if entry.is_symlink() else folders).append((label, entry.path))
+
+    for label, entry in enumerate(classes):
+        note(label, entry)
+    while folders or links:
+        label, path = (folders or links).pop(0)
+        real = Path(path).resolve()
+        if _identity(real) in known:
+            left_out["link to a folder that is read elsewhere"] += 1
+            continue
+        known.update(map(_identity, (real, *real.parents)))
+        names = []
+        for entry in _sorted_entries(path):
+            if entry.is_dir():
+                note(label, entry)
+            elif not entry.is_file():
+                left_out["not a regular file"] += 1
+            elif entry.name.lower().endswith(SUFFIXES):
+                names.append(entry.name)
+            elif not entry.name.startswith("."):
+                left_out[os.path.splitext(entry.name)[1].lower() or "without a suffix"] += 1
+        found.append((label, path, names))
+    found.sort()
+    empty = set(range(len(classes))) - {label for label, _, names in found if names}
+    if empty:
+        raise InputError(
+            f"{folder}: no image in the classes {', '.join(classes[label].name for label in sorted(empty))} "
+            f"({', '.join(SUFFIXES)}; a link to a folder that is read elsewhere does not count)"
+        )
+    return ImageFiles(
+        folder,
+        [entry.name for entry in classes],
+        [os.path.join(path, name) for _, path, names in found for name in names],
+        [label for label, _, names in found for _ in names],
+        ", ".join(f"{what} ({count})" for what, count in sorted(left_out.items())),
+    )
+
+
+def _class_folders(folder: Path) -> list[os.DirEntry]:
+    entries = [entry for entry in _sorted_entries(folder) if entry.is_dir()]
+    if not entries:
+        raise InputError(f"there is no class folder in {folder}: its images are to be in {folder}/<class>/")
+    return entries
+
+
+def _sorted_entries(folder: str | Path) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """What two paths to one folder have in common, be they links or mounts."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino

@@ -1,0 +1,81 @@
+"""Which files are images, of which class, and in which order: torchvision's, where there are no links."""
+
+import os
+from pathlib import Path
+
+import pytest
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from folders import SUFFIXES, class_names, list_images
+from utils import InputError
+
+
+def make(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("")
+    return root
+
+
+def listed(root: Path) -> list[tuple[str, str]]:
+    """(file, class) of each image in `root`."""
+    files = list_images(root)
+    names = [os.path.relpath(path, root) for path in files.paths]
+    return [(name, files.classes[label]) for name, label in zip(names, files.labels, strict=True)]
+
+
+def test_an_ordinary_tree_is_read_as_torchvision_reads_it(tmp_path):
+    store = make(tmp_path / "store", "b.png", "deep/a.png")
+    root = make(
+        tmp_path / "root",
+        *("dog/1.jpg", "dog/10.jpg", "dog/2.JPEG", "dog/x/3.png", "dog/x-y/4.png", "dog/x/y/5.webp"),
+        *("Cat/b.tif", "Cat/a.ppm", "Cat/.jpg", "Cat/folder.jpg/c.bmp", "Cat/a.gif", "ü ñ/ß.pgm", "file.jpg"),
+    )
+    (root / "bee").symlink_to(store)
+    (root / "dog" / "linked").symlink_to(store / "deep" / ".." / ".." / "other")
+    make(tmp_path / "other", "e.jpg")
+    (root / "dog" / "linked.jpg").symlink_to(store / "b.png")
+    theirs, ours = ImageFolder(root), list_images(root)
+    assert ours.classes == theirs.classes == class_names(root)
+    assert list(zip(ours.paths, ours.labels, strict=True)) == theirs.samples
+    assert len(ours.paths) == 15
+    assert SUFFIXES == IMG_EXTENSIONS
+
+
+@pytest.mark.parametrize("where", ["cat/up", "cat/deep/up", "dog/up"])
+@pytest.mark.parametrize("to", [".", "cat", "cat/deep", "dog", "..", "../.."])
+def test_a_link_neither_repeats_nor_mislabels(tmp_path, where, to):
+    root = make(tmp_path / "a" / "train", "cat/1.jpg", "cat/deep/2.jpg", "dog/3.jpg")
+    make(tmp_path, "a/test/dog/4.jpg")
+    before = listed(root)
+    (root / where).symlink_to(root / to)
+    (root / f"{where}_again").symlink_to(root / to)
+    assert listed(root) == before
+    assert list_images(root).left_out == "link to a folder that is read elsewhere (2)"
+
+
+def test_links_to_folders_elsewhere_are_followed_once(tmp_path):
+    make(tmp_path, "store/1.jpg", "store/deep/2.jpg", "train/cat/3.jpg", "train/dog/4.jpg")
+    (tmp_path / "store" / "up").symlink_to(tmp_path)
+    (tmp_path / "store" / "deep" / "round").symlink_to(tmp_path / "store")
+    (tmp_path / "train" / "cat" / "more").symlink_to(tmp_path / "store")
+    (tmp_path / "train" / "dog" / "more").symlink_to(tmp_path / "store" / "deep")
+    names = ["cat/3.jpg", "cat/more/1.jpg", "cat/more/deep/2.jpg", "dog/4.jpg"]
+    assert listed(tmp_path / "train") == [(name, name[:3]) for name in names]
+
+
+def test_a_class_that_is_a_link_to_another_is_refused(tmp_path):
+    make(tmp_path, "cat/1.jpg")
+    (tmp_path / "animal").symlink_to(tmp_path / "cat")
+    with pytest.raises(InputError, match=r"no image in the classes animal .*a link to a folder that is read"):
+        list_images(tmp_path)
+
+
+def test_links_that_lead_nowhere_and_pipes_are_left_out(tmp_path):
+    make(tmp_path, "cat/1.jpg", "cat/.hidden", "cat/thumbs.db")
+    os.mkfifo(tmp_path / "cat" / "x.jpg")
+    (tmp_path / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "cat" / "gone").symlink_to(tmp_path / "nowhere")
+    assert listed(tmp_path) == [("cat/1.jpg", "cat")]
+    assert list_images(tmp_path).left_out == ".db (1), not a regular file (3)"
