@@ -31,6 +31,11 @@ EDGES = tuple((node, source) for node in range(NODES) for source in range(2 + no
 """The 14 edges of a cell as (node, input state), node by node: a row of alpha each."""
 
 
+def reduction_cells(layers: int) -> tuple[int, int]:
+    """The indices, of `layers` cells, of the two that halve the size and double the channels."""
+    return layers // 3, 2 * layers // 3
+
+
 class Genotype(NamedTuple):
     """Two (operation, input state) pairs per node, node by node, and the states a cell concatenates."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from binary_ops import WEIGHT_BINARIZATIONS
-from genotypes import Genotype, genotype_from_dict, genotype_to_dict
+from genotypes import Genotype, genotype_from_dict, genotype_to_dict, reduction_cells
 from operations import BinaryUnit, FactorizedReduce, drop_path, make_operation
 from utils import InputError, check_count, nearest_multiples
 
@@ -65,8 +65,7 @@ class ModelConfig:
 
     @property
     def reductions(self) -> tuple[int, int]:
-        """The indices of the cells that halve the size and double the channels."""
-        return self.layers // 3, 2 * self.layers // 3
+        return reduction_cells(self.layers)
 
     def to_dict(self) -> dict:
         return {**dataclasses.asdict(self), "genotype": genotype_to_dict(self.genotype)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from binary_ops import binary_sign
-from genotypes import EDGES, NODES, PRIMITIVES, Genotype
+from genotypes import EDGES, NODES, PRIMITIVES, Genotype, reduction_cells
 from operations import SearchPreprocess, SourceOperations, coefficients
 from utils import InputError, check_count, nearest_multiples
 
@@ -53,7 +53,7 @@ class SearchConfig:
 
     @property
     def reductions(self) -> tuple[int, int]:
-        return self.layers // 3, 2 * self.layers // 3
+        return reduction_cells(self.layers)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
