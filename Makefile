@@ -12,8 +12,9 @@ SETUP := .venv/ready
 endif
 
 # small images and small networks; the real commands are in README.md
-SHAPES := --set shapes --image_size 16 --batch_size 100 --save demo --seed 0 --report_freq 50
-NETWORK := $(SHAPES) --init_channels 14 --layers 3 --learning_rate 3e-3 --drop_path_prob 0
+SHAPES := --set shapes --image_size 16 --save demo --seed 0 --layers 3 --learning_rate 3e-3 --report_freq 50
+SEARCH := $(SHAPES) --batch_size 100 --init_channels 8 --arch_learning_rate 1e-2
+NETWORK := $(SHAPES) --batch_size 50 --init_channels 14 --drop_path_prob 0
 
 .PHONY: demo test test-sanitizers lint clean
 
@@ -21,7 +22,7 @@ NETWORK := $(SHAPES) --init_channels 14 --layers 3 --learning_rate 3e-3 --drop_p
 demo: export OMP_NUM_THREADS = 2
 demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(SETUP)
-	$(PYTHON) train_search.py $(SHAPES) --epochs 3 --init_channels 8 --layers 3 --learning_rate 3e-3 --arch_learning_rate 1e-2
+	$(PYTHON) train_search.py $(SEARCH) --epochs 2
 	$(PYTHON) train.py $(NETWORK) --epochs 2 --arch "$$(ls -td runs/search-demo-* | head -n 1)"
 	$(PYTHON) train.py $(NETWORK) --epochs 4 --arch "$$(ls -td runs/search-demo-* | head -n 1)" --binary
 	$(PYTHON) evaluate.py "$$(ls -td runs/eval-demo-stage1-* | head -n 1)" "$$(ls -td runs/eval-demo-stage2-* | head -n 1)"
