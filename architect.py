@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data import Batch
 from distributed import World
-from engine import Precision, optimize
+from engine import Precision, as_compiled, optimize
 from genotypes import NODES
 from model_search import Supernet, edge_weights
 
@@ -75,14 +75,15 @@ class Architect:
         batches: Iterator[Batch],
         *,
         ramp: float,
+        batch_size: int,
         world: World,
         precision: Precision,
     ) -> None:
-        """One step on the next of `batches`."""
+        """One step on the next of `batches`, which are of `batch_size` images, or less at an epoch's end."""
         batch = next(batches)
         arch, weights = self.model.arch_parameters(), self.model.weight_parameters()
         with only_gradients_of(arch, not_of=weights):
-            with precision.autocast():
+            with precision.autocast(), as_compiled(batch, batch_size):
                 logits, _ = self.model(batch.images)
             loss = nn.functional.cross_entropy(logits.float(), batch.targets) * world.loss_factor(batch)
             path, edge = self.regularizers()  # the same on every process, so their mean is theirs

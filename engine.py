@@ -48,6 +48,14 @@ def choose_precision(name: str, device: torch.device, *, tf32: bool = False) -> 
     return Precision(name, device)
 
 
+def as_compiled(batch: Batch, batch_size: int) -> AbstractContextManager:
+    """Within it compiled modules run; for a last batch of less than `batch_size`, as if they were not: to
+    compile them for it would take longer than what it saves."""
+    if batch.global_size == batch_size:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 def optimize(
     loss: Tensor,
     optimizer: torch.optim.Optimizer,
@@ -195,9 +203,10 @@ def train_one_epoch(
     for step, batch in enumerate(loader.epoch(start.epoch, start.step), start.step):
         if before_step is not None:
             before_step()
-        objective, loss, logits = training_loss(
-            model, batch, criterion, precision=precision, auxiliary_weight=auxiliary_weight
-        )
+        with as_compiled(batch, loader.batch_size):
+            objective, loss, logits = training_loss(
+                model, batch, criterion, precision=precision, auxiliary_weight=auxiliary_weight
+            )
         scaled = objective * world.loss_factor(batch)
         optimize(scaled, optimizer, world=world, precision=precision, grad_clip=grad_clip)
         totals.add(loss, logits, batch.targets)
@@ -222,14 +231,15 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over all samples of `loader`: loss, top1, top5 (percent), samples, seconds.
 
-    Puts `model` into evaluation mode, and leaves it there.
+    Puts `model` into evaluation mode, and leaves it there. Compiled modules run as if they were not: what
+    evaluate.py gives later is then the same to the last bit.
     """
     model.eval()
     totals = Sums(world.device)
     started = time.perf_counter()
     for step, batch in enumerate(loader.epoch(0)):
         if len(batch.images):
-            with precision.autocast():
+            with precision.autocast(), torch.compiler.set_stance("force_eager"):
                 logits = model(batch.images)[0].float()
             totals.add(nn.functional.cross_entropy(logits, batch.targets), logits, batch.targets)
         if after_step is not None:

@@ -155,6 +155,8 @@ def add_worker_flag(parser: Parser) -> None:
 
 def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
     """Flags of everything that trains."""
+    from compilation import MODES
+
     flag = parser.add_argument
     flag(
         "--save",
@@ -187,6 +189,13 @@ def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
         help="go on with a run's folder; `auto`: with the newest unfinished one of the same flags",
     )
     flag("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps")
+    flag(
+        "--compile_mode",
+        choices=MODES,
+        default="default",
+        help="of torch.compile; reduce-overhead: CUDA graphs, for a GPU that waits for the host",
+    )
+    parser.needs("compile_mode", "compile")
     add_device_flags(parser)
     flag("--gpu", type=integer(0, 1024), default=0, help="number of the CUDA GPU")
 

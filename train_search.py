@@ -26,6 +26,7 @@ from torch import nn
 
 import options
 from architect import Architect
+from compilation import compile_regions
 from data import SETS, Augmentation, Batch, BatchLoader, ImageSet, split_halves
 from distributed import World, setup
 from engine import evaluate, train_one_epoch
@@ -85,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     config = SearchConfig(args.init_channels, args.layers, len(data["classes"]))
     model = Supernet(config).to(world.device)
     if args.compile:
-        model.compile()
+        compile_regions(model, mode=args.compile_mode)
     optimizer = torch.optim.Adam(
         model.weight_parameters(),
         lr=args.learning_rate,
@@ -110,7 +111,14 @@ def main(args: argparse.Namespace) -> None:
             if epoch >= args.arch_start_epoch:
                 batches = endless(arch_loader, epoch, session.position.step)
                 ramp = epoch / max(args.epochs - 1, 1)
-                arch_step = partial(architect.step, batches, ramp=ramp, world=world, precision=precision)
+                arch_step = partial(
+                    architect.step,
+                    batches,
+                    ramp=ramp,
+                    batch_size=args.batch_size,
+                    world=world,
+                    precision=precision,
+                )
             train = train_one_epoch(
                 model,
                 weight_loader,

@@ -60,7 +60,7 @@ def search(world: World, *, batch_statistics: bool) -> dict:
     )
     shared = {"world": world, "precision": Precision("fp32", world.device)}
     batches = loader(TRAIN, world, shuffle=True, stream=1).epoch(0)
-    arch_step = partial(architect.step, batches, ramp=1.0, world=world, precision=shared["precision"])
+    arch_step = partial(architect.step, batches, ramp=1.0, batch_size=8, **shared)
     gradients = []
     optimizer.register_step_post_hook(lambda *_: gradients.append([p.grad.clone() for p in weights]))
     train = train_one_epoch(

@@ -44,6 +44,8 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step(value):
 class Batches:
     """Two fixed batches, as a loader."""
 
+    batch_size = 8
+
     def __init__(self, count: int = 2):
         generator = torch.Generator().manual_seed(0)
         self.batches = [
