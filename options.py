@@ -167,6 +167,13 @@ def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
     flag("--note", default="", help="a note on this run, kept in its args.json")
     flag("--epochs", type=integer(1), default=epochs)
     flag("--batch_size", type=integer(1), default=batch_size, help="images a step, over all GPUs together")
+    flag(
+        "--accumulate",
+        metavar="N",
+        type=integer(1),
+        default=1,
+        help="take a step's images in N parts, for a GPU that is too small: batch normalisation sees a part",
+    )
     flag("--learning_rate", type=positive_float, default=1e-3, help="initial rate of the weights' Adam")
     flag(
         "--grad_clip",

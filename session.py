@@ -30,6 +30,7 @@ import torch
 
 import options
 from checkpoint import Checkpointer, load_checkpoint
+from compilation import CUDA_GRAPH_MODES
 from data import ImageSet, channel_statistics, load_set
 from distributed import World, launch_name, restarted
 from engine import AfterStep, Position, Sums, choose_precision
@@ -88,6 +89,7 @@ class Session:
         self.folder = path.parent if path else None
         self.checkpoint = load_checkpoint(path) if path else None
         self.args = self._own_flags(args)
+        check_parts(self.args, world)
         self.precision = choose_precision(self.args.precision, world.device, tf32=self.args.tf32)
         start = self.checkpoint or {"epoch": 0, "step": 0, "sums": None, "best": None}
         self.position = Position(start["epoch"], start["step"], start["sums"])
@@ -279,6 +281,21 @@ class Session:
             )
         finally:
             self.stop.held = False
+
+
+def check_parts(args: argparse.Namespace, world: World) -> None:
+    """Raise InputError where --accumulate does not go with the other flags."""
+    smallest = 2 * args.accumulate * world.size
+    if args.batch_size < smallest:
+        raise InputError(
+            f"--batch_size {args.batch_size} is too small for --accumulate {args.accumulate}, each part with "
+            f"two images on each of {world.size} processes; give at least {smallest}, or less parts"
+        )
+    if args.accumulate > 1 and args.compile and args.compile_mode in CUDA_GRAPH_MODES:
+        raise InputError(
+            f"--compile_mode {args.compile_mode} does not go with --accumulate: a CUDA graph writes over the "
+            "gradients of the part before; leave one out"
+        )
 
 
 def prepare_data(

@@ -116,6 +116,7 @@ def main(args: argparse.Namespace) -> None:
                     batches,
                     ramp=ramp,
                     batch_size=args.batch_size,
+                    accumulate=args.accumulate,
                     world=world,
                     precision=precision,
                 )
@@ -128,6 +129,7 @@ def main(args: argparse.Namespace) -> None:
                 world=world,
                 precision=precision,
                 grad_clip=args.grad_clip,
+                accumulate=args.accumulate,
                 before_step=arch_step,
                 after_step=session.training(weight_loader),
             )

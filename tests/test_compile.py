@@ -141,7 +141,7 @@ def test_a_step_of_the_search_reads_nothing_on_the_host():
 def step(model: nn.Module, parameters: list[nn.Parameter], batch: Batch, precision: Precision) -> None:
     loss, _, _ = training_loss(model, batch, nn.CrossEntropyLoss(), precision=precision, auxiliary_weight=0.4)
     optimizer = torch.optim.Adam(parameters, fused=True)
-    optimize(loss, optimizer, world=WORLD, precision=precision, grad_clip=5.0)
+    optimize([loss], optimizer, world=WORLD, precision=precision, grad_clip=5.0)
 
 
 def test_a_step_in_cuda_graphs_begins_with_the_networks_forward_pass(monkeypatch):

@@ -12,8 +12,8 @@ from checkpoint import load_checkpoint
 from runs import read_metrics
 
 CASES = {
-    "search": ("train_search.py", [*TINY_SEARCH, "--arch_start_epoch", 0]),
-    "stage1": ("train.py", [*TINY_STAGE, "--auxiliary", "--cutout", "--mixup"]),
+    "search": ("train_search.py", [*TINY_SEARCH, "--arch_start_epoch", 0, "--accumulate", 2]),
+    "stage1": ("train.py", [*TINY_STAGE, "--auxiliary", "--cutout", "--mixup", "--accumulate", 3]),
     "stage2": ("train.py", [*TINY_STAGE, "--binary", "--from_scratch", "--drop_path_prob", 0.5]),
 }
 
