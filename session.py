@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from compilation import CUDA_GRAPH_MODES
 from data import ImageSet, channel_statistics, load_set
 from distributed import World, launch_name, restarted
 from engine import AfterStep, Position, Sums, choose_precision
+from memory import GB, Step, free_bytes
 from runs import Run, create_run, find_launched, find_resumable
 from utils import InputError, RunFailed, is_out_of_memory, one_line
 
@@ -129,6 +131,11 @@ class Session:
         self.checkpoints = Checkpointer(
             folder, header=header, model=model, stateful=stateful, world=self.world
         )
+        images = math.ceil(self.args.batch_size / self.world.size)
+        self.free = free_bytes(self.world.device)
+        self.step = Step(
+            model.config, header["data"]["image_size"], images, self.precision.name, self.args.accumulate
+        )
         with self.stop:
             try:
                 self._begin(model, header["data"])
@@ -168,6 +175,11 @@ class Session:
         if self.world.device.type == "cuda":
             precision += ", TF32 allowed" if self.args.tf32 else ", without TF32"
         run.log(f"{self.world.size} x {self.world.device.type}, {precision}")
+        if self.free is not None:
+            run.log(
+                f"memory: a training step needs {self.step.needs() / GB:.1f} GB by count, "
+                f"{self.free / GB:.1f} GB are free"
+            )
 
     def _explained(self, error: BaseException) -> BaseException:
         """`error`, or what to tell the user in its place."""
@@ -176,13 +188,22 @@ class Session:
         if is_out_of_memory(error):
             return RunFailed(
                 f"there is not enough memory for --batch_size {self.args.batch_size} and this network; "
-                "give a smaller one"
+                f"{self._what_fits()}"
             )
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             return RunFailed(
                 f"--compile failed ({one_line(error, 100)}): it needs a C++ compiler; leave it out"
             )
         return error
+
+    def _what_fits(self) -> str:
+        """What to do where memory has run out. By count, on a GPU; at least twice as many parts."""
+        more = replace(self.step, accumulate=2 * self.step.accumulate)
+        fitting = more.that_fits(self.free) if self.free is not None else None
+        if fitting is None:
+            return "give a smaller one, or a larger --accumulate"
+        smaller = self.args.batch_size * self.step.accumulate // fitting.accumulate
+        return f"by count, --accumulate {fitting.accumulate} fits, or --batch_size {smaller}"
 
     def _check_unchanged(self, data: dict[str, Any]) -> None:
         """Raise InputError where the images are others, or the run has moved on before it was locked."""
