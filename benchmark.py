@@ -42,6 +42,7 @@ from comparison.engines import RIVALS, Logits, float_network, make_runner
 from comparison.measure import CLOCKS, MEMORY, Case, machine, measure
 from comparison.original_network import original_network
 from comparison.original_search import OriginalSupernet
+from compilation import compile_regions
 from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
 from engine import Precision, choose_precision, optimize, training_loss
@@ -112,7 +113,7 @@ def search_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]
     ours = Supernet(SearchConfig(args.init_channels, args.layers)).to(world.device)
     original = OriginalSupernet(copy.deepcopy(ours))
     if args.compile:
-        ours.compile()
+        compile_regions(ours)
     precision = choose_precision(args.precision, world.device, tf32=args.tf32)
     batch = random_batch(args.batch_size, args.image_size, 10, world.device)
     architect = Architect(
@@ -121,7 +122,8 @@ def search_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]
     weight_step = training_step(ours, ours.weight_parameters(), batch, precision, world)
 
     def both_steps() -> None:
-        architect.step(itertools.repeat(batch), ramp=1.0, world=world, precision=precision)
+        batches = itertools.repeat(batch)
+        architect.step(batches, ramp=1.0, batch_size=args.batch_size, world=world, precision=precision)
         weight_step()
 
     original_weight_step, original_both_steps = original_search_steps(original, batch, precision, world)
@@ -148,13 +150,13 @@ def original_search_steps(
         return training_loss(network, batch, CRITERION, precision=precision, auxiliary_weight=0.0)[0]
 
     def weight_step() -> None:
-        optimize(loss(), weight_optimizer, world=world, precision=precision, grad_clip=5.0)
+        optimize([loss()], weight_optimizer, world=world, precision=precision, grad_clip=5.0)
 
     def both_steps() -> None:
         path = path_regularizer(arch["alphas_normal"]) + path_regularizer(arch["alphas_reduce"])
         edge = edge_regularizer(arch["betas_normal"]) + edge_regularizer(arch["betas_reduce"])
         objective = loss() + 1.5 * path + 0.8 * edge
-        optimize(objective, arch_optimizer, world=world, precision=precision)
+        optimize([objective], arch_optimizer, world=world, precision=precision)
         weight_step()
 
     return weight_step, both_steps
@@ -313,7 +315,7 @@ def as_trained(model: Network, args: argparse.Namespace, device: torch.device) -
     if device.type == "cpu":
         model.to(memory_format=torch.channels_last)
     if args.compile:
-        model.compile()
+        compile_regions(model)
     return model
 
 
@@ -332,7 +334,7 @@ def training_step(
 
     def step() -> None:
         objective, _, _ = training_loss(model, batch, CRITERION, precision=precision, auxiliary_weight=0.4)
-        optimize(objective, optimizer, world=world, precision=precision, grad_clip=5.0)
+        optimize([objective], optimizer, world=world, precision=precision, grad_clip=5.0)
 
     return step
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from binary_ops import BinaryConv2d
+from distributed import float_buffers
 from model import Network
 
 BITS_PER_OP = 64
@@ -80,7 +81,7 @@ def measure_cost(model: Network, image_size: int) -> Cost:
     binary_weights = sum(layer.weight.numel() for layer in binary_layers)
     scales = sum(layer.out_channels for layer in binary_layers)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    statistics = sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point())
+    statistics = sum(buffer.numel() for buffer in float_buffers(model).values())
     return Cost(
         parameters=parameters,
         binary_bytes=sum((layer.weight.numel() + 7) // 8 for layer in binary_layers),

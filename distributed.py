@@ -143,8 +143,9 @@ class World:
 
 
 def float_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The BN statistics of `model`, by name: what training changes without gradients."""
-    return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    """The BN statistics of `model`, by name: what changes in training without gradients, and is kept."""
+    held = model.state_dict()
+    return {name: b for name, b in model.named_buffers() if name in held and b.is_floating_point()}
 
 
 def setup(device: str | None = None, gpu: int = 0) -> World:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,8 +48,27 @@ def choose_precision(name: str, device: torch.device, *, tf32: bool = False) -> 
     return Precision(name, device)
 
 
+def as_compiled(batch: Batch, batch_size: int) -> AbstractContextManager:
+    """Within it compiled modules run; for a last batch of less than `batch_size`, as if they were not: to
+    compile them for it would take longer than what it saves."""
+    if batch.global_size == batch_size:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def parts_of(batch: Batch, accumulate: int) -> Iterator[Batch]:
+    """`batch` in `accumulate` parts whose sizes differ by one at most; in fewer where it is small, for batch
+    normalisation needs two images. `global_size` stays, so that `World.loss_factor` weighs each as its part
+    of the whole."""
+    count = max(1, min(accumulate, len(batch.images) // 2))
+    for images, targets in zip(
+        batch.images.tensor_split(count), batch.targets.tensor_split(count), strict=True
+    ):
+        yield batch._replace(images=images, targets=targets)
+
+
 def optimize(
-    loss: Tensor,
+    losses: Iterable[Tensor],
     optimizer: torch.optim.Optimizer,
     *,
     world: World,
@@ -58,11 +77,13 @@ def optimize(
 ) -> None:
     """Backward, mean of the gradients over processes, clipping by norm (0: none), a step of `optimizer`.
 
-    `loss` is this process's, scaled by `world.loss_factor`.
+    The sum of `losses` is what this process minimises; each is scaled by `world.loss_factor`. One is asked
+    for after the backward pass of the one before, so that a generator holds the tensors of one at a time.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    precision.scaler.scale(loss).backward()
+    for loss in losses:
+        precision.scaler.scale(loss).backward()
     world.average_gradients(parameters)
     if grad_clip > 0:
         precision.scaler.unscale_(optimizer)
@@ -180,6 +201,7 @@ def train_one_epoch(
     precision: Precision,
     grad_clip: float = 0.0,
     auxiliary_weight: float = 0.0,
+    accumulate: int = 1,
     before_step: Callable[[], None] | None = None,
     after_step: AfterStep | None = None,
 ) -> dict[str, float]:
@@ -187,21 +209,29 @@ def train_one_epoch(
     all of the epoch, loss, top1, top5 (percent), samples, and of this call seconds and images_per_second.
 
     `model` (see `training_loss`) is put into training mode. Raises RunFailed on a loss that is not finite.
+    A step takes its batch in `accumulate` parts, one after another, which needs less memory. The gradient is
+    that of the mean over the batch, but for batch normalisation: each part is normalised by its own
+    statistics, and moves the running ones once.
     """
     model.train()
     totals = Sums(world.device, start.sums if start.sums and world.is_main else None)
     watch = FiniteWatch(start.epoch)
+
+    def losses(step: int, batch: Batch) -> Iterator[Tensor]:
+        for part in parts_of(batch, accumulate):
+            with as_compiled(batch, loader.batch_size):
+                objective, loss, logits = training_loss(
+                    model, part, criterion, precision=precision, auxiliary_weight=auxiliary_weight
+                )
+            totals.add(loss, logits, part.targets)
+            watch.add(step, objective)
+            yield objective * world.loss_factor(part)
+
     started = time.perf_counter()
     for step, batch in enumerate(loader.epoch(start.epoch, start.step), start.step):
         if before_step is not None:
             before_step()
-        objective, loss, logits = training_loss(
-            model, batch, criterion, precision=precision, auxiliary_weight=auxiliary_weight
-        )
-        scaled = objective * world.loss_factor(batch)
-        optimize(scaled, optimizer, world=world, precision=precision, grad_clip=grad_clip)
-        totals.add(loss, logits, batch.targets)
-        watch.add(step, objective)
+        optimize(losses(step, batch), optimizer, world=world, precision=precision, grad_clip=grad_clip)
         if after_step is not None:
             after_step(step, totals)
     watch.finish()
@@ -222,14 +252,15 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over all samples of `loader`: loss, top1, top5 (percent), samples, seconds.
 
-    Puts `model` into evaluation mode, and leaves it there.
+    Puts `model` into evaluation mode, and leaves it there. Compiled modules run as if they were not: what
+    evaluate.py gives later is then the same to the last bit.
     """
     model.eval()
     totals = Sums(world.device)
     started = time.perf_counter()
     for step, batch in enumerate(loader.epoch(0)):
         if len(batch.images):
-            with precision.autocast():
+            with precision.autocast(), torch.compiler.set_stance("force_eager"):
                 logits = model(batch.images)[0].float()
             totals.add(nn.functional.cross_entropy(logits, batch.targets), logits, batch.targets)
         if after_step is not None:

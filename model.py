@@ -111,7 +111,8 @@ class Cell(nn.Module):
         )
         self.out_channels = channels * len(self.concat)
 
-    def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0) -> Tensor:
+    def forward(self, s0: Tensor, s1: Tensor, keep: Tensor | None = None) -> Tensor:
+        """With `keep`, drop-path keeps each result with this probability (see `drop_path`)."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for node in range(0, len(self.operations), 2):
             terms = []
@@ -119,8 +120,8 @@ class Cell(nn.Module):
                 self.operations[node : node + 2], self.sources[node : node + 2], strict=True
             ):
                 y = operation(states[source])
-                if drop_path_prob > 0 and not isinstance(operation, nn.Identity):
-                    y = drop_path(y, drop_path_prob)
+                if keep is not None and not isinstance(operation, nn.Identity):
+                    y = drop_path(y, keep)
                 terms.append(y)
             states.append(terms[0] + terms[1])
         return torch.cat([states[i] for i in self.concat], dim=1)
@@ -173,6 +174,7 @@ class Network(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.register_buffer("keep", torch.ones(()), persistent=False)
         self.drop_path_prob = 0.0
         channels = config.init_channels
         if config.family == "cifar":
@@ -208,6 +210,16 @@ class Network(nn.Module):
                 self.auxiliary_head = AuxiliaryHead(c_newer, config.num_classes, stride=stride)
         self.classifier = nn.Linear(c_newer, config.num_classes)
 
+    @property
+    def drop_path_prob(self) -> float:
+        return self._drop_path_prob
+
+    @drop_path_prob.setter
+    def drop_path_prob(self, probability: float) -> None:
+        # compiled code and CUDA graphs are made for one value of a number or a bool, but read the tensor anew
+        self._drop_path_prob, self.drops_paths = probability, probability > 0
+        self.keep.fill_(1.0 - probability)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.config.family == "cifar":
             s0 = s1 = self.stem(x)
@@ -215,9 +227,9 @@ class Network(nn.Module):
             s0 = self.stem0(x)
             s1 = self.stem1(s0)
         auxiliary_logits = None
-        drop_path_prob = self.drop_path_prob if self.training else 0.0
+        keep = self.keep if self.training and self.drops_paths else None
         for index, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, drop_path_prob)
+            s0, s1 = s1, cell(s0, s1, keep)
             if self.training and self.auxiliary_head is not None and index == self.config.reductions[1]:
                 auxiliary_logits = self.auxiliary_head(s1)
         return self.classifier(s1.mean((2, 3))), auxiliary_logits

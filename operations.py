@@ -25,13 +25,12 @@ CONVOLUTIONS = {  # name: (kernel size, padding, dilation); the padding keeps th
 }
 
 
-def drop_path(x: Tensor, probability: float) -> Tensor:
-    """Zero whole samples of x (n, c, h, w) with `probability`, and scale the others to keep the mean.
+def drop_path(x: Tensor, keep: Tensor) -> Tensor:
+    """Zero whole samples of x (n, c, h, w) but with probability `keep`, and scale those to keep the mean.
 
-    A new tensor, never in place (Larsson et al., FractalNet, 2017; per sample as in DARTS).
+    A new tensor, never in place (Larsson et al., FractalNet, 2017; per sample as in DARTS). `keep` is a
+    float32 tensor (), on x's device: a number would stay as it is in a compiled graph or a CUDA graph.
     """
-    keep = 1.0 - probability
-    # not bernoulli_, which torch.compile would compile anew for every probability
     mask = torch.rand((x.shape[0], 1, 1, 1), device=x.device) < keep
     return x * (mask / keep).to(x.dtype)
 

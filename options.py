@@ -169,6 +169,8 @@ def add_worker_flag(parser: Parser) -> None:
 
 def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
     """Flags of everything that trains."""
+    from compilation import MODES
+
     flag = parser.add_argument
     flag(
         "--save",
@@ -179,6 +181,13 @@ def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
     flag("--note", default="", help="a note on this run, kept in its args.json")
     flag("--epochs", type=integer(1), default=epochs)
     flag("--batch_size", type=integer(1), default=batch_size, help="images a step, over all GPUs together")
+    flag(
+        "--accumulate",
+        metavar="N",
+        type=integer(1),
+        default=1,
+        help="take a step's images in N parts, for a GPU that is too small: batch normalisation sees a part",
+    )
     flag("--learning_rate", type=positive_float, default=1e-3, help="initial rate of the weights' Adam")
     flag(
         "--grad_clip",
@@ -201,6 +210,13 @@ def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
         help="go on with a run's folder; `auto`: with the newest unfinished one of the same flags",
     )
     flag("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps")
+    flag(
+        "--compile_mode",
+        choices=MODES,
+        default="default",
+        help="of torch.compile; reduce-overhead: CUDA graphs, for a GPU that waits for the host",
+    )
+    parser.needs("compile_mode", "compile")
     add_device_flags(parser)
     flag("--gpu", type=integer(0, 1024), default=0, help="number of the CUDA GPU")
 

@@ -23,7 +23,7 @@ RUNS = Path("runs")
 METRICS, ARGS, LOCK = "metrics.jsonl", "args.json", ".lock"
 
 LOCATION = (
-    *("resume", "device", "gpu", "compile", "workers"),
+    *("resume", "device", "gpu", "compile", "compile_mode", "workers"),
     *("report_freq", "save_freq", "note", "model_path", "data", "tmp_data_dir"),
 )
 """Flags that say where or how a run is made, not what it computes: they may differ when it is resumed."""

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ import torch
 import options
 from augment import Normalize
 from checkpoint import Checkpointer, load_checkpoint
+from compilation import CUDA_GRAPH_MODES
 from data import ImageSet, Share, channel_statistics, load_set
 from distributed import World, launch_name, restarted
 from engine import AfterStep, Position, Sums, choose_precision
+from memory import GB, Step, free_bytes
 from runs import Run, create_run, find_launched, find_resumable
 from utils import InputError, RunFailed, is_out_of_memory, one_line, os_error_message
 
@@ -96,6 +99,7 @@ class Session:
             except InputError as error:
                 raise InputError(f"{path} is damaged: of its flags, {error}; use an earlier one") from None
         self.args = self._own_flags(args)
+        check_parts(self.args, world)
         self.precision = choose_precision(self.args.precision, world.device, tf32=self.args.tf32)
         start = self.checkpoint or {"epoch": 0, "step": 0, "sums": None, "best": None}
         self.position = Position(start["epoch"], start["step"], start["sums"])
@@ -134,6 +138,11 @@ class Session:
         self.run = run = Run(folder, launch=launch_name())
         self.checkpoints = Checkpointer(
             folder, header=header, model=model, stateful=stateful, world=self.world
+        )
+        images = math.ceil(self.args.batch_size / self.world.size)
+        self.free = free_bytes(self.world.device)
+        self.step = Step(
+            model.config, header["data"]["image_size"], images, self.precision.name, self.args.accumulate
         )
         with self.stop:
             try:
@@ -175,6 +184,11 @@ class Session:
         if self.world.device.type == "cuda":
             precision += ", TF32 allowed" if self.args.tf32 else ", without TF32"
         run.log(f"{self.world.size} x {self.world.device.type}, {precision}")
+        if self.free is not None:
+            run.log(
+                f"memory: a training step needs {self.step.needs() / GB:.1f} GB by count, "
+                f"{self.free / GB:.1f} GB are free"
+            )
 
     def _explained(self, error: BaseException) -> BaseException:
         """`error`, or what to tell the user in its place."""
@@ -183,13 +197,22 @@ class Session:
         if is_out_of_memory(error):
             return RunFailed(
                 f"there is not enough memory for --batch_size {self.args.batch_size} and this network; "
-                "give a smaller one"
+                f"{self._what_fits()}"
             )
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             return RunFailed(
                 f"--compile failed ({one_line(error, 100)}): it needs a C++ compiler; leave it out"
             )
         return error
+
+    def _what_fits(self) -> str:
+        """What to do where memory has run out. By count, on a GPU; at least twice as many parts."""
+        more = replace(self.step, accumulate=2 * self.step.accumulate)
+        fitting = more.that_fits(self.free) if self.free is not None else None
+        if fitting is None:
+            return "give a smaller one, or a larger --accumulate"
+        smaller = self.args.batch_size * self.step.accumulate // fitting.accumulate
+        return f"by count, --accumulate {fitting.accumulate} fits, or --batch_size {smaller}"
 
     def own_images(self, data: dict[str, Any]) -> dict[str, Any]:
         """`data` (see `describe_data`), for a resumed run with its own statistics, whose last bits depend on
@@ -299,6 +322,21 @@ class Session:
             )
         finally:
             self.stop.held = False
+
+
+def check_parts(args: argparse.Namespace, world: World) -> None:
+    """Raise InputError where --accumulate does not go with the other flags."""
+    smallest = 2 * args.accumulate * world.size
+    if args.batch_size < smallest:
+        raise InputError(
+            f"--batch_size {args.batch_size} is too small for --accumulate {args.accumulate}, each part with "
+            f"two images on each of {world.size} processes; give at least {smallest}, or less parts"
+        )
+    if args.accumulate > 1 and args.compile and args.compile_mode in CUDA_GRAPH_MODES:
+        raise InputError(
+            f"--compile_mode {args.compile_mode} does not go with --accumulate: a CUDA graph writes over the "
+            "gradients of the part before; leave one out"
+        )
 
 
 def prepare_data(session: Session, *, test: bool) -> tuple[ImageSet, ImageSet | None, dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from checkpoint import load_checkpoint, network_config, resolve_checkpoint
+from compilation import compile_regions
 from figures import draw_curves
 from genotypes import get_genotype
 from model import ModelConfig, Network, build_model
@@ -175,7 +176,7 @@ def build(session: Session, *, family: str, data: dict[str, Any], warmup: int) -
         model.to(memory_format=torch.channels_last)
     torch.manual_seed(args.seed + world.rank)  # drop-path differs between processes
     if args.compile:
-        model.compile()
+        compile_regions(model, mode=args.compile_mode)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )

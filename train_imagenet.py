@@ -86,6 +86,7 @@ def main(args: argparse.Namespace) -> None:
                 precision=precision,
                 grad_clip=args.grad_clip,
                 auxiliary_weight=args.auxiliary_weight,
+                accumulate=args.accumulate,
                 after_step=session.training(train_loader),
             )
             scheduler.step()

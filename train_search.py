@@ -27,6 +27,7 @@ from torch import nn
 import options
 from architect import Architect
 from augment import Augmentation
+from compilation import compile_regions
 from data import SETS, Batch, BatchLoader, ImageSet, split_halves
 from distributed import World, setup
 from engine import evaluate, train_one_epoch
@@ -88,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     config = SearchConfig(args.init_channels, args.layers, len(data["classes"]))
     model = Supernet(config).to(world.device)
     if args.compile:
-        model.compile()
+        compile_regions(model, mode=args.compile_mode)
     optimizer = torch.optim.Adam(
         model.weight_parameters(),
         lr=args.learning_rate,
@@ -113,7 +114,15 @@ def main(args: argparse.Namespace) -> None:
             if epoch >= args.arch_start_epoch:
                 batches = endless(arch_loader, epoch, session.position.step)
                 ramp = epoch / max(args.epochs - 1, 1)
-                arch_step = partial(architect.step, batches, ramp=ramp, world=world, precision=precision)
+                arch_step = partial(
+                    architect.step,
+                    batches,
+                    ramp=ramp,
+                    batch_size=args.batch_size,
+                    accumulate=args.accumulate,
+                    world=world,
+                    precision=precision,
+                )
             train = train_one_epoch(
                 model,
                 weight_loader,
@@ -123,6 +132,7 @@ def main(args: argparse.Namespace) -> None:
                 world=world,
                 precision=precision,
                 grad_clip=args.grad_clip,
+                accumulate=args.accumulate,
                 before_step=arch_step,
                 after_step=session.training(weight_loader),
             )

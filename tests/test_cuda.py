@@ -93,7 +93,7 @@ def steps_of(network: nn.Module, parameters: list[nn.Parameter], precision: Prec
         objective, loss, logits = training_loss(
             network, batch, criterion, precision=precision, auxiliary_weight=0.4
         )
-        optimize(objective, optimizer, world=WORLD, precision=precision, grad_clip=5.0)
+        optimize([objective], optimizer, world=WORLD, precision=precision, grad_clip=5.0)
         sums.add(loss, logits, batch.targets)
         watch.add(0, objective)
 
@@ -109,7 +109,7 @@ def search_step(precision: Precision) -> Callable[[], None]:
     batches = itertools.repeat(make_batch())
 
     def step() -> None:
-        architect.step(batches, ramp=1.0, world=WORLD, precision=precision)
+        architect.step(batches, ramp=1.0, batch_size=8, world=WORLD, precision=precision)
         weight_step()
 
     return step
@@ -177,7 +177,7 @@ def test_a_checkpoint_restores_weights_optimizer_and_cudas_random_stream(tmp_pat
     objective, _, _ = training_loss(
         network, make_batch(), nn.CrossEntropyLoss(), precision=precision, auxiliary_weight=0.4
     )
-    optimize(objective, optimizer, world=WORLD, precision=precision)
+    optimize([objective], optimizer, world=WORLD, precision=precision)
     checkpoints.save(epoch=1)
     draws = torch.rand(5, device=DEVICE)
 

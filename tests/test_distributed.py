@@ -52,8 +52,8 @@ def loader(n: int, world: World, **keywords) -> BatchLoader:
     return BatchLoader(dataset, 8, normalize=normalize, share=share, **keywords)
 
 
-def search(world: World, *, batch_statistics: bool) -> dict:
-    """An epoch of a search with both kinds of step, and its evaluation."""
+def search(world: World, *, batch_statistics: bool, accumulate: int = 1) -> dict:
+    """An epoch of a search with both kinds of step, each in `accumulate` parts, and its evaluation."""
     torch.manual_seed(0)
     model = DoubleSupernet(SearchConfig(8, 3, 7)).double()
     model.batch_statistics = batch_statistics
@@ -63,8 +63,9 @@ def search(world: World, *, batch_statistics: bool) -> dict:
         model, learning_rate=6e-4, weight_decay=1e-3, path_reg_weight=1.5, edge_reg_weight=0.8
     )
     shared = {"world": world, "precision": Precision("fp32", world.device)}
+    parts = {"accumulate": accumulate}
     batches = loader(TRAIN, world, shuffle=True, stream=1).epoch(0)
-    arch_step = partial(architect.step, batches, ramp=1.0, world=world, precision=shared["precision"])
+    arch_step = partial(architect.step, batches, ramp=1.0, batch_size=8, **parts, **shared)
     gradients = []
     optimizer.register_step_post_hook(lambda *_: gradients.append([p.grad.clone() for p in weights]))
     train = train_one_epoch(
@@ -75,6 +76,7 @@ def search(world: World, *, batch_statistics: bool) -> dict:
         start=Position(0),
         before_step=arch_step,
         grad_clip=5.0,
+        **parts,
         **shared,
     )
     world.average_buffers(model)
@@ -106,6 +108,7 @@ def search_in_processes(rank: int, port: int, folder: Path) -> None:
     with world.in_turn("a test"):
         pass
     results = {statistics: search(world, batch_statistics=statistics) for statistics in (False, True)}
+    results["parts"] = search(world, batch_statistics=False, accumulate=2)
     results["votes"] = [world.any(rank == 1), world.any(False)]
     results["gathered"] = world.gather({"rank": rank})
     results["broadcast"] = world.broadcast(f"from {rank}")
@@ -126,9 +129,10 @@ def by_rank(tmp_path_factory) -> list[dict]:
 
 
 def test_gradients_and_metrics_equal_those_of_one_process_on_the_joined_batch(by_rank):
+    """Also where each process takes its share in parts."""
     alone = search(World(torch.device("cpu")), batch_statistics=False)
     assert len(alone["gradients"]) == 3 and alone["train"]["samples"] == TRAIN
-    for together in (results[False] for results in by_rank):
+    for together in (results[how] for results in by_rank for how in (False, "parts")):
         for ours, theirs in zip(together["gradients"], alone["gradients"], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)  # losses are in float32
         torch.testing.assert_close(together["model"], alone["model"], rtol=1e-5, atol=1e-7)

@@ -6,12 +6,22 @@ from torch import nn
 
 from data import Batch
 from distributed import World
-from engine import FiniteWatch, Position, Precision, Sums, choose_precision, evaluate, train_one_epoch
+from engine import (
+    FiniteWatch,
+    Position,
+    Precision,
+    Sums,
+    choose_precision,
+    evaluate,
+    parts_of,
+    train_one_epoch,
+)
 from genotypes import GENOTYPES
-from model import ModelConfig, build_model
+from model import ModelConfig, Network, build_model
 from utils import RunFailed
 
 WORLD = World(torch.device("cpu"))
+CONFIG = ModelConfig(GENOTYPES["EBNAS"], init_channels=4, groups=2, layers=3, num_classes=4, auxiliary=True)
 
 
 def test_means_are_over_samples_not_batches():
@@ -43,6 +53,8 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step(value):
 class Batches:
     """Two fixed batches, as a loader."""
 
+    batch_size = 8
+
     def __init__(self, count: int = 2):
         generator = torch.Generator().manual_seed(0)
         self.batches = [
@@ -60,10 +72,7 @@ class Batches:
 def train_once(epochs: int = 1, precision: str = "fp32", **changes) -> tuple[dict, nn.Module]:
     """The means of the last of some epochs, and the network."""
     torch.manual_seed(0)
-    config = ModelConfig(
-        GENOTYPES["EBNAS"], init_channels=4, groups=2, layers=3, num_classes=4, auxiliary=True
-    )
-    model = build_model(config)
+    model = build_model(CONFIG)
     settings = {
         "start": Position(0),
         "world": WORLD,
@@ -78,14 +87,70 @@ def train_once(epochs: int = 1, precision: str = "fp32", **changes) -> tuple[dic
     return means, model
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_training_learns_in_every_precision(precision):
-    first, _ = train_once(precision=precision)
-    last, model = train_once(epochs=6, precision=precision)
+@pytest.mark.parametrize(("precision", "accumulate"), [("fp32", 1), ("bf16", 1), ("fp16", 1), ("fp16", 2)])
+def test_training_learns_in_every_precision(precision, accumulate):
+    first, _ = train_once(precision=precision, accumulate=accumulate)
+    last, model = train_once(epochs=10, precision=precision, accumulate=accumulate)
     assert last["loss"] < 0.6 * first["loss"]
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     means = evaluate(model, Batches(), world=WORLD, precision=Precision(precision, WORLD.device))
     assert means["samples"] == 16 and not model.training
+
+
+class FixedStatistics(Network):
+    """Training with the auxiliary head, while batch normalisation stays in evaluation mode; in float64."""
+
+    def train(self, mode: bool = True):
+        super().train(False)
+        self.training = mode
+        return self
+
+    def forward(self, x):
+        return super().forward(x.double())
+
+
+class SoftBatches(Batches):
+    """A batch of 8 and a tail of 7, with targets as mixup gives them."""
+
+    def epoch(self, _epoch, start=0):
+        targets = torch.rand(8, 4, generator=torch.Generator().manual_seed(1)).softmax(1)
+        for batch, size in zip(self.batches, (8, 7), strict=True):
+            yield Batch(batch.images[:size], targets[:size], size)
+
+
+@pytest.mark.parametrize("loader", [Batches(), SoftBatches()])
+def test_a_step_in_parts_equals_a_whole_one(loader, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # losses too
+    results = []
+    for accumulate in (1, 2, 3, 8):
+        torch.manual_seed(0)
+        model = FixedStatistics(CONFIG).double()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        means = train_one_epoch(
+            model,
+            loader,
+            optimizer,
+            nn.CrossEntropyLoss(label_smoothing=0.1),
+            start=Position(0),
+            world=WORLD,
+            precision=Precision("fp32", WORLD.device),
+            grad_clip=0.5,
+            auxiliary_weight=0.4,
+            accumulate=accumulate,
+        )
+        results.append((dict(model.named_parameters()), {name: means[name] for name in ("loss", "top1")}))
+    for parameters, means in results[1:]:
+        torch.testing.assert_close(parameters, results[0][0], rtol=1e-10, atol=1e-12)
+        assert means == pytest.approx(results[0][1], rel=1e-10)
+
+
+def test_parts_have_two_images_at_least_and_sizes_that_differ_by_one_at_most():
+    batch = Batch(torch.arange(11.0), torch.arange(11), 30)
+    parts = list(parts_of(batch, 4))
+    assert [len(part.images) for part in parts] == [3, 3, 3, 2]
+    assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
+    assert sum(WORLD.loss_factor(part) for part in parts) == pytest.approx(WORLD.loss_factor(batch))
+    assert len(list(parts_of(batch, 30))) == 5
 
 
 def test_the_clip_bounds_the_gradient():

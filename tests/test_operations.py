@@ -192,7 +192,7 @@ def test_every_operation_in_a_network():
 def test_drop_path_zeroes_whole_samples_and_keeps_the_mean(dtype):
     x = torch.randn(4000, 2, 3, 1).abs().to(dtype) + 1
     before = x.clone()
-    y = drop_path(x, 0.25)
+    y = drop_path(x, torch.tensor(0.75))
     assert y.dtype == dtype and torch.equal(x, before)
     dropped = (y == 0).flatten(1)
     assert torch.equal(dropped.any(1), dropped.all(1))
@@ -243,4 +243,4 @@ def test_a_compiled_network_follows_drop_path_without_another_compilation():
     for probability in (0.1, 0.2, 0.3):
         network.drop_path_prob = probability
         network(images)
-    assert counter.frame_count <= 2  # for the first value, and for all others
+    assert counter.frame_count == 1

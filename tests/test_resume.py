@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 
 CASES = {
     # script, flags, steps of an epoch, batches of its evaluation
-    "search": ("train_search.py", [*TINY_SEARCH, "--arch_start_epoch", 0], 2, 2),
-    "stage1": ("train.py", [*TINY_STAGE, "--auxiliary", "--cutout", "--mixup"], 4, 1),
+    "search": ("train_search.py", [*TINY_SEARCH, "--arch_start_epoch", 0, "--accumulate", 2], 2, 2),
+    "stage1": ("train.py", [*TINY_STAGE, "--auxiliary", "--cutout", "--mixup", "--accumulate", 3], 4, 1),
     "stage2": ("train.py", [*TINY_STAGE, "--binary", "--from_scratch", "--drop_path_prob", 0.5], 4, 1),
     "imagenet": ("train_imagenet.py", ["--drop_path_prob", 0.5], 4, 1),
 }

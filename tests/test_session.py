@@ -47,7 +47,10 @@ def test_an_interrupt_while_torch_is_imported(tmp_path):
     assert (process.returncode, errors) == (130, "error: interrupted\n")
 
 
-NO_MEMORY = "there is not enough memory for --batch_size 32 and this network; give a smaller one"
+NO_MEMORY = (
+    "there is not enough memory for --batch_size 32 and this network; "
+    "give a smaller one, or a larger --accumulate"
+)
 NO_COMPILER = "it needs a C++ compiler; leave it out"
 
 
