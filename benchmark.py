@@ -4,6 +4,7 @@
     python benchmark.py train                       # a step of stage 2 at CIFAR's size, and the original's
     python benchmark.py train --family imagenet
     python benchmark.py data                        # the loaders' rates beside those of the networks
+    python benchmark.py memory                      # what the published runs need of a GPU, counted
     python benchmark.py infer model.ebnas           # a packed network beside its float form in other engines
     python benchmark.py search --device cuda --precision bf16 --compile --batch_size 256
 
@@ -34,6 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import memory
 import options
 from architect import Architect, edge_regularizer, path_regularizer
 from augment import Augmentation, Normalize
@@ -63,6 +65,7 @@ CRITERION = nn.CrossEntropyLoss()
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    benchmarks.add_parser("memory", help=memory.__doc__.splitlines()[0])
     for name, (add_flags, cases) in BENCHMARKS.items():
         benchmark = benchmarks.add_parser(name, help=cases.__doc__, description=cases.__doc__)
         add_flags(benchmark)
@@ -79,6 +82,9 @@ def parser() -> options.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.benchmark == "memory":
+        print("\n".join(memory.table()))
+        return
     world = setup(args.device)
     torch.manual_seed(0)
     _, cases = BENCHMARKS[args.benchmark]
@@ -382,17 +388,17 @@ def print_table(rows: list[dict], args: argparse.Namespace, device: torch.device
         )
     )
     print()
-    memory = MEMORY[device.type]
+    column = MEMORY[device.type]
     columns = (
         "case",
         "median ms",
         "min",
         "max",
         "images/s",
-        f"{memory} MiB",
+        f"{column} MiB",
         "operations",
         "ratio",
-        f"{memory} ratio",
+        f"{column} ratio",
     )
     print("| " + " | ".join(columns) + " |")
     print("|---|" + "---:|" * (len(columns) - 1))
