@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from binary_ops import WEIGHT_BINARIZATIONS
+from binary_ops import WEIGHT_BINARIZATIONS, BinaryConv2d, effective_weights
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict
-from operations import BinaryUnit, FactorizedReduce, drop_path, make_operation
+from operations import BinaryUnit, FactorizedReduce, Pool, Weights, drop_path, make_operation
 from utils import InputError, check_count, nearest_multiples
 
 FAMILIES = ("cifar", "imagenet")
@@ -112,19 +112,30 @@ class Cell(nn.Module):
         )
         self.out_channels = channels * len(self.concat)
 
-    def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0) -> Tensor:
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
+    def forward(
+        self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0, weights: Weights | None = None
+    ) -> Tensor:
+        states = [_operated(self.preprocess0, s0, weights), _operated(self.preprocess1, s1, weights)]
+        maxima: dict[int, Tensor] = {}  # by source: all max pools of one state are one
         for node in range(0, len(self.operations), 2):
             terms = []
             for operation, source in zip(
                 self.operations[node : node + 2], self.sources[node : node + 2], strict=True
             ):
-                y = operation(states[source])
+                if isinstance(operation, Pool) and operation.kind == "max":
+                    y = maxima[source] = maxima[source] if source in maxima else operation(states[source])
+                else:
+                    y = _operated(operation, states[source], weights)
                 if drop_path_prob > 0 and not isinstance(operation, nn.Identity):
                     y = drop_path(y, drop_path_prob)
                 terms.append(y)
             states.append(terms[0] + terms[1])
         return torch.cat([states[i] for i in self.concat], dim=1)
+
+
+def _operated(operation: nn.Module, x: Tensor, weights: Weights | None) -> Tensor:
+    """operation(x), with the weights that the network has binarised for it."""
+    return operation(x, weights) if isinstance(operation, BinaryUnit | FactorizedReduce) else operation(x)
 
 
 class AuxiliaryHead(nn.Module):
@@ -215,10 +226,13 @@ class Network(nn.Module):
         else:
             s0 = self.stem0(x)
             s1 = self.stem1(s0)
+        weights = None
+        if torch.is_grad_enabled():
+            weights = effective_weights(m for m in self.modules() if isinstance(m, BinaryConv2d))
         auxiliary_logits = None
         drop_path_prob = self.drop_path_prob if self.training else 0.0
         for index, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, drop_path_prob)
+            s0, s1 = s1, cell(s0, s1, drop_path_prob, weights)
             if self.training and self.auxiliary_head is not None and index == self.config.reductions[1]:
                 auxiliary_logits = self.auxiliary_head(s1)
         return self.classifier(s1.mean((2, 3))), auxiliary_logits
