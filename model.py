@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from binary_ops import WEIGHT_BINARIZATIONS
+from binary_ops import WEIGHT_BINARIZATIONS, BinaryConv2d, effective_weights
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict, reduction_cells
-from operations import BinaryUnit, FactorizedReduce, drop_path, make_operation
+from operations import BinaryUnit, FactorizedReduce, Pool, drop_path, make_operation
 from utils import InputError, check_count, nearest_multiples
 
 FAMILIES = ("cifar", "imagenet")
@@ -111,20 +112,38 @@ class Cell(nn.Module):
         )
         self.out_channels = channels * len(self.concat)
 
-    def forward(self, s0: Tensor, s1: Tensor, keep: Tensor | None = None) -> Tensor:
-        """With `keep`, drop-path keeps each result with this probability (see `drop_path`)."""
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
+    def forward(
+        self,
+        s0: Tensor,
+        s1: Tensor,
+        keep: Tensor | None = None,
+        weights: Mapping[BinaryConv2d, Tensor] | None = None,
+    ) -> Tensor:
+        """With `keep`, drop-path keeps each result with this probability (see `drop_path`). `weights` are the
+        effective ones of all convolutions, where the network has computed them together."""
+        states = [_operated(self.preprocess0, s0, weights), _operated(self.preprocess1, s1, weights)]
+        maxima: dict[int, Tensor] = {}  # by source: all max pools of one state are one
         for node in range(0, len(self.operations), 2):
             terms = []
             for operation, source in zip(
                 self.operations[node : node + 2], self.sources[node : node + 2], strict=True
             ):
-                y = operation(states[source])
+                if isinstance(operation, Pool) and operation.kind == "max":
+                    y = maxima[source] = maxima[source] if source in maxima else operation(states[source])
+                else:
+                    y = _operated(operation, states[source], weights)
                 if keep is not None and not isinstance(operation, nn.Identity):
                     y = drop_path(y, keep)
                 terms.append(y)
             states.append(terms[0] + terms[1])
         return torch.cat([states[i] for i in self.concat], dim=1)
+
+
+def _operated(operation: nn.Module, x: Tensor, weights: Mapping[BinaryConv2d, Tensor] | None) -> Tensor:
+    """operation(x), with the weights that the network has binarised for it."""
+    if weights is None or not isinstance(operation, BinaryUnit | FactorizedReduce):
+        return operation(x)
+    return operation(x, *(weights[conv] for conv in operation.convolutions))
 
 
 class AuxiliaryHead(nn.Module):
@@ -226,10 +245,13 @@ class Network(nn.Module):
         else:
             s0 = self.stem0(x)
             s1 = self.stem1(s0)
+        weights = None
+        if torch.is_grad_enabled():
+            weights = effective_weights(m for m in self.modules() if isinstance(m, BinaryConv2d))
         auxiliary_logits = None
         keep = self.keep if self.training and self.drops_paths else None
         for index, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, keep)
+            s0, s1 = s1, cell(s0, s1, keep, weights)
             if self.training and self.auxiliary_head is not None and index == self.config.reductions[1]:
                 auxiliary_logits = self.auxiliary_head(s1)
         return self.classifier(s1.mean((2, 3))), auxiliary_logits

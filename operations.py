@@ -8,13 +8,14 @@ At stride 2 every operation gives ceil(size / 2), so that all edges of a node ag
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
+import lean
 from binary_ops import BinaryConv2d, binary_sign
 
 CONVOLUTIONS = {  # name: (kernel size, padding, dilation); the padding keeps the size at stride 1
@@ -45,7 +46,8 @@ class BinaryUnit(nn.Module):
     """PReLU(BN2(binconv(sign(BN1(x)))) [+ residual]), (n, c_in, h, w) -> (n, c_out, h', w').
 
     The residual (cell convolutions) is x, or its 2x2 average at stride 2; preprocessing has none. `bits`
-    are BinaryConv2d's keyword arguments weight_bits, activation_bits, weight_binarization.
+    are BinaryConv2d's keyword arguments weight_bits, activation_bits, weight_binarization. Where a gradient
+    may be asked for, `lean.unit` computes what the modules do.
     """
 
     def __init__(
@@ -79,11 +81,19 @@ class BinaryUnit(nn.Module):
         if residual:
             self.shortcut = nn.Identity() if stride == 1 else halving_pool()
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def convolutions(self) -> tuple[BinaryConv2d, ...]:
+        return (self.conv,)
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """`weight`: the convolution's effective one, where it has been computed already."""
+        residual = None if self.shortcut is None else self.shortcut(x)
+        if torch.is_grad_enabled():
+            weight = self.conv.effective_weight() if weight is None else weight
+            convolution = lean.Convolution.of(self.conv)
+            return lean.unit(x, residual, weight, convolution, self.bn1, self.bn2, self.prelu)
         y = self.bn2(self.conv(self.bn1(x)))
-        if self.shortcut is not None:
-            y = y + self.shortcut(x)
-        return self.prelu(y)
+        return self.prelu(y if residual is None else y + residual)
 
 
 class FactorizedReduce(nn.Module):
@@ -100,10 +110,26 @@ class FactorizedReduce(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
         self.prelu = nn.PReLU(c_out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def convolutions(self) -> tuple[BinaryConv2d, ...]:
+        return self.conv_1, self.conv_2
+
+    def forward(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """`weights`: the convolutions' effective ones, where they have been computed already."""
+        if torch.is_grad_enabled():
+            return self._lean(x, weights or [conv.effective_weight() for conv in self.convolutions])
         x = self.bn1(x)
         y = torch.cat([self.conv_1(x), pad_to_half(self.conv_2(x[:, :, 1:, 1:]), x)], dim=1)
         return self.prelu(self.bn2(y))
+
+    def _lean(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Both halves as one convolution of 2x2 kernels, which hold the first half's weight at (0, 0), the
+        second's at (1, 1). At an odd size they are 3x3, with a border of zeros, to read beyond the edge."""
+        odd = (x.shape[2] | x.shape[3]) % 2
+        corners = ((odd, 1, odd, 1), (1 + odd, 0, 1 + odd, 0))
+        halves = [F.pad(weight, pad) for weight, pad in zip(weights, corners, strict=True)]
+        convolution = lean.Convolution.of(self.conv_1)._replace(padding=(odd, odd))
+        return lean.unit(x, None, torch.cat(halves), convolution, self.bn1, self.bn2, self.prelu)
 
 
 def pad_to_half(y: Tensor, x: Tensor) -> Tensor:
@@ -120,6 +146,7 @@ class Pool(nn.Module):
 
     def __init__(self, kind: str, stride: int):
         super().__init__()
+        self.kind = kind
         self.pool = (
             nn.MaxPool2d(3, stride, 1)
             if kind == "max"
@@ -127,6 +154,8 @@ class Pool(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "max" and torch.is_grad_enabled():
+            return lean.max_pool(x, self.pool.stride)
         return self.pool(x)
 
 

@@ -1,0 +1,235 @@
+"""The lean forms equal the modules they stand for, decide as the forward pass did, and keep what they say."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lean
+from binary_ops import WEIGHT_BINARIZATIONS, BinaryConv2d, effective_weights
+from genotypes import GENOTYPES, PRIMITIVES
+from model import ModelConfig, build_model
+from operations import CONVOLUTIONS, BinaryUnit, FactorizedReduce, Pool, make_operation, pad_to_half
+
+BITS = [(1, 1), (1, 32), (32, 1), (32, 32)]
+UNITS = [
+    *((name, stride) for name in CONVOLUTIONS for stride in (1, 2)),
+    ("preprocess", 1),
+    ("factorized reduction", 2),
+]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+EVERY_OPERATION = tuple((name, index % 2) for index, name in enumerate((*PRIMITIVES, "max_pool_3x3")))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def assert_close(ours, theirs, relative):
+    assert ours.dtype == theirs.dtype
+    ours, theirs = ours.double(), theirs.double()  # counted batches are integers
+    # where a BN follows, gradients of what shifts its input are 0 but for rounding
+    assert (ours - theirs).norm() <= relative * theirs.norm() + 1e-12
+
+
+def make_unit(name, stride, bits=(1, 1), method="plain"):
+    bits = {"weight_bits": bits[0], "activation_bits": bits[1], "weight_binarization": method}
+    if name == "preprocess":
+        unit = BinaryUnit(8, 4, 1, bits=bits)
+    elif name == "factorized reduction":
+        unit = FactorizedReduce(8, 4, bits=bits)
+    else:
+        unit = make_operation(name, 8, stride, groups=2, bits=bits)
+    for parameter in unit.parameters():
+        if parameter.dim() == 1:  # BN and PReLU: slopes on both sides of 0 and above 1/2
+            nn.init.normal_(parameter)
+    for bn in (unit.bn1, unit.bn2):
+        nn.init.normal_(bn.running_mean)
+        nn.init.uniform_(bn.running_var, 0.5, 2)
+    return unit
+
+
+def by_modules(unit, x, *_weights):
+    """What a unit computes, module by module."""
+    a = unit.bn1(x)
+    if isinstance(unit, FactorizedReduce):
+        y = torch.cat([unit.conv_1(a), pad_to_half(unit.conv_2(a[:, :, 1:, 1:]), a)], 1)
+        return unit.prelu(unit.bn2(y))
+    y = unit.bn2(unit.conv(a))
+    return unit.prelu(y if unit.shortcut is None else y + unit.shortcut(x))
+
+
+def outcomes(unit, x, *, autocast=False):
+    """Results, gradients and buffers of the lean form, and of the modules on a copy."""
+    results = []
+    for module, forward in ((unit, unit), (theirs := copy.deepcopy(unit), partial(by_modules, theirs))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = forward(x)
+        torch.manual_seed(1)
+        gradients = torch.autograd.grad(y, (x, *module.parameters()), torch.randn(y.shape).to(y))
+        results.append((y.detach(), *gradients, *module.buffers()))
+    return zip(*results, strict=True)
+
+
+@pytest.mark.parametrize("method", WEIGHT_BINARIZATIONS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("name", "stride"), UNITS)
+def test_units_equal_their_modules(name, stride, bits, training, method):
+    unit = make_unit(name, stride, bits, method).double().train(training)
+    for size in ((6, 8), (9, 7)):
+        x = (2 * torch.randn(3, 8, *size, dtype=torch.float64) + 1).requires_grad_()
+        for ours, theirs in outcomes(unit, x):
+            assert_close(ours, theirs, 1e-9)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("name", "stride"), UNITS)
+def test_units_under_autocast(name, stride, bits):
+    """The same types, and as near as two sums in bfloat16 are, in its eps."""
+    x = (2 * torch.randn(3, 8, 9, 7).bfloat16().float() + 1).requires_grad_()
+    for ours, theirs in outcomes(make_unit(name, stride, bits), x, autocast=True):
+        assert_close(ours, theirs, 4 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("name", "stride"), UNITS)
+def test_the_backward_pass_sees_the_values_of_the_forward_pass(
+    name, stride, training, dtype, memory_format, monkeypatch
+):
+    """To the bit, where a third of the signs are rounding's: of x = 1, BN1 gives 0 but for a few ulps."""
+    unit = make_unit(name, stride).train(training)
+    x = torch.randint(0, 3, (4, 8, 9, 7)).to(dtype).to(memory_format=memory_format).requires_grad_()
+    bn = unit.bn1
+    mean, var = bn.running_mean, bn.running_var
+    if training:
+        mean, var = x.detach().float().mean((0, 2, 3)), x.detach().float().var((0, 2, 3), unbiased=False)
+    with torch.no_grad():
+        bn.bias.copy_((mean - 1) * (bn.weight * (var + bn.eps).rsqrt()) + torch.linspace(-1e-6, 1e-6, 8))
+    normalised = []
+
+    def recorded(norm, *arguments, forward=lean.Norm.forward):
+        result = forward(norm, *arguments)
+        normalised.append(result[0].clone())
+        return result
+
+    monkeypatch.setattr(lean.Norm, "forward", recorded)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        total = unit(x).sum()
+    total.backward()
+    a, z, z_again, a_again = normalised
+    assert torch.equal(a, a_again) and torch.equal(z, z_again)
+    ties = a[x == 1]
+    assert ties.abs().max() < 4e-6 and (ties < 0).any() and (ties >= 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (2, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_max_pool_equals_torchs_on_ties(stride, size, memory_format, dtype):
+    x = torch.randint(-1, 2, (2, 4, *size)).to(dtype).to(memory_format=memory_format).requires_grad_()
+    expected = F.max_pool2d(x, 3, stride, 1)
+    actual = lean.max_pool(x, stride)
+    assert torch.equal(actual, expected)
+    grad = torch.randn_like(expected)
+    (ours,), (theirs,) = (torch.autograd.grad(y, x, grad) for y in (actual, expected))
+    assert torch.equal(ours, theirs) and theirs.any()
+
+
+def kept(run):
+    """The shapes of the feature maps that autograd keeps for `run`, each storage once."""
+    found = {}
+
+    def pack(tensor):
+        if tensor.dim() == 4 and tensor.shape[0] == 5:
+            found[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    del result
+    return sorted(found.values())
+
+
+@pytest.mark.parametrize(("name", "stride"), UNITS)
+def test_a_unit_keeps_its_input_and_its_convolutions_result(name, stride):
+    unit = make_unit(name, stride)
+    x = torch.randn(5, 8, 12, 12, requires_grad=True)
+    y_shape = tuple(unit(x).shape)
+    halved = [(5, 8, 6, 6)] if name in CONVOLUTIONS and stride == 2 else []  # the residual
+    assert kept(lambda: unit(x)) == sorted([(5, 8, 12, 12), y_shape, *halved])
+
+
+def test_a_max_pool_keeps_its_input():
+    x = torch.randn(5, 8, 12, 12, requires_grad=True)
+    assert kept(lambda: Pool("max", 1)(x)) == [tuple(x.shape)]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("method", WEIGHT_BINARIZATIONS)
+def test_weights_binarised_together_are_those_of_each(method, memory_format):
+    """To the bit, and so their gradients."""
+    shapes = [(4, 6, 1), (8, 6, 1), (4, 6, 3), (6, 54, 1), (4, 2, 5), (3, 1, 1)]
+    options = {"weight_binarization": method}
+    convolutions = [BinaryConv2d(c_in, c_out, size, **options) for c_out, c_in, size in shapes]
+    convolutions.append(BinaryConv2d(6, 8, 3, weight_bits=32))
+    for conv in convolutions:
+        conv.to(memory_format=memory_format)
+        nn.init.normal_(conv.weight, 0.3)
+    together = effective_weights(convolutions)
+    for conv in convolutions:
+        alone = conv.effective_weight()
+        assert torch.equal(together[conv], alone)
+        grad = torch.randn_like(alone)
+        (ours,), (theirs,) = (
+            torch.autograd.grad(weight, conv.weight, grad, retain_graph=True)
+            for weight in (together[conv], alone)
+        )
+        assert torch.equal(ours, theirs) and ours.is_contiguous(memory_format=memory_format)
+
+
+def small_network(**fields):
+    genotype = GENOTYPES["EBNAS"]._replace(normal=EVERY_OPERATION, reduce=EVERY_OPERATION)
+    network = build_model(ModelConfig(genotype, init_channels=4, layers=3, groups=2, **fields))
+    network.drop_path_prob = 0.2
+    return network
+
+
+def training_step(network, forward, images):
+    torch.manual_seed(2)  # drop-path's samples
+    logits, _ = forward(images)
+    F.cross_entropy(logits, torch.arange(len(images))).backward()
+    return [logits.detach(), *(p.grad for p in network.parameters()), *network.buffers()]
+
+
+def test_a_network_equals_its_modules():
+    """Activations of 32 bits: with 1 bit rounding would decide which of equal pixels a max pool picks."""
+    network = small_network(activation_bits=32).double()
+    plain = copy.deepcopy(network)
+    for module in plain.modules():
+        if isinstance(module, BinaryUnit | FactorizedReduce):
+            module.forward = partial(by_modules, module)
+        elif isinstance(module, Pool):
+            module.forward = module.pool
+    images = torch.randn(4, 3, 17, 17, dtype=torch.float64)
+    steps = [training_step(form, form, images) for form in (network, plain)]
+    for ours, theirs in zip(*steps, strict=True):
+        assert_close(ours, theirs, 1e-9)
+
+
+def test_a_network_is_one_graph():
+    network = small_network()
+    images = torch.randn(4, 3, 16, 16)
+    network.drop_path_prob = 0.0  # eager and compiled code draw different numbers
+    compiled = copy.deepcopy(network)
+    forward = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    steps = [training_step(network, network, images), training_step(compiled, forward, images)]
+    for ours, theirs in zip(*steps, strict=True):
+        torch.testing.assert_close(ours, theirs)
