@@ -1,6 +1,6 @@
 """A derived network as the original program computes it: its units, in the place of ours.
 
-Its cost is the original's (tests/test_comparison.py). Cells, stems, heads, pools are ours: it has the same.
+Its cost is the original's (tests/test_comparison.py). Cells, stems and heads are ours: it has the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from binary_ops import BinaryConv2d
 from comparison.original_binary import Sign, binary_weight
 from model import Network
-from operations import BinaryUnit, FactorizedReduce, pad_to_half
+from operations import BinaryUnit, FactorizedReduce, Pool, pad_to_half
 
 
 class Convolution(nn.Module):
@@ -67,7 +67,7 @@ class Reduction(nn.Module):
 def original_network(network: Network) -> Network:
     """A copy of `network` (weights binarised `plain`) whose units are the original's; names stay."""
     network = copy.deepcopy(network)
-    forms = {BinaryUnit: Unit, FactorizedReduce: Reduction}
+    forms = {BinaryUnit: Unit, FactorizedReduce: Reduction, Pool: lambda ours: ours.pool}
     for name, module in list(network.named_modules()):
         if form := forms.get(type(module)):
             parent, _, child = name.rpartition(".")
