@@ -24,7 +24,7 @@ demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(SETUP)
 	$(PYTHON) train_search.py $(SEARCH) --epochs 2
 	$(PYTHON) train.py $(NETWORK) --epochs 2 --arch "$$(ls -td runs/search-demo-* | head -n 1)"
-	$(PYTHON) train.py $(NETWORK) --epochs 4 --arch "$$(ls -td runs/search-demo-* | head -n 1)" --binary
+	$(PYTHON) train.py $(NETWORK) --epochs 5 --arch "$$(ls -td runs/search-demo-* | head -n 1)" --binary
 	$(PYTHON) evaluate.py "$$(ls -td runs/eval-demo-stage1-* | head -n 1)" "$$(ls -td runs/eval-demo-stage2-* | head -n 1)"
 	@echo; echo "pictures:"; ls "$$(ls -td runs/search-demo-* | head -n 1)"/*.png "$$(ls -td runs/eval-demo-stage2-* | head -n 1)"/*.png
 
