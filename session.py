@@ -103,7 +103,7 @@ class Session:
 
     def _find(self, args: argparse.Namespace) -> Path | None:
         runs = f"{glob.escape(self.name(args))}-[0-9]*"
-        if restarted():
+        if restarted() and args.resume in (None, "auto"):  # any other names the run, on every start
             return find_launched(launch_name(), runs)
         if args.resume is None:
             return None
