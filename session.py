@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,14 +198,12 @@ class Session:
         if self.checkpoint is None:
             return data
         saved = self.checkpoint["data"]
-        for entry in ("set", "image_size", "classes", "mean", "std"):
-            same = data[entry] == saved[entry]
-            if not same and not (
-                entry in ("mean", "std") and np.allclose(data[entry], saved[entry], rtol=1e-5)
-            ):
-                raise InputError(
-                    f"{self.folder} was run on other images: their {entry} differs; give its --data"
-                )
+        same = {entry: data[entry] == saved[entry] for entry in ("set", "image_size", "classes")}
+        same |= {entry: np.allclose(data[entry], saved[entry], rtol=1e-5) for entry in ("mean", "std")}
+        if differing := [entry for entry in same if not same[entry]]:
+            raise InputError(
+                f"{self.folder} was run on other images: not the same {', '.join(differing)}; give its --data"
+            )
         return {**data, "mean": saved["mean"], "std": saved["std"]}
 
     def _check_unchanged(self) -> None:
@@ -309,18 +308,14 @@ def prepare_data(session: Session, *, test: bool) -> tuple[ImageSet, ImageSet | 
     where a resumed run had other images.
     """
     args, world = session.args, session.world
+    read = partial(load_set, args.set, args.data, image_size=args.image_size, workers=args.workers)
     with world.in_turn("reading the data"):
-        train, held_out = (
-            load_set(args.set, args.data, train=part, image_size=args.image_size, workers=args.workers)
-            if part or test
-            else None
-            for part in (True, False)
-        )
-    statistics = channel_statistics(args.set, train)
-    description = session.own_images(
-        describe_data(args.set, args.data, args.image_size, train.classes, statistics)
-    )
-    return train.to(world.device), held_out.to(world.device) if test else None, description
+        train_set = read(train=True)
+        test_set = read(train=False) if test else None
+    statistics = channel_statistics(args.set, train_set)
+    data = describe_data(args.set, args.data, args.image_size, train_set.classes, statistics)
+    data = session.own_images(data)
+    return train_set.to(world.device), test_set.to(world.device) if test else None, data
 
 
 def describe_data(

@@ -190,7 +190,7 @@ def test_other_images_are_refused(interrupted, scripts, images, tmp_path):
         first.rename(first.with_name("another"))
     before = (interrupted / "last.pt").read_bytes()
     result = scripts.run("train.py", "--resume", interrupted, "--data", other, code=2)
-    assert "was run on other images: their classes differs" in result.stderr
+    assert "was run on other images: not the same classes; give its --data" in result.stderr
     assert (interrupted / "last.pt").read_bytes() == before
 
 
