@@ -19,7 +19,7 @@ def integer(least: int, most: float = LARGE) -> Callable[[str], int]:
 
     def whole_number(text: str) -> int:
         value = int(text)
-        return _within(value, least <= value <= most, f"at least {least}", most)
+        return _within(value, least <= value <= most, f"at least {least} and at most {most:g}")
 
     return whole_number
 
@@ -31,17 +31,15 @@ def real(
 
     def number(text: str) -> float:
         value = float(text)
-        rule = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
-        if below < math.inf:
-            rule += f" and below {below:g}"
-        return _within(value, least <= value < below and above < value <= LARGE, rule, LARGE)
+        lower = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
+        upper = f"below {below:g}" if below < math.inf else f"at most {LARGE:g}"
+        return _within(value, least <= value < below and above < value <= LARGE, f"{lower} and {upper}")
 
     return number
 
 
-def _within(value: float, fits: bool, rule: str, most: float) -> Any:
+def _within(value: float, fits: bool, rule: str) -> Any:
     if not fits:
-        rule += f" and at most {most:g}" if "below" not in rule else ""
         raise argparse.ArgumentTypeError(f"is {value}; it must be {rule}")
     return value
 
