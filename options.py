@@ -201,6 +201,8 @@ def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
     flag("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps")
     add_device_flags(parser)
     flag("--gpu", type=integer(0, 1024), default=0, help="number of the CUDA GPU")
+    parser.retire("momentum", "Adam is the optimiser, as in the original")
+    parser.retire("model_path", "checkpoints are in the run's folder")
 
 
 def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
@@ -214,7 +216,9 @@ def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
     parser.needs("cutout_length", "cutout")
 
 
-def add_network_flags(parser: Parser, *, init_channels: int, layers: int) -> None:
+def add_network_flags(
+    parser: Parser, *, init_channels: int, layers: int, drop_path_prob: float, label_smooth: float
+) -> None:
     """Flags of a derived network and of its two stages."""
     from binary_ops import WEIGHT_BINARIZATIONS
 
@@ -226,6 +230,13 @@ def add_network_flags(parser: Parser, *, init_channels: int, layers: int) -> Non
     flag("--auxiliary", action="store_true", help="train with the auxiliary head")
     flag("--auxiliary_weight", type=non_negative_float, default=0.4)
     parser.needs("auxiliary_weight", "auxiliary")
+    flag(
+        "--drop_path_prob",
+        type=probability,
+        default=drop_path_prob,
+        help="at the last epoch; it grows from 0",
+    )
+    flag("--label_smooth", type=probability, default=label_smooth)
     flag("--learning_rate_min", type=non_negative_float, default=0.0, help="the cosine schedule ends here")
     flag("--weight_decay", type=non_negative_float, default=0.0)
     flag(
@@ -246,5 +257,3 @@ def add_network_flags(parser: Parser, *, init_channels: int, layers: int) -> Non
         help="stage-1 run or checkpoint to start stage 2 from; default: the newest that fits",
     )
     flag("--from_scratch", action="store_true", help="train stage 2 without stage 1")
-    parser.retire("momentum", "Adam is the optimiser, as in the original")
-    parser.retire("model_path", "checkpoints are in the run's folder")
