@@ -52,7 +52,7 @@ from genotypes import get_genotype
 from model import FAMILIES, ModelConfig, Network, build_model
 from model_search import SearchConfig, Supernet
 from packed import PackedNetwork, available_kernels, load
-from utils import InputError, run_main
+from utils import InputError, one_line, run_main
 
 PUBLISHED = {
     "cifar": {"init_channels": 84, "layers": 16, "image_size": 32, "num_classes": 10},
@@ -259,10 +259,8 @@ def infer_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
             try:
                 runner = make_runner(rival, model, images, args.threads)
                 runner()
-            except (
-                Exception
-            ) as error:  # each engine has errors of its own; one that fails must not end the rest
-                print(f"{rival} is left out: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            except Exception as error:  # each engine has its own; one that fails must not end the rest
+                print(f"{rival} is left out: {type(error).__name__}: {one_line(error, 100)}")
             else:
                 cases.append(Case(rival, runner, n, against="eager"))
         for kernel in available_kernels():
@@ -382,24 +380,14 @@ def epochs_of(loader: Loader) -> Callable[[], None]:
 
 def print_table(rows: list[dict], args: argparse.Namespace, device: torch.device) -> None:
     print(", ".join(f"{name} {value}" for name, value in machine(device).items()))
+    settings = options.as_dict(args).items()
     print(
-        ", ".join(
-            f"{name} {value}" for name, value in options.as_dict(args).items() if value not in (None, False)
-        )
+        ", ".join(f"{name} {value}" for name, value in settings if value is not None and value is not False)
     )
     print()
     column = MEMORY[device.type]
-    columns = (
-        "case",
-        "median ms",
-        "min",
-        "max",
-        "images/s",
-        f"{column} MiB",
-        "operations",
-        "ratio",
-        f"{column} ratio",
-    )
+    columns = ["case", "median ms", "min", "max", "images/s"]
+    columns += [f"{column} MiB", "operations", "ratio", f"{column} ratio"]
     print("| " + " | ".join(columns) + " |")
     print("|---|" + "---:|" * (len(columns) - 1))
     for row in rows:

@@ -194,6 +194,14 @@ def network_config(checkpoint: dict) -> ModelConfig | SearchConfig:
     return kind.from_dict(checkpoint["config"])
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _has_names(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_name, value))
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
@@ -232,8 +240,7 @@ def _is_data(value: Any) -> bool:
     return (
         isinstance(classes, list)
         and bool(classes)
-        and all(isinstance(name, str) for name in classes)
-        and all(isinstance(value.get(name), str) for name in ("set", "root"))
+        and all(map(_is_name, (*classes, value.get("set"), value.get("root"))))
         and type(value.get("image_size")) is int
         and value["image_size"] > 0
         and all(_are_numbers(value.get(name), 3) for name in ("mean", "std"))
@@ -242,13 +249,13 @@ def _is_data(value: Any) -> bool:
 
 
 ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "script": (lambda value: isinstance(value, str), "the name of a script"),
+    "script": (_is_name, "the name of a script"),
     "kind": (lambda value: value in ("search", "stage1", "stage2"), "search, stage1 or stage2"),
-    "args": (lambda value: isinstance(value, dict) and all(map(_is_name, value)), "flags by name"),
+    "args": (_has_names, "flags by name"),
     "config": (lambda value: isinstance(value, dict), "the configuration of a network"),
     "data": (_is_data, "set, root, image_size, classes, mean and std"),
-    "model": (lambda value: isinstance(value, dict) and all(map(_is_name, value)), "tensors by name"),
-    "state": (lambda value: isinstance(value, dict) and all(map(_is_name, value)), "states by name"),
+    "model": (_has_names, "tensors by name"),
+    "state": (_has_names, "states by name"),
     "random": (_are_random_states, "random states of each process"),
     "epoch": (_is_count, "a whole number"),
     "step": (_is_count, "a whole number"),
@@ -257,10 +264,6 @@ ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "finished": (lambda value: type(value) is bool, "true or false"),
 }
 """What each entry must be: a test, and its words."""
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _check_entries(checkpoint: dict) -> None:

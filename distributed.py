@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from utils import InputError, RunFailed, one_line
 
-FIRST_OF_ALL = "first of all"
 LONGEST_WAIT = timedelta(days=7)
 """For what one process does while others wait: a download may take hours."""
 
@@ -34,7 +33,9 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    store: dist.Store | None = field(default=None, compare=False)
+    machine: str = field(default="", compare=False)  # the same on all that run on it
+    local_rank: int = 0  # among those
+    store: dist.Store | None = field(default=None, compare=False)  # in which they wait for each other
 
     @property
     def is_main(self) -> bool:
@@ -108,36 +109,41 @@ class World:
 
     @contextmanager
     def in_turn(self, what: str) -> Iterator[None]:
-        """Rank 0 goes through the block first, then the first process of each other machine, then the rest.
+        """Rank 0 goes through the block first, then the first process of each other machine, then the rest;
+        all leave it together.
 
         So a set is downloaded once, whether machines share a folder or not. `what` names the block, once in a
-        run. Where one of those before fails, this raises RunFailed: nobody waits for it in vain. They wait in
-        the store, not in a barrier of the devices, which would give up after minutes.
+        run. Where one of them fails, this raises RunFailed on the others: nobody waits for it in vain. They
+        wait in the store, not in a barrier of the devices, which would give up after minutes.
         """
         if self.size == 1:
             yield
             return
-        machine = os.environ.get("GROUP_RANK") or socket.gethostname()
-        is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        failure = ""
+        first_here, failure = f"{what}: first of {self.machine}", ""
+
+        def wait_for(*keys: str) -> None:
+            nonlocal failure
+            self.store.wait(list(keys), LONGEST_WAIT)
+            failure = next(filter(None, (self.store.get(key).decode() for key in keys)), "")
+            if failure:
+                raise RunFailed(f"another process failed at {what}: {failure}")
+
         try:
             if not self.is_main:
-                before = f"{what}: {FIRST_OF_ALL}" if is_first else f"{what}: first of {machine}"
-                self.store.wait([before], LONGEST_WAIT)
-                if failure := self.store.get(before).decode():
-                    raise RunFailed(f"another process failed at {what}: {failure}")
+                wait_for(first_here if self.local_rank else f"{what}: rank 0")
             yield
         except BaseException as error:
             failure = failure or one_line(error)
             raise
         finally:
-            if self.is_main:
-                self.store.set(f"{what}: {FIRST_OF_ALL}", failure)
-            if is_first:
-                self.store.set(f"{what}: first of {machine}", failure)
+            self.store.set(f"{what}: rank {self.rank}", failure)
+            if self.local_rank == 0:
+                self.store.set(first_here, failure)
+        wait_for(*(f"{what}: rank {rank}" for rank in range(self.size)))
 
     def close(self) -> None:
-        if self.size > 1:
+        """Meet the others, and leave them."""
+        if dist.is_initialized():
             dist.barrier()  # with torch 2.6 a process that goes while another still works may hang for ever
             dist.destroy_process_group()
 
@@ -155,7 +161,7 @@ def setup(device: str | None = None, gpu: int = 0) -> World:
     GPU, or the only one that it is shown (SLURM can give each task one). Raises InputError where a CUDA
     device is asked for and there is none.
     """
-    available = torch.cuda.is_available()
+    available, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
     try:
         chosen = torch.device(device or ("cuda" if available else "cpu"))
     except RuntimeError:
@@ -169,7 +175,7 @@ def setup(device: str | None = None, gpu: int = 0) -> World:
             )
         index, count = gpu if chosen.index is None else chosen.index, torch.cuda.device_count()
         if "LOCAL_RANK" in os.environ:
-            index = int(os.environ["LOCAL_RANK"]) if count > 1 else 0
+            index = local_rank if count > 1 else 0
         if index >= count:
             raise InputError(f"there is no CUDA device {index}; this machine shows {count}")
         chosen = torch.device("cuda", index)
@@ -180,7 +186,8 @@ def setup(device: str | None = None, gpu: int = 0) -> World:
     store = dist.PrefixStore(_agree_on_prefix(store, rank, size), store)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return World(chosen, rank, size, dist.PrefixStore("turns", store))
+    machine = os.environ.get("GROUP_RANK") or socket.gethostname()
+    return World(chosen, rank, size, machine, local_rank, dist.PrefixStore("turns", store))
 
 
 def _agree_on_prefix(store: dist.Store, rank: int, size: int) -> str:

@@ -27,11 +27,12 @@ from pathlib import Path
 import numpy as np
 
 import options
+from folders import SUFFIXES
 from images import central_square, read_rgb
 from packed import NoCompiler, PackedNetwork, load
 from utils import InputError, RunFailed, check_output, one_line, printable, run_main, write_atomically
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+PICTURES = (*SUFFIXES, ".gif")
 BATCH = 64
 
 
@@ -88,9 +89,9 @@ def load_network(path: str, threads: int | None) -> PackedNetwork:
 
 def pictures_in(folder: Path) -> list[Path]:
     """The pictures in a folder and in those in it. Raises InputError: there are none."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
     if not paths:
-        raise InputError(f"no pictures in {folder} ({', '.join(sorted(SUFFIXES))})")
+        raise InputError(f"no pictures in {folder} ({', '.join(sorted(PICTURES))})")
     return paths
 
 

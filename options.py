@@ -19,7 +19,7 @@ def integer(least: int, most: float = LARGE) -> Callable[[str], int]:
 
     def whole_number(text: str) -> int:
         value = int(text)
-        return _within(value, least <= value <= most, f"at least {least}", most)
+        return _within(value, least <= value <= most, f"at least {least} and at most {most:g}")
 
     return whole_number
 
@@ -31,17 +31,15 @@ def real(
 
     def number(text: str) -> float:
         value = float(text)
-        rule = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
-        if below < math.inf:
-            rule += f" and below {below:g}"
-        return _within(value, least <= value < below and above < value <= LARGE, rule, LARGE)
+        lower = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
+        upper = f"below {below:g}" if below < math.inf else f"at most {LARGE:g}"
+        return _within(value, least <= value < below and above < value <= LARGE, f"{lower} and {upper}")
 
     return number
 
 
-def _within(value: float, fits: bool, rule: str, most: float) -> Any:
+def _within(value: float, fits: bool, rule: str) -> Any:
     if not fits:
-        rule += f" and at most {most:g}" if "below" not in rule else ""
         raise argparse.ArgumentTypeError(f"is {value}; it must be {rule}")
     return value
 
@@ -219,6 +217,8 @@ def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
     parser.needs("compile_mode", "compile")
     add_device_flags(parser)
     flag("--gpu", type=integer(0, 1024), default=0, help="number of the CUDA GPU")
+    parser.retire("momentum", "Adam is the optimiser, as in the original")
+    parser.retire("model_path", "checkpoints are in the run's folder")
 
 
 def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
@@ -232,7 +232,9 @@ def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
     parser.needs("cutout_length", "cutout")
 
 
-def add_network_flags(parser: Parser, *, init_channels: int, layers: int) -> None:
+def add_network_flags(
+    parser: Parser, *, init_channels: int, layers: int, drop_path_prob: float, label_smooth: float
+) -> None:
     """Flags of a derived network and of its two stages."""
     from binary_ops import WEIGHT_BINARIZATIONS
 
@@ -244,6 +246,13 @@ def add_network_flags(parser: Parser, *, init_channels: int, layers: int) -> Non
     flag("--auxiliary", action="store_true", help="train with the auxiliary head")
     flag("--auxiliary_weight", type=non_negative_float, default=0.4)
     parser.needs("auxiliary_weight", "auxiliary")
+    flag(
+        "--drop_path_prob",
+        type=probability,
+        default=drop_path_prob,
+        help="at the last epoch; it grows from 0",
+    )
+    flag("--label_smooth", type=probability, default=label_smooth)
     flag("--learning_rate_min", type=non_negative_float, default=0.0, help="the cosine schedule ends here")
     flag("--weight_decay", type=non_negative_float, default=0.0)
     flag(
@@ -264,5 +273,3 @@ def add_network_flags(parser: Parser, *, init_channels: int, layers: int) -> Non
         help="stage-1 run or checkpoint to start stage 2 from; default: the newest that fits",
     )
     flag("--from_scratch", action="store_true", help="train stage 2 without stage 1")
-    parser.retire("momentum", "Adam is the optimiser, as in the original")
-    parser.retire("model_path", "checkpoints are in the run's folder")

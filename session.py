@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class Session:
 
     def _find(self, args: argparse.Namespace) -> Path | None:
         runs = f"{glob.escape(self.name(args))}-[0-9]*"
-        if restarted():
+        if restarted() and args.resume in (None, "auto"):  # any other names the run, on every start
             return find_launched(launch_name(), runs)
         if args.resume is None:
             return None
@@ -220,14 +221,12 @@ class Session:
         if self.checkpoint is None:
             return data
         saved = self.checkpoint["data"]
-        for entry in ("set", "image_size", "classes", "mean", "std"):
-            same = data[entry] == saved[entry]
-            if not same and not (
-                entry in ("mean", "std") and np.allclose(data[entry], saved[entry], rtol=1e-5)
-            ):
-                raise InputError(
-                    f"{self.folder} was run on other images: their {entry} differs; give its --data"
-                )
+        same = {entry: data[entry] == saved[entry] for entry in ("set", "image_size", "classes")}
+        same |= {entry: np.allclose(data[entry], saved[entry], rtol=1e-5) for entry in ("mean", "std")}
+        if differing := [entry for entry in same if not same[entry]]:
+            raise InputError(
+                f"{self.folder} was run on other images: not the same {', '.join(differing)}; give its --data"
+            )
         return {**data, "mean": saved["mean"], "std": saved["std"]}
 
     def _check_unchanged(self) -> None:
@@ -347,18 +346,14 @@ def prepare_data(session: Session, *, test: bool) -> tuple[ImageSet, ImageSet | 
     where a resumed run had other images.
     """
     args, world = session.args, session.world
+    read = partial(load_set, args.set, args.data, image_size=args.image_size, workers=args.workers)
     with world.in_turn("reading the data"):
-        train, held_out = (
-            load_set(args.set, args.data, train=part, image_size=args.image_size, workers=args.workers)
-            if part or test
-            else None
-            for part in (True, False)
-        )
-    statistics = channel_statistics(args.set, train)
-    description = session.own_images(
-        describe_data(args.set, args.data, args.image_size, train.classes, statistics)
-    )
-    return train.to(world.device), held_out.to(world.device) if test else None, description
+        train_set = read(train=True)
+        test_set = read(train=False) if test else None
+    statistics = channel_statistics(args.set, train_set)
+    data = describe_data(args.set, args.data, args.image_size, train_set.classes, statistics)
+    data = session.own_images(data)
+    return train_set.to(world.device), test_set.to(world.device) if test else None, data
 
 
 def describe_data(

@@ -33,15 +33,8 @@ def parser() -> options.Parser:
     parser = options.Parser(__doc__)
     options.add_run_flags(parser, epochs=600, batch_size=256)
     options.add_set_flags(parser, SETS)
-    options.add_network_flags(parser, init_channels=84, layers=16)
+    options.add_network_flags(parser, init_channels=84, layers=16, drop_path_prob=0.2, label_smooth=0.0)
     flag = parser.add_argument
-    flag(
-        "--drop_path_prob",
-        type=options.probability,
-        default=0.2,
-        help="at the last epoch; it grows from 0",
-    )
-    flag("--label_smooth", type=options.probability, default=0.0)
     flag("--mixup", action="store_true")
     flag("--alpha", type=options.positive_float, default=0.2, help="parameter of mixup's Beta distribution")
     parser.needs("alpha", "mixup")

@@ -28,7 +28,7 @@ from utils import InputError, run_main
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
     options.add_run_flags(parser, epochs=100, batch_size=256)
-    options.add_network_flags(parser, init_channels=112, layers=14)
+    options.add_network_flags(parser, init_channels=112, layers=14, drop_path_prob=0.0, label_smooth=0.1)
     flag = parser.add_argument
     flag("--tmp_data_dir", metavar="DIR", help="where train/ and val/ are")
     flag(
@@ -38,13 +38,6 @@ def parser() -> options.Parser:
         help="of rising learning rate, where the batch exceeds 256",
     )
     flag("--image_size", type=options.integer(16, 4096), default=224)
-    flag(
-        "--drop_path_prob",
-        type=options.probability,
-        default=0.0,
-        help="at the last epoch; it grows from 0",
-    )
-    flag("--label_smooth", type=options.probability, default=0.1)
     return parser
 
 

@@ -67,8 +67,6 @@ def parser() -> options.Parser:
         default=0.8,
         help="of the variance-based edge regularisation",
     )
-    parser.retire("momentum", "Adam is the optimiser, as in the original")
-    parser.retire("model_path", "checkpoints are in the run's folder")
     parser.retire("learning_rate_min", "the learning rate of a search is constant, as in the original")
     parser.retire("drop_path_prob", "the supernet has no drop-path, as in the original")
     return parser

@@ -102,9 +102,8 @@ class KeptForBackward(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self):
         super().__init__(self._pack, lambda holder: holder.tensor)
-        self.holders: Counter[int] = (
-            Counter()
-        )  # by storage (not by its address: on the meta device it has none)
+        # by storage, not by its address: on the meta device it has none
+        self.holders: Counter[int] = Counter()
         self.bytes = self.peak = 0
 
     def __enter__(self) -> KeptForBackward:

@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -166,42 +168,59 @@ def test_processes_start_from_the_weights_of_the_main_one(by_rank):
     assert_same(dict(one["after"]), dict(other["after"]))
 
 
-class Turns:
-    """Processes that take turns at a download, one after another here, through a store that they share."""
+def take_turns(download: Callable[[int], None]) -> list[BaseException | None]:
+    """Four processes, here threads, of two on each of two machines go in turn through a `download`, which is
+    given their rank: what each ends with."""
+    store = torch.distributed.HashStore()
 
-    def __init__(self, monkeypatch):
-        self.monkeypatch, self.store = monkeypatch, torch.distributed.HashStore()
+    def process(rank: int) -> None:
+        with World(torch.device("cpu"), rank, 4, f"machine {rank // 2}", rank % 2, store).in_turn(
+            "a download"
+        ):
+            download(rank)
 
-    def take(self, rank: int, *, machine: int, local: int, failure: BaseException | None = None) -> None:
-        self.monkeypatch.setenv("GROUP_RANK", str(machine))
-        self.monkeypatch.setenv("LOCAL_RANK", str(local))
-        with World(torch.device("cpu"), rank, 4, self.store).in_turn("the download"):
-            if failure:
-                raise failure
+    with ThreadPoolExecutor(4) as pool:
+        jobs = {rank: pool.submit(process, rank) for rank in (3, 2, 1, 0)}
+        return [jobs[rank].exception(timeout=60) for rank in range(4)]
 
 
-def test_each_waits_for_those_before_it(monkeypatch):
-    monkeypatch.setattr(distributed, "LONGEST_WAIT", timedelta(milliseconds=10))
-    turns = Turns(monkeypatch)
-    for place in ({"machine": 0, "local": 1}, {"machine": 1, "local": 0}):
-        with pytest.raises(torch.distributed.DistStoreError):
-            Turns(monkeypatch).take(1, **place)
-    turns.take(0, machine=0, local=0)
-    turns.take(1, machine=0, local=1)
-    with pytest.raises(torch.distributed.DistStoreError):
-        Turns(monkeypatch).take(3, machine=1, local=1)
-    turns.take(2, machine=1, local=0)
-    turns.take(3, machine=1, local=1)
+def test_the_first_of_all_goes_first_and_before_others_the_first_of_their_machine():
+    begun, done = [], []
+
+    def download(rank: int) -> None:
+        begun.append(rank)
+        time.sleep(0.05)
+        assert rank == 0 or 0 in done
+        assert rank != 3 or 2 in done
+        done.append(rank)
+
+    assert take_turns(download) == [None] * 4
+    assert begun[0] == 0 and sorted(done) == [0, 1, 2, 3]
+
+
+def test_nobody_goes_on_before_the_last_has_had_its_turn(monkeypatch):
+    """Who did would wait for the others in a barrier of the devices, and give up after minutes."""
+    monkeypatch.setattr(distributed, "LONGEST_WAIT", timedelta(milliseconds=20))
+    store = torch.distributed.HashStore()
+    with (
+        pytest.raises(torch.distributed.DistStoreError),
+        World(torch.device("cpu"), 0, 2, "here", 0, store).in_turn("a download"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("error", [InputError("no such set"), KeyboardInterrupt()])
-def test_nobody_waits_for_one_that_failed(monkeypatch, error):
-    turns = Turns(monkeypatch)
-    with pytest.raises(type(error)):
-        turns.take(0, machine=0, local=0, failure=error)
-    for rank, machine, local in ((1, 0, 1), (2, 1, 0), (3, 1, 1)):
-        with pytest.raises(RunFailed, match=f"failed at the download: {one_line(error)}$"):
-            turns.take(rank, machine=machine, local=local)
+@pytest.mark.parametrize("failing", range(4))
+def test_nobody_waits_for_one_that_failed(error, failing):
+    def download(rank: int) -> None:
+        if rank == failing:
+            raise error
+
+    endings = take_turns(download)
+    assert endings.pop(failing) is error
+    for ending in endings:
+        assert type(ending) is RunFailed
+        assert str(ending) == f"another process failed at a download: {one_line(error)}"
 
 
 @pytest.mark.parametrize(

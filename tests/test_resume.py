@@ -167,6 +167,14 @@ def test_a_genotype_is_of_a_finite_epoch(scripts, data_flags, monkeypatch):
     assert "stopped: valid_loss is nan" in (run / "log.txt").read_text()
 
 
+def test_a_restart_by_torchrun_goes_on_with_the_run_that_was_to_be_resumed(interrupted, scripts, monkeypatch):
+    run = interrupted.rename(interrupted.with_name("eval-other-stage1-1"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    output = scripts.run("train.py", "--resume", f"runs/{run.name}").stdout
+    assert f"resumed runs/{run.name} at" in output
+    assert scripts.runs("*") == [run]
+
+
 def test_other_flags_are_refused(interrupted, scripts, data_flags):
     result = scripts.run("train.py", "--resume", interrupted, "--seed", 5, code=2)
     assert "--seed 0, not 5" in result.stderr and result.stderr.count("\n") == 1
@@ -182,7 +190,7 @@ def test_other_images_are_refused(interrupted, scripts, images, tmp_path):
         first.rename(first.with_name("another"))
     before = (interrupted / "last.pt").read_bytes()
     result = scripts.run("train.py", "--resume", interrupted, "--data", other, code=2)
-    assert "was run on other images: their classes differs" in result.stderr
+    assert "was run on other images: not the same classes; give its --data" in result.stderr
     assert (interrupted / "last.pt").read_bytes() == before
 
 
