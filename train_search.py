@@ -281,7 +281,8 @@ def finish(session: Session, genotype: Genotype, discrete: dict[str, float]) -> 
         run.write_result({**{name: last[name] for name in names}, **discrete})
         run.log(
             f"supernet {last['valid_top1']:.2f} %; cut down to its genotype "
-            f"{discrete['discrete_top1']:.2f} %, with new BN statistics {discrete['discrete_top1_new_statistics']:.2f} %"
+            f"{discrete['discrete_top1']:.2f} %, with new BN statistics "
+            f"{discrete['discrete_top1_new_statistics']:.2f} %"
         )
     session.finish()
     if run.folder is None:

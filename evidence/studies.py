@@ -83,10 +83,10 @@ def search_job(scale: Scale, seed: int, **flags: Any) -> Job:
     return Job("train_search.py", {**scale.images, **scale.search, "seed": seed, **flags})
 
 
-def network_job(scale: Scale, seed: int, arch: Any = "EBNAS", *, stage1: Flags = {}, **flags: Any) -> Job:  # noqa: B006
-    """Both stages of a network; `stage1` are flags of the first alone, `flags` of both."""
+def network_job(scale: Scale, seed: int, arch: Any = "EBNAS", **flags: Any) -> Job:
+    """Both stages of a network, with `flags` in both."""
     both = {**scale.images, **scale.network, "seed": seed, "arch": arch, **flags}
-    first = Job("train.py", {**both, "epochs": scale.stage1_epochs, **stage1})
+    first = Job("train.py", {**both, "epochs": scale.stage1_epochs})
     return Job(
         "train.py", {**both, "epochs": scale.stage2_epochs, "binary": True, "pretrained": FolderOf(first)}
     )
