@@ -236,7 +236,7 @@ def add_network_flags(
     parser: Parser, *, init_channels: int, layers: int, drop_path_prob: float, label_smooth: float
 ) -> None:
     """Flags of a derived network and of its two stages."""
-    from binary_ops import WEIGHT_BINARIZATIONS
+    from binary_ops import ACTIVATIONS, WEIGHT_BINARIZATIONS
 
     flag = parser.add_argument
     flag("--arch", default="EBNAS", help="a registered genotype, a genotype file, or a search run's folder")
@@ -267,6 +267,12 @@ def add_network_flags(
         help="what stage 1 makes binary: weights (1 bit) or activations",
     )
     flag("--weight_binarization", choices=WEIGHT_BINARIZATIONS, default="plain")
+    flag(
+        "--activation",
+        choices=tuple(ACTIVATIONS),
+        default="prelu",
+        help="of the cells' units, in both stages",
+    )
     flag(
         "--pretrained",
         metavar="PATH",

@@ -51,6 +51,7 @@ def config_of(args: argparse.Namespace, *, family: str, num_classes: int) -> Mod
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         weight_binarization=args.weight_binarization,
+        activation=args.activation,
     )
 
 
@@ -113,8 +114,8 @@ def _differences(checkpoint: dict, config: ModelConfig, data: dict[str, Any]) ->
     """What keeps stage 1's weights from fitting: `layers 8, not 16`. The bits differ by design, and the
     auxiliary head need not be in both."""
     ours = {**config.to_dict(), **data}
-    theirs = {**checkpoint["config"], **checkpoint["data"]}
-    names = ("family", "init_channels", "layers", "groups", "num_classes", "set", "image_size")
+    theirs = {**network_config(checkpoint).to_dict(), **checkpoint["data"]}
+    names = ("family", "init_channels", "layers", "groups", "activation", "num_classes", "set", "image_size")
     differing = [f"{name} {theirs[name]}, not {ours[name]}" for name in names if theirs[name] != ours[name]]
     return differing + [f"other {name}" for name in ("classes", "genotype") if theirs[name] != ours[name]]
 
