@@ -147,7 +147,7 @@ class Session:
         )
         with self.stop:
             try:
-                self._begin(model)
+                self._begin()
                 yield run
             except Interrupted:
                 run.log(f"stopped at epoch {self.position.epoch}, step {self.position.step}; to go on:")
@@ -165,11 +165,12 @@ class Session:
         if self.stop.received:
             sys.exit(128 + self.stop.received)
 
-    def _begin(self, model: torch.nn.Module) -> None:
+    def _begin(self) -> None:
         """Write the first checkpoint, or put back the one to go on from."""
         run = self.run
         if self.checkpoint is None:
-            self.world.broadcast_model(model)
+            for network in self.checkpoints.networks.values():
+                self.world.broadcast_model(network)
             self._save()  # so that a crash in the first epoch finds a run to go on with
             if self.args.resume or restarted():
                 run.log("nothing to resume: a new run")
