@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from model import FAMILIES
 from utils import InputError, check_count
@@ -57,6 +56,8 @@ class ResNet18(nn.Module):
     drop_path_prob = 0.0  # it has no paths to drop
 
     def __init__(self, config: ResNetConfig):
+        from torchvision.models.resnet import BasicBlock  # takes a while, and export.py needs none
+
         super().__init__()
         self.config = config
         channels = width = config.init_channels
