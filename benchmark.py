@@ -5,7 +5,9 @@
     python benchmark.py train --family imagenet
     python benchmark.py data                        # the loaders' rates beside those of the networks
     python benchmark.py memory                      # what the published runs need of a GPU, counted
+    python benchmark.py train --arch BNAS-A         # of another row of the tables (docs/rows.md)
     python benchmark.py infer model.ebnas           # a packed network beside its float form in other engines
+    python benchmark.py infer --arch BATS           # the same of a row, with random weights
     python benchmark.py search --device cuda --precision bf16 --compile --batch_size 256
 
 The original program's forms stand in comparison/: its modules with our weights, its gradients of everything
@@ -29,6 +31,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +42,7 @@ import memory
 import options
 from architect import Architect, edge_regularizer, path_regularizer
 from augment import Augmentation, Normalize
+from baselines import SYSTEMS, make_config, system_of
 from binary_ops import WEIGHT_BINARIZATIONS
 from comparison.engines import RIVALS, Logits, float_network, make_runner
 from comparison.measure import CLOCKS, MEMORY, Case, machine, measure
@@ -48,16 +52,13 @@ from compilation import compile_regions
 from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
 from engine import Precision, choose_precision, optimize, training_loss
-from genotypes import get_genotype
-from model import FAMILIES, ModelConfig, Network, build_model
+from model import FAMILIES, CellNetwork, Network, build_model
 from model_search import SearchConfig, Supernet
-from packed import PackedNetwork, available_kernels, load
+from packed import PackedNetwork, Program, available_kernels, load, program_bytes
+from packed.lowering import lower
 from utils import InputError, one_line, run_main
 
-PUBLISHED = {
-    "cifar": {"init_channels": 84, "layers": 16, "image_size": 32, "num_classes": 10},
-    "imagenet": {"init_channels": 112, "layers": 14, "image_size": 224, "num_classes": 1000},
-}
+IMAGE_SIZES, CLASSES = {"cifar": 32, "imagenet": 224}, {"cifar": 10, "imagenet": 1000}
 BITS = {"w1a1": (1, 1), "w1a32": (1, 32), "w32a1": (32, 1)}
 CRITERION = nn.CrossEntropyLoss()
 
@@ -168,32 +169,49 @@ def original_search_steps(
     return weight_step, both_steps
 
 
-def add_network_flags(parser: options.Parser) -> None:
+def add_size_flags(parser: options.Parser) -> None:
     flag = parser.add_argument
-    flag("--arch", default="EBNAS")
-    flag("--bits", choices=BITS, default="w1a1", help="of weights and activations")
-    size = "default: as published, and so with layers and image_size"
+    size = "default: as published, and so with layers, groups and image_size"
     flag("--init_channels", type=options.integer(1, 10_000), help=size)
     flag("--layers", type=options.integer(3, 1_000))
-    flag("--groups", type=options.integer(1, 10_000), default=14)
+    flag("--groups", type=options.integer(1, 10_000))
     flag("--image_size", type=options.integer(16, 4096))
+    flag("--variant", help="of BNAS as_run or intended, of BATS learned or mean; default: the first")
+
+
+def add_network_flags(parser: options.Parser) -> None:
+    flag = parser.add_argument
+    flag(
+        "--arch",
+        default="EBNAS",
+        help="a row of the tables, a genotype file or a search's folder",
+    )
+    flag("--bits", choices=BITS, default="w1a1", help="of weights and activations")
+    add_size_flags(parser)
     flag("--batch_size", type=options.integer(1), default=32)
-    flag("--weight_binarization", choices=WEIGHT_BINARIZATIONS, default="plain")
+    flag("--weight_binarization", choices=WEIGHT_BINARIZATIONS, help="default: plain")
+
+
+def add_family_flag(parser: options.Parser) -> None:
+    parser.add_argument("--family", choices=FAMILIES, default="cifar", help="of images")
 
 
 def add_train_flags(parser: options.Parser) -> None:
-    parser.add_argument("--family", choices=FAMILIES, default="cifar")
+    add_family_flag(parser)
     add_network_flags(parser)
 
 
 @contextmanager
 def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
-    """a training step: of our network as it is trained, and of the original's (weight_binarization plain)"""
+    """a training step: of our network as it is trained, and of the original's (EBNAS's, its weights plain)"""
     ours, batch = network_and_batch(args, args.family, world.device)
-    original = original_network(ours)
+    original = original_network(ours) if isinstance(ours, Network) else None
     ours = as_trained(ours, args, world.device)
     precision = choose_precision(args.precision, world.device, tf32=args.tf32)
     our_step = training_step(ours, list(ours.parameters()), batch, precision, world)
+    if original is None:
+        yield [Case("training", our_step, args.batch_size)]
+        return
     original_step = training_step(
         original, list(original.parameters()), batch, precision, world, fused_adam=False
     )
@@ -236,8 +254,12 @@ def data_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
 
 
 def add_infer_flags(parser: options.Parser) -> None:
-    parser.add_argument("model", help="a packed network (export.py)")
-    parser.add_argument("--batch_size", type=options.integer(1), default=1)
+    flag = parser.add_argument
+    flag("model", nargs="?", help="a packed network (export.py)")
+    flag("--arch", help="instead of a file: a network of random weights, BN spread as after training")
+    add_family_flag(parser)
+    add_size_flags(parser)
+    flag("--batch_size", type=options.integer(1), default=1)
     parser.add_argument("--threads", type=options.integer(1, 1024), default=1)
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=RIVALS)
 
@@ -246,12 +268,9 @@ def add_infer_flags(parser: options.Parser) -> None:
 def infer_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
     """a packed network, on every path of its kernel that this processor runs, and its float form elsewhere"""
     torch.set_num_threads(args.threads)
-    try:
-        packed = load(args.model)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    images = torch.randn(args.batch_size, 3, packed.image_size, packed.image_size)
-    model = Logits(float_network(packed.program)).eval()
+    program, network, size = program_and_network(args)
+    images = torch.randn(args.batch_size, 3, program.image_size, program.image_size)
+    model = Logits(network).eval()
     n = args.batch_size
     with torch.inference_mode():
         cases = [Case("eager", lambda: model(images).numpy(), n)]
@@ -264,17 +283,14 @@ def infer_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
             else:
                 cases.append(Case(rival, runner, n, against="eager"))
         for kernel in available_kernels():
-            network = PackedNetwork(packed.program, threads=args.threads, kernel=kernel)
-            cases.append(
-                Case(f"packed, {kernel}", lambda network=network: network(images.numpy()), n, "eager")
-            )
+            packed = PackedNetwork(program, threads=args.threads, kernel=kernel)
+            cases.append(Case(f"packed, {kernel}", lambda packed=packed: packed(images.numpy()), n, "eager"))
         expected = cases[0].run()
         for case in cases[1:]:
             logits = case.run()
             same = (logits.argmax(1) == expected.argmax(1)).mean()
             print(f"{case.name}: top-1 as eager {same:.1%}, logits within {abs(logits - expected).max():.1e}")
-        weights = 4 * sum(parameter.numel() for parameter in float_network(packed.program).parameters())
-        size = Path(args.model).stat().st_size
+        weights = 4 * sum(parameter.numel() for parameter in network.parameters())
         print(f"file {size:,} bytes, {weights / size:.1f} times less than float32's {weights:,}")
         yield cases
 
@@ -296,26 +312,52 @@ def random_batch(n: int, size: int, classes: int, device: torch.device) -> Batch
     return Batch(images, torch.randint(classes, (n,), device=device), n)
 
 
-def network_and_batch(args: argparse.Namespace, family: str, device: torch.device) -> tuple[Network, Batch]:
-    """The network of the flags, as published where they say nothing, and images for it."""
-    size = {name: getattr(args, name, None) or value for name, value in PUBLISHED[family].items()}
-    image_size = size.pop("image_size")
+def network_of(args: argparse.Namespace, family: str, **settings: Any) -> tuple[nn.Module, int]:
+    """The network of the flags, as published where they say nothing, on the CPU, and its images' size."""
+    names = ("init_channels", "layers", "groups", "variant")
+    settings |= {name: getattr(args, name) for name in names}
+    config = make_config(args.arch, family=family, num_classes=CLASSES[family], **settings)
+    image_size = args.image_size or IMAGE_SIZES[family]
+    config.check_image_size(image_size)
+    return build_model(config), image_size
+
+
+def network_and_batch(args: argparse.Namespace, family: str, device: torch.device) -> tuple[nn.Module, Batch]:
     weight_bits, activation_bits = BITS[args.bits]
-    config = ModelConfig(
-        get_genotype(args.arch),
+    model, image_size = network_of(
+        args,
         family,
-        **size,
-        groups=args.groups,
-        auxiliary=True,
+        auxiliary="auxiliary" in SYSTEMS[system_of(args.arch)].__dataclass_fields__,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         weight_binarization=args.weight_binarization,
     )
-    batch = random_batch(args.batch_size, image_size, config.num_classes, device)
-    return build_model(config).to(device), batch
+    return model.to(device), random_batch(args.batch_size, image_size, CLASSES[family], device)
 
 
-def as_trained(model: Network, args: argparse.Namespace, device: torch.device) -> Network:
+def program_and_network(args: argparse.Namespace) -> tuple[Program, nn.Module, int]:
+    """What `infer` compares: a packed program, its float network, and the bytes of its file."""
+    if (args.model is None) == (args.arch is None):
+        raise InputError("give a packed network or --arch, one of the two")
+    if args.model is not None:
+        try:
+            program = load(args.model).program
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        return program, float_network(program), Path(args.model).stat().st_size
+    model, image_size = network_of(args, args.family)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            if module.affine:
+                nn.init.normal_(module.bias, 0, 0.3)
+    data = {"set": args.family, "image_size": image_size, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    data["classes"] = [str(label) for label in range(CLASSES[args.family])]
+    program = lower(model.eval(), data)
+    return program, model, len(program_bytes(program))
+
+
+def as_trained(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     if device.type == "cpu":
         model.to(memory_format=torch.channels_last)
     if args.compile:
@@ -335,6 +377,8 @@ def training_step(
     """The step of engine.train_one_epoch, as the training scripts take it by default."""
     # None, not False: Adam's default chooses its form by the device
     optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=fused_adam or None)
+    if isinstance(model, CellNetwork):
+        model.register_update_rule(optimizer)
 
     def step() -> None:
         objective, _, _ = training_loss(model, batch, CRITERION, precision=precision, auxiliary_weight=0.4)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import options
 from augment import Normalize
-from baselines import NOT_PUBLIC, ROWS, Config, Published, check_packable, label, make_config, trained_network
+from baselines import NOT_PUBLIC, ROWS, Config, Published, label, make_config, trained_network
 from checkpoint import load_checkpoint, network_config
 from cost import Cost, measure_cost
 from data import BatchLoader, Loader, imagenet_val_loader, load_set
@@ -69,18 +69,17 @@ def main(args: argparse.Namespace) -> None:
     loaders: dict[str, Loader] = {}
     rows = []
     for path, checkpoint in checkpoints:
-        if args.packed:
-            check_packable(checkpoint)
         model = trained_network(checkpoint)
         data = checkpoint["data"]
+        packed = PackedNetwork(lower(model, data)) if args.packed else None
         key = json.dumps(data)
         if key not in loaders:
             loaders[key] = test_loader(data, args, world)
         model.to(world.device)
         means = evaluate_with_bar(model, loaders[key], world, precision, label=path)
         rows.append((path, checkpoint, means, measure_cost(model, data["image_size"])))
-        if args.packed:
-            compare_packed(path, model, loaders[key], data)
+        if packed is not None:
+            compare_packed(path, model, packed, loaders[key])
     print_table(rows)
 
 
@@ -92,12 +91,8 @@ def evaluate_with_bar(
 
 
 @torch.no_grad()
-def compare_packed(path: str, model: nn.Module, loader: Loader, data: dict) -> None:
-    """Print the packed network's top-1, and on how many images it names the class that the float form names.
-
-    Raises InputError on a network that is not W1A1.
-    """
-    network = PackedNetwork(lower(model, data))
+def compare_packed(path: str, model: nn.Module, network: PackedNetwork, loader: Loader) -> None:
+    """Print the packed network's top-1, and on how many images it names the class of the float form."""
     right = same = images = 0
     for batch in loader.epoch(0):
         packed = network(batch.images.cpu().contiguous()).argmax(1)

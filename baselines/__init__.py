@@ -209,16 +209,6 @@ def trained_network(checkpoint: dict) -> nn.Module:
     return model.eval()
 
 
-def check_packable(checkpoint: dict) -> None:
-    """Raise InputError on a checkpoint of a system that packed networks do not know."""
-    if checkpoint["kind"] != "search":
-        config = config_from_dict(checkpoint["config"])
-        if config.system != "ebnas":
-            raise InputError(
-                f"{label(config)}: packed networks know EBNAS's units only, not those of {config.system}"
-            )
-
-
 def label(config: Config) -> str:
     """The name of a network, and that it is a stand-in where it is one: `BATS (stand-in: ...)`."""
     for name, row in ROWS.items():

@@ -23,6 +23,7 @@ from binary_ops import BinaryConv2d, sign
 from model import ModelConfig, build_model
 from operations import BinaryUnit, FactorizedReduce
 from packed import Program, Step, unpack_bits
+from utils import InputError
 
 RIVALS = ("channels_last", "compile", "onnxruntime", "onnxruntime_int8", "openvino")
 Runner = Callable[[], np.ndarray]
@@ -33,12 +34,20 @@ class FixedBinaryConv2d(nn.Module):
 
     def __init__(self, conv: BinaryConv2d):
         super().__init__()
-        self.register_buffer("weight", conv.effective_weight().detach())
+        weight = conv.effective_weight().detach()
+        if (alpha := getattr(conv, "alpha", None)) is not None:  # BATS's scale of each filter
+            weight = weight * alpha.detach().view(-1, 1, 1, 1)
+        self.register_buffer("weight", weight)
+        self.zero_has_sign = type(conv).binarized_input is BinaryConv2d.binarized_input
         self.arguments = (None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch.where, for ONNX knows no copysign, which binary_ops.sign is made of
-        signs = torch.where(x >= 0, 1.0, -1.0) if torch.onnx.is_in_onnx_export() else sign(x)
+        if not self.zero_has_sign:
+            signs = x.sign()
+        elif torch.onnx.is_in_onnx_export():  # it knows no copysign, which binary_ops.sign is made of
+            signs = torch.where(x >= 0, 1.0, -1.0)
+        else:
+            signs = sign(x)
         return F.conv2d(signs, self.weight, *self.arguments)
 
 
@@ -60,8 +69,11 @@ class Logits(nn.Module):
 def float_network(program: Program) -> nn.Module:
     """The network that a packed file was made of, as float modules: BN, sign, convolution, BN, PReLU.
 
-    Parameters that the file holds folded are unfolded so that the function is the same.
+    Parameters that the file holds folded are unfolded so that the function is the same. Raises InputError
+    for a network of another system than EBNAS.
     """
+    if system := program.config.get("system"):
+        raise InputError(f"a file of {system} cannot be unfolded to compare with; give its --arch instead")
     model = build_model(ModelConfig.from_dict({**program.config, "auxiliary": False})).eval()
     modules = dict(model.named_modules())
     names = list(modules)

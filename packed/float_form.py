@@ -56,12 +56,14 @@ def run_step(step: Step, tensors: dict[str, Tensor], x: Tensor, residual: Tensor
         return x.mean((2, 3)) @ tensors["weight"].T + tensors["bias"]
     if step.op == "pool":
         if step.kernel == 1:
-            return x
+            return x.unflatten(1, (step.shuffle, -1)).transpose(1, 2).flatten(1, 2)
         if step.average:
             ceil = {"ceil_mode": step.kernel == 2, "count_include_pad": False}
             return F.avg_pool2d(x, step.kernel, step.stride, step.padding, **ceil)
         return F.max_pool2d(x, step.kernel, step.stride, step.padding)
     if step.op == "float":
+        if step.kernel == 2:  # blocks beyond an odd edge hold zeros
+            x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
         y = F.conv2d(x, tensors["weight"], tensors["bias"], step.stride, step.padding, 1, step.groups)
         return y.relu() if step.relu else y
     x = torch.where(x >= tensors["threshold"].view(-1, 1, 1), 1.0, -1.0)

@@ -213,13 +213,20 @@ class Plan:
         for channels, level in program.buffers:
             self.sizes.append((channels, -(-height // 2**level), -(-width // 2**level)))
         self.offsets, scratch = self._place(program)
-        self.units = (_Unit * len(program.steps))()
+        self.units = (_Unit * sum(step.shuffle for step in program.steps))()
+        self.units_of: list[slice] = []  # of each step
         floats, constants = [], []
-        for unit, step, tensors in zip(self.units, program.steps, weights, strict=True):
-            unit.scratch = scratch
-            needs = self._fill(unit, step, tensors)
-            floats.append(needs[0])
-            constants.append(needs[1])
+        for step, tensors in zip(program.steps, weights, strict=True):
+            first = len(floats)
+            self.units_of.append(slice(first, first + step.shuffle))
+            for part in range(step.shuffle):
+                unit = self.units[first + part]
+                unit.scratch = scratch
+                needs = self._fill(unit, step, tensors)
+                if step.shuffle > 1:
+                    self._spread(unit, step.shuffle, part)
+                floats.append(needs[0])
+                constants.append(needs[1])
         self.result = self.units[-1].target = scratch + _padded(max(floats))
         self.floats = self.result + _padded(len(program.classes)) + 64
         size = 4 * self.floats + sum(each.bytes for each in set(constants) if each)
@@ -263,6 +270,17 @@ class Plan:
     def _address(self, view: View) -> int:
         _, height, width = self.sizes[view.buffer]
         return self.offsets[view.buffer] + view.first * _padded(height * width)
+
+    def _spread(self, unit: _Unit, parts: int, part: int) -> None:
+        """Let a unit that copies take part `part` of its channels, to every `parts`-th of the target's.
+
+        A unit's result advances from channel to channel by its padded height_out * width_out.
+        """
+        plane = _padded(unit.height_in * unit.width_in)
+        unit.channels_in = unit.channels_out = unit.channels_in // parts
+        unit.source += part * unit.channels_in * plane
+        unit.target += part * plane
+        unit.height_out, unit.width_out = parts, plane
 
     def _fill(self, unit: _Unit, step: Step, tensors: dict[str, np.ndarray]) -> tuple[int, _Constants | None]:
         """Describe a step to the C file. Returns the floats of scratch memory and the constants it needs."""

@@ -106,13 +106,13 @@ class PackedNetwork:
         arena, outputs = plan.new_arena(), []
         plan.channels_of(arena, View(0, 0, len(image)))[:] = image.reshape(len(image), -1)
         for i, step in enumerate(self.program.steps):
-            unit = plan.units[i]
-            library().run_units(self._path, ctypes.addressof(unit), 1, arena.ctypes.data)
+            for unit in plan.units[plan.units_of[i]]:
+                library().run_units(self._path, ctypes.addressof(unit), 1, arena.ctypes.data)
             if step.target is None:
-                outputs.append(arena[unit.target :][: len(self.classes), None, None].copy())
+                outputs.append(arena[plan.result :][: len(self.classes), None, None].copy())
             else:
                 planes = plan.channels_of(arena, step.target)
-                outputs.append(planes.reshape(-1, unit.height_out, unit.width_out).copy())
+                outputs.append(planes.reshape(-1, *plan.sizes[step.target.buffer][1:]).copy())
         return outputs
 
 

@@ -3,13 +3,15 @@
 A program is a list of steps over numbered buffers. A buffer is [channels, level]: its size is the image's,
 halved `level` times and rounded up. A step reads and writes channels of buffers, [buffer, first, channels]:
   binary  sign(x >= threshold), 1-bit convolution, scale and bias, plus `residual`, PReLU
-  float   convolution, bias, ReLU          pool    maximum or average; kernel 1 copies
+  float   convolution, bias, ReLU; kernel 2 at stride 2 convolves blocks of 2 x 2 pixels
+  pool    maximum or average; kernel 1 copies, with `shuffle` n channel i * (channels / n) + j to j * n + i
   linear  mean over space, then a matrix: the logits, the last step
 Its result is written to `target`, or added to it with `add`.
 
 A file is one safetensors file: its tensors are the bits and the folded floats, its metadata is the program
 in JSON, which begins with the format and a SHA-256 of all other bytes of the file: a file is refused in which
-any byte has changed. Format 1, which had no checksum, is read with a warning.
+any byte has changed. Format 1, which had no checksum, is read with a warning. A field of _OPTIONAL_FIELDS is
+written where it says something: who knows no such field refuses the file, and reads all others.
 
 Every number is finite, but a threshold may be -inf (a sign that is always +1). Nothing that a network
 computes of images within LARGEST_PIXEL overflows float32: validation follows how large each channel can get.
@@ -72,6 +74,7 @@ class Step:
     groups: int = 1
     average: bool = False
     relu: bool = False
+    shuffle: int = 1
     name: str = ""  # the module it comes from
 
 
@@ -95,12 +98,14 @@ _STEP_FIELDS = {  # beyond op, source and name
     "pool": {"target", "add", "kernel", "stride", "padding", "average"},
     "linear": set(),
 }
+_OPTIONAL_FIELDS = {"pool": {"shuffle"}}
 _STEP_RANGES = {
     "kernel": (1, 7),
     "stride": (1, 2),
     "padding": (-1, 16),
     "dilation": (1, 4),
     "groups": (1, 4096),
+    "shuffle": (2, 64),
 }
 _POOLS = {  # kernel, stride, padding, average
     (1, 1, 0, False),
@@ -151,7 +156,9 @@ def program_bytes(program: Program) -> bytes:
     tensors, steps = {}, []
     for i, step in enumerate(program.steps):
         tensors |= {f"{i}.{name}": tensor for name, tensor in step.tensors.items()}
-        fields = ("op", "source", "name", *sorted(_STEP_FIELDS[step.op]))
+        fields = ["op", "source", "name", *sorted(_STEP_FIELDS[step.op])]
+        if step.shuffle != 1:
+            fields.append("shuffle")
         steps.append({name: getattr(step, name) for name in fields})
     fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
     network = {"format": FORMAT, "sha256": "0" * 64, **fields, "steps": steps}
@@ -241,7 +248,8 @@ def _checked_step(index: int, fields: Any, buffers: list, largest: list, tensors
     what = f"step {index}"
     op = fields.get("op") if isinstance(fields, dict) else None
     _require(isinstance(op, str) and op in _STEP_FIELDS, f"{what}: unknown operation {reprlib.repr(op)}")
-    _exact_fields(fields, {"op", "source", "name"} | _STEP_FIELDS[op], what)
+    optional = _OPTIONAL_FIELDS.get(op, set()) & fields.keys()
+    _exact_fields(fields, {"op", "source", "name"} | _STEP_FIELDS[op] | optional, what)
     values: dict[str, Any] = {"op": op, "target": None, "name": fields["name"]}
     _require(isinstance(fields["name"], str), f"{what}: its name is not a string")
     for name, value in fields.items():
@@ -290,7 +298,7 @@ def _magnitudes(step: Step, largest: list[np.ndarray]) -> np.ndarray:
         return largest[view.buffer][view.slice]
 
     if step.op == "pool":
-        result = of(step.source)
+        result = of(step.source).reshape(step.shuffle, -1).T.ravel()
     elif step.op == "binary":
         scale, bias, slope = np.abs(step.tensors["affine"].astype(np.float64))
         result = scale * (step.source.channels // step.groups * step.kernel**2) + bias
@@ -327,11 +335,14 @@ def _check_sizes(step: Step, buffers: list, what: str) -> None:
         _require(step.source.channels == target.channels, f"{what}: a pool keeps its channels")
         known = (step.kernel, step.stride, step.padding, step.average) in _POOLS
         _require(known and not (step.kernel == 2 and step.add), f"{what}: no such pool")
+        shuffles = step.kernel == 1 and step.source.channels % step.shuffle == 0
+        _require(shuffles or step.shuffle == 1, f"{what}: no such shuffle")
         return
     divides = step.source.channels % step.groups == 0 and target.channels % step.groups == 0
-    _require(divides and step.kernel % 2 == 1, f"{what}: no such convolution")
+    blocks = step.op == "float" and step.kernel == step.stride == 2
+    _require(divides and (step.kernel % 2 == 1 or blocks), f"{what}: no such convolution")
     if step.op == "float":
-        _require(step.padding == step.kernel // 2, f"{what}: padding is not half the kernel")
+        _require(step.padding == (step.kernel - 1) // 2, f"{what}: padding is not half the kernel")
     else:
         # counts are 16 bits wide
         _require(step.source.channels // step.groups * step.kernel**2 < 1 << 15, f"{what}: too many weights")

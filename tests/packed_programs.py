@@ -7,10 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from baselines.bats import BatsConv2d, BatsFactorizedReduce, BatsUnit
+from baselines.bnas import BnasUnit
 from binary_ops import RPReLU
 from genotypes import Genotype
 from model import ModelConfig, Network, build_model
-from packed import KERNELS, PackedNetwork, Program, Step, View, available_kernels
+from operations import BinaryUnit, FactorizedReduce
+from packed import KERNELS, PackedNetwork, Program, Step, View, available_kernels, lowering
+
+UNITS = BinaryUnit | FactorizedReduce | BnasUnit | BatsUnit | BatsFactorizedReduce
 
 needs_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
@@ -93,6 +98,9 @@ def random_program(rng: np.random.Generator) -> Program:
             windows = [(3, 1, False), (3, 1, True), (1, 0, False) if stride == 1 else (2, 0, True)]
             kernel, padding, average = windows[rng.integers(3)]
             fields = {"average": average}
+            shuffles = [n for n in (2, 3, 4) if source.channels % n == 0]
+            if kernel == 1 and shuffles:
+                fields["shuffle"] = int(rng.choice(shuffles))
             channels, tensors = source.channels, {}
         else:
             divisors = [n for n in range(1, source.channels + 1) if source.channels % n == 0]
@@ -100,7 +108,9 @@ def random_program(rng: np.random.Generator) -> Program:
             channels, per_group = groups * int(rng.integers(1, 6)), source.channels // groups
             kernel = int(rng.choice((1, 3, 5, 7)))
             if op == "float":
-                padding, fields = kernel // 2, {"relu": bool(rng.integers(2))}
+                if stride == 2 and rng.random() < 0.3:
+                    kernel = 2
+                padding, fields = (kernel - 1) // 2, {"relu": bool(rng.integers(2))}
                 tensors = _float_tensors(rng, channels, per_group, kernel)
             else:
                 padding = int(rng.integers(-1, 17 if rng.random() < 0.3 else 3))
@@ -166,19 +176,75 @@ def _binary_tensors(
 def network(*, seed: int = 0, **fields) -> Network:
     """A network in evaluation mode with parameters and statistics as spread as those of a trained one."""
     torch.manual_seed(seed)
-    model = build_model(ModelConfig(**fields))
+    return spread(build_model(ModelConfig(**fields)))
+
+
+def spread(model: nn.Module, size: int = 32) -> nn.Module:
+    """`model` in evaluation mode, with parameters and statistics as spread as those of a trained one."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.uniform_(module.weight, -0.3, 1.0)
             nn.init.normal_(module.bias, 0, 0.3)
         elif isinstance(module, nn.PReLU):
             nn.init.uniform_(module.weight, -0.2, 0.5)
             if isinstance(module, RPReLU):
                 nn.init.normal_(module.shift, 0, 0.3)
+        elif isinstance(module, BatsConv2d):
+            nn.init.normal_(module.alpha, 0.05, 0.02)
     with torch.no_grad():
         for _ in range(2):
-            model.train()(torch.randn(8, 3, 32, 32))
+            model.train()(torch.randn(8, 3, size, size))
     return model.eval()
+
+
+def float_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(images)[0]
+
+
+def assert_only_rounding(model: nn.Module, net: PackedNetwork, image: torch.Tensor) -> None:
+    """That the first signs in which the two forms differ are of values that rounding took across a threshold.
+
+    Up to there, all values agree; after it, the forms compute different things.
+    """
+    lowered = lowering._Lowering(model)
+    with torch.no_grad():
+        lowered.network(model)
+    signed = {}  # name of a unit: what its convolution takes the sign of, in the float form
+    hooks = [
+        norm_of(module).register_forward_hook(lambda _, __, y, name=name: signed.update({name: y[0]}))
+        for name, module in model.named_modules()
+        if isinstance(module, UNITS)
+    ]
+    float_logits(model, image[None])
+    for hook in hooks:
+        hook.remove()
+
+    buffers = {0: image.numpy()}
+    for step, result in zip(net.program.steps, net.trace(image.numpy()), strict=True):
+        if step.op == "binary" and step.name in signed:
+            bn = norm_of(model.get_submodule(step.name))
+            scale, shift = (values.view(-1, 1, 1) for values in lowering._affine(bn))
+            x = torch.from_numpy(buffers[step.source.buffer][step.source.slice].copy())
+            x = x.double() + lowered.offset(step.source).view(-1, 1, 1)
+            ours, theirs = x * scale + shift, signed[step.name].double()
+            assert (ours - theirs).abs().max() < 1e-4, f"{step.name}: values differ before any sign does"
+            differing = ours.sign() != theirs.sign()
+            if differing.any():
+                assert theirs[differing].abs().max() < 1e-5
+                return
+        if step.target is not None:
+            channels = net.program.buffers[step.target.buffer][0]
+            buffer = buffers.setdefault(
+                step.target.buffer, np.zeros((channels, *result.shape[1:]), np.float32)
+            )
+            buffer[step.target.slice] = result
+    pytest.fail("the logits differ, but no sign does")
+
+
+def norm_of(unit: nn.Module) -> nn.BatchNorm2d:
+    """What gives a unit's convolution its input."""
+    return unit.bn1 if hasattr(unit, "bn1") else unit.bn
 
 
 def data_entry(classes: int = 10, *, image_size: int = 32) -> dict:

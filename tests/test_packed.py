@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from packed_programs import SEVEN, data_entry, needs_kernel, network, random_program, skip_without
+from packed_programs import (
+    SEVEN,
+    assert_only_rounding,
+    data_entry,
+    float_logits,
+    needs_kernel,
+    network,
+    random_program,
+    skip_without,
+)
 from PIL import Image
 from torch import nn
 
@@ -25,7 +34,6 @@ from distributed import World
 from genotypes import GENOTYPES
 from images import central_square, read_rgb
 from model import ModelConfig, build_model
-from operations import BinaryUnit, FactorizedReduce
 from packed import (
     KERNELS,
     PackedNetwork,
@@ -80,51 +88,6 @@ def models() -> dict[str, nn.Module]:
 
 def packed_form(model: nn.Module, **options) -> PackedNetwork:
     return PackedNetwork(lowering.lower(model, data_entry(model.config.num_classes)), **options)
-
-
-def float_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(images)[0]
-
-
-def assert_only_rounding(model: nn.Module, net: PackedNetwork, image: torch.Tensor) -> None:
-    """That the first signs in which the two forms differ are of values that rounding took across a threshold.
-
-    Up to there, all values agree; after it, the forms compute different things.
-    """
-    lowered = lowering._Lowering(model)
-    with torch.no_grad():
-        lowered.network(model)
-    signed = {}  # name of a unit: what its convolution takes the sign of, in the float form
-    hooks = [
-        module.bn1.register_forward_hook(lambda _, __, y, name=name: signed.update({name: y[0]}))
-        for name, module in model.named_modules()
-        if isinstance(module, BinaryUnit | FactorizedReduce)
-    ]
-    float_logits(model, image[None])
-    for hook in hooks:
-        hook.remove()
-
-    buffers = {0: image.numpy()}
-    for step, result in zip(net.program.steps, net.trace(image.numpy()), strict=True):
-        if step.op == "binary":
-            bn = model.get_submodule(step.name).bn1
-            scale, shift = (values.view(-1, 1, 1) for values in lowering._affine(bn))
-            x = torch.from_numpy(buffers[step.source.buffer][step.source.slice].copy())
-            x = x.double() + lowered.offset(step.source).view(-1, 1, 1)
-            ours, theirs = x * scale + shift, signed[step.name].double()
-            assert (ours - theirs).abs().max() < 1e-4, f"{step.name}: values differ before any sign does"
-            differing = (ours >= 0) != (theirs >= 0)
-            if differing.any():
-                assert theirs[differing].abs().max() < 1e-5
-                return
-        if step.target is not None:
-            channels = net.program.buffers[step.target.buffer][0]
-            buffer = buffers.setdefault(
-                step.target.buffer, np.zeros((channels, *result.shape[1:]), np.float32)
-            )
-            buffer[step.target.slice] = result
-    pytest.fail("the logits differ, but no sign does")
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "torch"])

@@ -318,6 +318,34 @@ def test_a_chain_that_overflows():
         parse_program(chain(5))
 
 
+def test_shuffles_and_blocks(attempt):
+    """A shuffle parts the channels of a copy, and of nothing else; a float kernel of 2 is of blocks."""
+    copy = {"op": "pool", "source": [0, 0, 3], "target": [1, 0, 3], "name": "", "add": False}
+    copy |= {"kernel": 1, "stride": 1, "padding": 0, "average": False}
+    for shuffle, window, right in (
+        *((value, {}, value == 3) for value in (3, 2, 4, 1, 0, -1, 65, True, "3", None, 3.0)),
+        (3, {"kernel": 3, "padding": 1}, False),
+    ):
+        program = random_program(np.random.default_rng(0))
+        step = Step("pool", View(0, 0, 3), View(1, 0, 3), {})
+        last = dataclasses.replace(program.steps[-1], source=View(1, 0, 3))
+        last.tensors["weight"] = np.ones((len(program.classes), 3), np.float32)
+        program = dataclasses.replace(program, buffers=((3, 0), (3, 0)), steps=(step, last))
+        header, network, data = split(program_bytes(program))
+        network["steps"][0] = copy | window | {"shuffle": shuffle}
+        assert attempt(join(header, network, data)) == right, (shuffle, window)
+    weight = {"weight": np.ones((3, 3, 2, 2), np.float32), "bias": np.zeros(3, np.float32)}
+    for fields, right in (
+        ({"stride": 2}, True),
+        ({"stride": 1}, False),
+        ({"stride": 2, "padding": 1}, False),
+    ):
+        level = fields["stride"] - 1
+        step = Step("float", View(0, 0, 3), View(1, 0, 3), weight, kernel=2, **fields)
+        program = dataclasses.replace(program, buffers=((3, 0), (3, level)), steps=(step, last))
+        assert attempt(program_bytes(program)) == right, fields
+
+
 def test_no_classes(content, attempt):
     header, network, data = split(content)
     last = len(network["steps"]) - 1
