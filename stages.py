@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from baselines import SYSTEMS, Config, label, make_config, system_of, usual_size
+from baselines import Config, label, make_config, settings_of, system_of, usual_size
 from checkpoint import load_checkpoint, network_config, resolve_checkpoint
 from compilation import compile_regions
 from figures import draw_curves
@@ -45,7 +45,7 @@ def settle(args: argparse.Namespace, *, family: str) -> argparse.Namespace:
         return args
     system = system_of(args.arch, args.family)
     for name in NETWORK_FLAGS:
-        if name in args.given and name not in SYSTEMS[system].__dataclass_fields__:
+        if name in args.given and name not in settings_of(system):
             raise InputError(f"{args.arch} has no use for --{name}; leave it out")
     if system not in STAGE1:
         which = "has no stages: it trains in full precision" if system == "resnet" else "trains in one stage"
@@ -62,6 +62,8 @@ def settle(args: argparse.Namespace, *, family: str) -> argparse.Namespace:
             settled.stage1 = STAGE1[system][0]
         if settled.stage1 not in STAGE1[system]:
             raise InputError(f"--stage1 {settled.stage1}: that of {args.arch} is {', '.join(STAGE1[system])}")
+    if args.resume is None:  # what makes no network is said before any data is read
+        config_of(settled, family=family, num_classes=1)
     return settled
 
 
@@ -80,7 +82,7 @@ def config_of(args: argparse.Namespace, *, family: str, num_classes: int) -> Con
     system = system_of(args.arch, args.family)
     stage1 = ONLY_STAGE_BITS[system] if system not in STAGE1 else STAGE1_BITS[args.stage1]
     weight_bits, activation_bits = (1, 1) if args.binary else stage1
-    known = SYSTEMS[system].__dataclass_fields__
+    known = settings_of(system)
     return make_config(
         args.arch,
         args.family,
