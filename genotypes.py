@@ -7,6 +7,7 @@ four nodes. States 0 and 1 are the outputs of the two cells before (0 the older)
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,8 +129,29 @@ GENOTYPES = {
 paper, the others are those of its baselines (docs/rows.md)."""
 
 
+RANDOM = "random:"
+"""`random:SEED` names the genotype that `random_genotype(SEED)` draws."""
+
+
+def random_genotype(seed: int) -> Genotype:
+    """A uniform draw from what a search can derive: for each node two different inputs, in either order, and
+    for each of these any operation."""
+    draw = random.Random(seed)
+
+    def cell() -> tuple[tuple[str, int], ...]:
+        return tuple(
+            (draw.choice(PRIMITIVES), source)
+            for node in range(NODES)
+            for source in draw.sample(range(2 + node), 2)
+        )
+
+    concat = tuple(range(2, 2 + NODES))
+    return Genotype(cell(), concat, cell(), concat)
+
+
 def get_genotype(name: str, system: str | None = None) -> Genotype:
-    """The genotype registered as `name`, or in the JSON file or search run folder of that path.
+    """The genotype registered as `name`, a random one (`random:SEED`), or that in the JSON file or search run
+    folder of that path.
 
     For a `system` its convolutions are renamed to that system's. Without one a file is EBNAS's.
     Raises InputError: unknown name (the known ones are listed), a file that holds no valid genotype, or an
@@ -138,6 +160,12 @@ def get_genotype(name: str, system: str | None = None) -> Genotype:
     if name in GENOTYPES:
         genotype = GENOTYPES[name]
         return genotype if system is None else translated(genotype, system, origin=name)
+    if name.startswith(RANDOM):
+        seed = name.removeprefix(RANDOM)
+        if not seed.isdecimal():
+            raise InputError(f"genotype {name!r}: {RANDOM} takes a seed, a whole number from 0")
+        genotype = random_genotype(int(seed))
+        return genotype if system is None else translated(genotype, system, origin=name)
     path = Path(name)
     if path.is_dir():
         path = path / "genotype.json"
@@ -145,8 +173,8 @@ def get_genotype(name: str, system: str | None = None) -> Genotype:
             raise InputError(f"no genotype.json in {name}: give the folder of a search run")
     if not path.is_file():
         raise InputError(
-            f"unknown genotype {name!r}: choose from {', '.join(GENOTYPES)}, "
-            "or give a genotype file or a search's folder"
+            f"unknown genotype {name!r}: choose from {', '.join(GENOTYPES)}, or give {RANDOM}SEED, a "
+            "genotype file or a search's folder"
         )
     try:
         fields = json.loads(path.read_text())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from binary_ops import WEIGHT_BINARIZATIONS, BinaryConv2d, effective_weights
+from binary_ops import ACTIVATIONS, WEIGHT_BINARIZATIONS, BinaryConv2d, effective_weights
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict, reduction_cells
 from operations import BinaryUnit, FactorizedReduce, Pool, Zero, drop_path, make_operation
 from utils import InputError, check_count, nearest_multiples
@@ -43,6 +43,7 @@ class ModelConfig:
     weight_bits: int = 1
     activation_bits: int = 1
     weight_binarization: str = "plain"
+    activation: str = "prelu"
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -52,6 +53,8 @@ class ModelConfig:
                 f"unknown weight binarization {self.weight_binarization!r}; "
                 f"choose from {WEIGHT_BINARIZATIONS}"
             )
+        if self.activation not in tuple(ACTIVATIONS):  # a checkpoint may hold what cannot be looked up
+            raise InputError(f"unknown activation {self.activation!r}; choose from {tuple(ACTIVATIONS)}")
         check_count("layers", self.layers, 3, 1_000)  # two cells reduce the size, after one that does not
         for name in ("init_channels", "groups", "num_classes"):
             check_count(name, getattr(self, name), 1, 1_000_000)
@@ -305,6 +308,10 @@ class Network(CellNetwork):
 
     config: ModelConfig
 
+    @property
+    def unit_settings(self) -> dict[str, Any]:
+        return {"bits": self.config.bits, "activation": self.config.activation}
+
     def imagenet_stems(self, channels: int) -> tuple[list[nn.Module], list[nn.Module]]:
         return (
             [
@@ -315,13 +322,13 @@ class Network(CellNetwork):
         )
 
     def preprocess(self, c_in: int, channels: int) -> nn.Module:
-        return BinaryUnit(c_in, channels, 1, bits=self.config.bits)
+        return BinaryUnit(c_in, channels, 1, **self.unit_settings)
 
     def reduce(self, c_in: int, channels: int) -> nn.Module:
-        return FactorizedReduce(c_in, channels, bits=self.config.bits)
+        return FactorizedReduce(c_in, channels, **self.unit_settings)
 
     def operation(self, name: str, channels: int, stride: int) -> nn.Module:
-        return make_operation(name, channels, stride, groups=self.config.groups, bits=self.config.bits)
+        return make_operation(name, channels, stride, groups=self.config.groups, **self.unit_settings)
 
     def binarized_weights(self) -> Mapping[BinaryConv2d, Tensor]:
         return effective_weights(m for m in self.modules() if isinstance(m, BinaryConv2d))

@@ -173,7 +173,8 @@ def make_config(
 ) -> Config:
     """The configuration of a row or of another genotype, of the usual size where `settings` say nothing.
 
-    `settings` are init_channels, layers, groups, auxiliary, weight_binarization and variant; None is nothing.
+    `settings` are init_channels, layers, groups, auxiliary, weight_binarization, activation and variant; None
+    is nothing.
     Raises InputError on what makes no network, and on a setting that the system does not have.
     """
     own = system_of(arch, system)
