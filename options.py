@@ -228,6 +228,13 @@ def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
     flag("--set", choices=sets, default="cifar10")
     flag("--data", default="data", help="where the set is, or is downloaded to")
     flag("--image_size", type=integer(16, 4096), default=32, help="size that `folder` images are brought to")
+    flag(
+        "--train_images",
+        metavar="N",
+        type=integer(0),
+        default=0,
+        help="take N training images, the first of each class, for a trial; 0: all",
+    )
     flag("--cutout", action="store_true")
     flag("--cutout_length", type=integer(1, 4096), default=16)
     parser.needs("cutout_length", "cutout")
@@ -240,7 +247,11 @@ def add_network_flags(
     from binary_ops import WEIGHT_BINARIZATIONS
 
     flag = parser.add_argument
-    flag("--arch", default="EBNAS", help="a registered genotype, a genotype file, or a search run's folder")
+    flag(
+        "--arch",
+        default="EBNAS",
+        help="a registered genotype, random:SEED, a genotype file, or a search run's folder",
+    )
     flag("--init_channels", type=integer(1, 10_000), default=init_channels)
     flag("--layers", type=integer(3, 1_000), default=layers, help="number of cells")
     flag("--groups", type=integer(1, 10_000), default=14, help="groups of the cells' convolutions")

@@ -349,7 +349,7 @@ def prepare_data(session: Session, *, test: bool) -> tuple[ImageSet, ImageSet | 
     args, world = session.args, session.world
     read = partial(load_set, args.set, args.data, image_size=args.image_size, workers=args.workers)
     with world.in_turn("reading the data"):
-        train_set = read(train=True)
+        train_set = read(train=True, count=args.train_images)
         test_set = read(train=False) if test else None
     statistics = channel_statistics(args.set, train_set)
     data = describe_data(args.set, args.data, args.image_size, train_set.classes, statistics)

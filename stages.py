@@ -300,11 +300,13 @@ def epoch_record(train: dict, valid: dict, learning_rate: float) -> dict:
     }
 
 
-def finish(session: Session, *, held_out: str) -> None:
-    """Mark the run as finished; say its last and best accuracy, each with what it was measured on; draw its
-    curves; say what to do next."""
-    session.finish()
+def finish(session: Session, *, held_out: str, test: dict[str, float] | None = None) -> None:
+    """Write result.json and mark the run as finished; say its last and best accuracy, each with what it was
+    measured on; draw its curves; say what to do next. `test`: of the best epoch, where it was not chosen on
+    the test images."""
     run, best = session.run, session.best
+    run.write_result({"chosen_on": held_out, "best": best, "last": run.last_record(), "test": test})
+    session.finish()
     if run.folder is None:
         return
     note = (

@@ -89,6 +89,7 @@ def main(args: argparse.Namespace) -> None:
             )
             run.log(f"train_acc {train['top1']:.2f} valid_acc {valid['top1']:.2f} loss {valid['loss']:.4f}")
             session.finish_epoch(epoch, stages.epoch_record(train, valid, learning_rate), score=valid["top1"])
+        test = None
         if args.holdout:
             test = evaluate(
                 trained_network(load_checkpoint(session.folder, BEST)).to(world.device),
@@ -101,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
                 f"epoch {session.best['epoch']}, the best on {args.holdout} held-out training images: "
                 f"test top-1 {test['top1']:.2f} %, top-5 {test['top5']:.2f} %"
             )
-        stages.finish(session, held_out="held-out" if args.holdout else "test")
+        stages.finish(session, held_out="held-out" if args.holdout else "test", test=test)
 
 
 def make_loaders(
