@@ -8,7 +8,8 @@
 
 Each run is an ordinary one of this program's scripts, in runs/, with its own resume: a study that was ended
 anywhere goes on where it was, and never repeats what stands in results/. Machines that share runs/ and
-results/ (SLURM arrays) do not get in each other's way.
+results/ (SLURM arrays) do not get in each other's way. Of each study results/ gets NAME.json (every run with
+its flags, seed, commit, hardware, versions, seconds and figures), NAME.md (the table) and pictures.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from evidence.studies import SCALES, STUDIES
 from figures import draw_study
 from genotypes import genotype_from_dict, save_genotype
 from runs import RESULT, RUNS, read_args, read_metrics, read_result
-from utils import RunFailed, run_main
+from utils import RunFailed, run_main, write_atomically
 
 HERE = Path(__file__).parent
 
@@ -90,7 +91,9 @@ def main(args: argparse.Namespace) -> None:
             failed += runner.run(study, args.shard)
     for study in studies:
         content = store.keep(study, {})
-        print(report(study, content))
+        text = report(study, content)
+        write_atomically(store.folder / f"{study.name}.md", text.encode())
+        print(text)
         for picture in draw_study(study, content, store.folder):
             print(f"picture {picture}")
     if failed:

@@ -29,6 +29,7 @@ class Scale:
     random_cells: int
     published: int
     seeds: int
+    ema: float
 
 
 SMALL_IMAGES = {"set": "folder", "image_size": 16, "train_images": 10_000, "batch_size": 64, "workers": 1}
@@ -46,6 +47,7 @@ SCALES = {
         random_cells=3,
         published=2,
         seeds=2,
+        ema=0.9,
     ),
     "small": Scale(
         images=SMALL_IMAGES,
@@ -62,6 +64,7 @@ SCALES = {
         random_cells=10,
         published=5,
         seeds=3,
+        ema=0.99,
     ),
     "full": Scale(  # the published settings
         images={"set": "cifar10"},
@@ -75,6 +78,7 @@ SCALES = {
         random_cells=10,
         published=5,
         seeds=3,
+        ema=0.9999,
     ),
 }
 
@@ -185,7 +189,36 @@ def stages(scale: Scale) -> Study:
     )
 
 
+def beyond(scale: Scale) -> Study:
+    """What trains 1-bit networks better elsewhere in the field; the teacher is the same network in float."""
+
+    def taught(seed: int) -> Flags:
+        epochs = scale.stage1_epochs + scale.stage2_epochs
+        both = {**scale.images, **scale.network, "seed": seed, "arch": "EBNAS"}
+        return {"teacher": FolderOf(Job("train.py", {**both, "stage1": "w32a32", "epochs": epochs}))}
+
+    single: dict[str, Callable[[int], Flags]] = {
+        "RPReLU": lambda _: {"activation": "rprelu"},
+        "teacher": taught,
+        "decay in stage 1": lambda _: {"stage1_weight_decay": 1e-5},  # ReActNet's
+        "moving average": lambda _: {"ema": scale.ema},
+        "clipped weights": lambda _: {"clip_weights": True},
+    }
+
+    def together(seed: int) -> Flags:
+        return {name: value for flags in single.values() for name, value in flags(seed).items()}
+
+    return Study(
+        "beyond",
+        "Which of the field's ways to train 1-bit networks help these?",
+        tuple(
+            arm(name, scale.seeds, lambda seed, flags=flags: network_job(scale, seed, **flags(seed)))
+            for name, flags in {"EBNAS": lambda _: {}, **single, "all of them": together}.items()
+        ),
+    )
+
+
 STUDIES: dict[str, Callable[[Scale], Study]] = {
-    study.__name__: study for study in (resolution, search, regularisers, stages, sampling)
+    study.__name__: study for study in (resolution, search, regularisers, stages, beyond, sampling)
 }
 """In the order in which they are worth running."""

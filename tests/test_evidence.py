@@ -40,11 +40,15 @@ def test_arms_differ_in_what_they_say_alone(name, scale):
         flag for end in ends for flag, value in end.flags.items() if not isinstance(value, FolderOf | BestOf)
     }
     differing = {flag for flag in keys if len({repr(end.flags.get(flag)) for end in ends}) > 1}
-    assert differing <= {"seed", "arch", "stage1", "weight_binarization", "epochs", "from_scratch"}
+    beyond = {"activation", "teacher", "stage1_weight_decay", "ema", "clip_weights"}
+    assert differing <= {"seed", "arch", "stage1", "weight_binarization", "epochs", "from_scratch", *beyond}
     for end in ends:
         assert end.flags["holdout"] > 0 and end.flags["binary"], "an epoch is chosen on training images"
-        budget = sum(job.flags["epochs"] for job in end.chain if job.flags.get("arch") == end.flags["arch"])
-        assert budget == SCALES[scale].stage1_epochs + SCALES[scale].stage2_epochs
+        stages = [end, *([end.flags["pretrained"].job] if "pretrained" in end.flags else [])]
+        assert (
+            sum(job.flags["epochs"] for job in stages)
+            == SCALES[scale].stage1_epochs + SCALES[scale].stage2_epochs
+        )
 
 
 def test_differences_are_those_of_the_t_tests():
