@@ -43,14 +43,16 @@ def test_a_row_trains_in_its_stages_and_is_evaluated(scripts, data_flags, arch):
 
 
 def test_what_goes_on_is_what_was_not_interrupted(scripts, data_flags, at_step):
-    """BNAS's update rule, which goes with the optimiser, among it."""
-    flags = [*data_flags, "--arch", "BNAS-A", *FLAGS["BNAS-A"]]
+    """BNAS by its own recipe: its update rule and its schedule go with each step."""
+    flags = [*data_flags, "--arch", "BNAS-A", *FLAGS["BNAS-A"], "--recipe", "own"]
     scripts.run("train.py", *flags, "--save", "whole")
     at_step(1, receive(signal.SIGTERM))
     scripts.run("train.py", *flags, "--save", "parts", code=143)
     scripts.run("train.py", "--resume", scripts.runs("eval-parts-*")[0])
     whole, parts = (load_checkpoint(scripts.runs(f"eval-{name}-*")[0]) for name in ("whole", "parts"))
     assert whole["epoch"] == parts["epoch"] == 1
+    assert whole["state"]["scheduler"]["last_epoch"] == 2  # steps
+    assert "momentum_buffer" in whole["state"]["optimizer"]["state"][0]
     assert all(tensor.equal(parts["model"][name]) for name, tensor in whole["model"].items())
 
 
@@ -69,6 +71,7 @@ def test_what_goes_on_is_what_was_not_interrupted(scripts, data_flags, at_step):
         (["--arch", "BATS", "--weight_binarization", "balanced"], "has no use for --weight_binarization"),
         (["--arch", "BATS", "--variant", "as_run"], "choose from ('learned', 'mean')"),
         (["--arch", "DCP-NAS-L", "--stage1", "w1a32"], "that of DCP-NAS-L is w32a1"),
+        (["--arch", "BATS", "--recipe", "own"], "that of bats is not public; use --recipe ebnas"),
         (["--arch", "BNAS-H"], "BNAS-H has no published size for cifar images"),
         (["--arch", "BNAS-A", "--image_size", 18, "--batch_size", 64], "shortcuts halve even sizes only"),
         (["--arch", "CP-NAS"], "unknown genotype 'CP-NAS': choose from EBNAS, BNAS-A"),
