@@ -39,6 +39,7 @@ import torch
 from tqdm import tqdm
 
 import options
+from baselines import trained_network
 from checkpoint import load_checkpoint
 from comparison.measure import machine
 from cost import measure_cost
@@ -48,7 +49,6 @@ from evidence.store import Store
 from evidence.studies import SCALES, STUDIES
 from figures import draw_study
 from genotypes import genotype_from_dict, save_genotype
-from model import trained_network
 from runs import RESULT, RUNS, read_args, read_metrics, read_result
 from utils import RunFailed, run_main, write_atomically
 

@@ -20,11 +20,11 @@ import argparse
 import options
 import stages
 from augment import Augmentation
+from baselines import trained_network
 from checkpoint import BEST, load_checkpoint
 from data import SETS, BatchLoader, ImageSet, holdout_split
 from distributed import World, setup
 from engine import evaluate, train_one_epoch
-from model import trained_network
 from session import Session, loader_settings, prepare_data
 from utils import run_main
 
@@ -49,6 +49,7 @@ def parser() -> options.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    args = stages.settle(args, family="cifar")
     world = setup(args.device, args.gpu)
     session = Session(args, parser=parser(), script="train", name=stages.run_name, world=world)
     args, precision = session.args, session.precision

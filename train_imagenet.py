@@ -43,6 +43,7 @@ def parser() -> options.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    args = stages.settle(args, family="imagenet")
     world = setup(args.device, args.gpu)
     session = Session(args, parser=parser(), script="train_imagenet", name=stages.run_name, world=world)
     args, precision = session.args, session.precision
