@@ -20,11 +20,11 @@ import numpy as np
 
 import packed.kernel
 import packed.network
-from packed.kernel import _FLAGS, _SOURCE, KERNELS, Plan, _Unit
+from packed.kernel import _FLAGS, _SOURCE, Plan, _Unit, available_kernels
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
 PACKAGES = "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"  # Debian's
-DRIVER = Path(__file__).with_name("arm_driver.c")
+DRIVER = (Path(__file__).with_name("arm_driver.c"), _SOURCE)
 
 
 def missing() -> str | None:
@@ -33,20 +33,19 @@ def missing() -> str | None:
     return f"{' and '.join(absent)} not installed (Debian: apt-get install {PACKAGES})" if absent else None
 
 
-def build(program: Path, *flags: str) -> None:
-    """The driver and the kernel as a program for ARM, with the kernel's flags and $EBNAS_CFLAGS."""
-    strict = ("-Wall", "-Wextra", "-Werror")
-    flags = (*(flag for flag in _FLAGS if flag != "-shared"), *strict, *flags)
-    flags += (*shlex.split(os.environ.get("EBNAS_CFLAGS", "")),)
-    subprocess.run([COMPILER, *flags, DRIVER, _SOURCE, "-o", program], check=True)
+def build(program: Path, *sources: Path) -> None:
+    """A program for ARM, with the kernel's flags and $EBNAS_CFLAGS."""
+    flags = [*(flag for flag in _FLAGS if flag != "-shared"), "-Wall", "-Wextra", "-Werror"]
+    flags += shlex.split(os.environ.get("EBNAS_CFLAGS", ""))
+    subprocess.run([COMPILER, *flags, *sources, "-o", program], check=True)
 
 
 class ArmLibrary:
     """Stands for the loaded library: the same functions, run by the emulator."""
 
-    def __init__(self, program: Path):
+    def __init__(self, program: Path, *flags: str, stderr: int | None = None):
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen([*EMULATOR, program], stdin=pipe, stdout=pipe)
+        self._process = subprocess.Popen([*EMULATOR, *flags, program], stdin=pipe, stdout=pipe, stderr=stderr)
         self._lock = threading.Lock()
         self.sizes: dict[int, int] = {}  # bytes of the arrays that units point to, and of arenas, by address
 
@@ -60,6 +59,10 @@ class ArmLibrary:
                 answer = self._process.stdout.read(size)
                 assert len(answer) == size, f"the emulator ended with {self._process.wait()}"
                 ctypes.memmove(address, answer, size)
+
+    def end(self) -> str:
+        """End the emulator; what it printed as an error, if that is kept."""
+        return self._process.communicate()[1].decode()
 
     def best_path(self) -> int:
         path = ctypes.c_int32()
@@ -94,13 +97,16 @@ class ArmLibrary:
 
 
 def pytest_configure() -> None:
-    """Replace the library, and note the sizes of what is handed to it."""
     if reason := missing():
         raise SystemExit(reason)
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder) / "driver")
-        library = ArmLibrary(Path(folder) / "driver")
-        assert KERNELS[library.best_path()] == "neon"  # it runs: the file is no longer needed
+        build(Path(folder) / "driver", *DRIVER)
+        install(ArmLibrary(Path(folder) / "driver"))
+        assert available_kernels() == ("c", "neon")  # it runs: the file is no longer needed
+
+
+def install(library: ArmLibrary) -> None:
+    """Replace this machine's library, and note the sizes of what is handed to it."""
     point, new_arena = packed.kernel._point, Plan.new_arena
 
     def noted_point(unit: _Unit, arrays: dict[str, np.ndarray]) -> None:

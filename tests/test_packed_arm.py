@@ -12,13 +12,14 @@ TESTS = Path(__file__).parent
 
 
 def test_the_neon_path():
-    """Counts to the last bit, random programs in every step, a network's logits: the other paths' own tests."""
+    """Counts to the last bit, random programs in every step, a file's logits: the tests of any path."""
     if reason := arm_kernel.missing():
         pytest.skip(reason)
     files = (TESTS / name for name in ("test_packed_kernel.py", "test_packed_fuzz.py"))
     chosen = "neon and (is_exact or fused or random_programs) or format_1"
-    command = (*"-m pytest -q -x -n 0 -p no:cacheprovider -p arm_kernel -k".split(), chosen, *files)
+    flags = ("-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-p", "arm_kernel")
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     environment.pop("EBNAS_CFLAGS", None)
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", *flags, "-k", chosen, *files]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "skipped" not in done.stdout, (done.stdout + done.stderr)[-3000:]
