@@ -266,12 +266,10 @@ def infer_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
                 cases.append(Case(rival, runner, n, against="eager"))
         for kernel in available_kernels():
             network = PackedNetwork(packed.program, threads=args.threads, kernel=kernel)
-            run = partial(network, images.numpy())
-            cases.append(Case(f"packed, {kernel}", run, n, against="eager"))
-        if args.threads > 1:  # what they gain
-            network = PackedNetwork(packed.program, threads=1)
-            cases[-1].against = "packed, one thread"
-            cases.append(Case("packed, one thread", partial(network, images.numpy()), n, against="eager"))
+            cases.append(Case(f"packed, {kernel}", partial(network, images.numpy()), n, against="eager"))
+        if args.threads > 1:  # of the best path
+            alone = partial(PackedNetwork(packed.program, threads=1, kernel=kernel), images.numpy())
+            cases.append(Case("packed, one thread", alone, n, against=cases[-1].name))
         expected = cases[0].run()
         for case in cases[1:]:
             logits = case.run()

@@ -14,9 +14,9 @@
    Zero padding.  A bit has two values and the padding is a third. Each tap has a mask plane, 0xff where it
    lies inside the image: dot = valid - 2 * popcount((x ^ w) & mask), valid = the number of weights inside.
 
-   Threads.  Those that share an image all walk through its units. A unit is cut into chunks; who is free takes
-   the next one from a counter, and waits at the unit's end until all are done. Nobody is waited for who has
-   not begun: threads that come late, or never, cost nothing but their help.
+   Threads.  Those that share an image all walk through its units. A unit is cut into chunks; who is free
+   takes the next one from a counter, and waits at the unit's end until all are done. Nobody is waited for
+   who has not begun: threads that come late, or never, cost nothing but their help.
 
    All below the line "one path" is compiled once per instruction set, by this file including itself with
    PATH defined, and run_network() is told which one to use. There is no global state, and no allocation. */
@@ -61,9 +61,11 @@ struct unit {
     const float *bias, *slope;
 };
 
-/* Of one phase of a unit: the chunks that have been taken, and that are done. A unit has up to two phases. */
+/* Of one phase of a unit, of which it has up to two: the chunks that have been taken, from the first on in
+   the lower 16 bits and from the last on in the upper ones; and the chunks that are done. */
 struct counter {
-    int32_t taken, done;
+    uint32_t taken;
+    int32_t done;
 };
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -483,7 +485,8 @@ typedef float FN(floats) __attribute__((vector_size(4 * FLOATS), aligned(4), may
 /* Does items first to end of a phase; `own` is where this thread's scratch memory is. */
 typedef void FN(part)(const struct unit *u, float *arena, float *own, int64_t first, int64_t end);
 
-/* Does what other threads leave of a phase, and waits until all of it is done. */
+/* Does what other threads leave of a phase, and waits until all of it is done. The first thread begins at
+   the first chunk and the others at the last: they mostly find in their caches what they wrote before. */
 static int64_t FN(share)(FN(part) *part, int64_t items, const struct unit *u, float *arena, float *own,
                          struct counter *counter)
 {
@@ -491,7 +494,13 @@ static int64_t FN(share)(FN(part) *part, int64_t items, const struct unit *u, fl
         part(u, arena, own, 0, items);
         return 0;
     }
-    for (int64_t i; (i = __atomic_fetch_add(&counter->taken, 1, __ATOMIC_RELAXED)) < u->chunks;) {
+    const int from_last = own != arena + u->scratch;
+    for (;;) {
+        const uint32_t taken = __atomic_fetch_add(&counter->taken, from_last ? 1 << 16 : 1, __ATOMIC_RELAXED);
+        const int64_t lower = taken & 0xffff, upper = taken >> 16;
+        if (lower + upper >= u->chunks)
+            break;
+        const int64_t i = from_last ? u->chunks - 1 - upper : lower;
         part(u, arena, own, items * i / u->chunks, items * (i + 1) / u->chunks);
         __atomic_fetch_add(&counter->done, 1, __ATOMIC_RELEASE);
     }
