@@ -27,9 +27,13 @@
 #include <stdint.h>
 #include <string.h>
 #if defined(_WIN32)
-#include <windows.h>
-#elif !defined(__wasm__)
+void __stdcall Sleep(unsigned long milliseconds); /* its header has a FLOAT, too */
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT
+#if !defined(__wasm__)
 #include <time.h>
+#endif
 #endif
 
 enum { BINARY, FLOAT, POOL, LINEAR };
@@ -182,7 +186,7 @@ TARGET_END
 enum { PLAIN_C, PATH_AVX2, PATH_AVX512, PATH_V128 };
 
 /* The best path that this processor and its operating system can run. */
-int best_path(void)
+EXPORT int best_path(void)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -198,8 +202,8 @@ int best_path(void)
 }
 
 /* bytes [group][filter][term] -> the path's order and form, [group][block of filters][term][filter]. */
-void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64_t filters, int64_t terms,
-                    uint32_t *encoded)
+EXPORT void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64_t filters, int64_t terms,
+                           uint32_t *encoded)
 {
     int64_t at_once = 4;
     if (path == PATH_AVX512)
@@ -222,8 +226,8 @@ void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64_t filt
 /* One thread's part of n units on what the arena holds. The threads share units, arena and counters, 2 * n
    zeros; `own` is how far in the arena, in floats, a thread's scratch memory lies behind that of the first.
    Returns how often it slept to wait for another thread. */
-int64_t share_units(int path, const struct unit *units, int64_t n, float *arena, int64_t own,
-                 struct counter *counters)
+EXPORT int64_t share_units(int path, const struct unit *units, int64_t n, float *arena, int64_t own,
+                           struct counter *counters)
 {
     (void)path; /* where there is but one */
 #if defined(__x86_64__)
@@ -239,14 +243,14 @@ int64_t share_units(int path, const struct unit *units, int64_t n, float *arena,
 }
 
 /* Runs n units on what the arena holds. */
-void run_units(int path, const struct unit *units, int64_t n, float *arena)
+EXPORT void run_units(int path, const struct unit *units, int64_t n, float *arena)
 {
     share_units(path, units, n, arena, 0, 0);
 }
 
 /* images [count][channels][pixels] -> logits [count][channels_out of the last unit]. */
-void run_network(int path, const struct unit *units, int64_t n, float *arena, const float *images,
-                 int64_t count, int64_t channels, int64_t pixels, float *logits)
+EXPORT void run_network(int path, const struct unit *units, int64_t n, float *arena, const float *images,
+                        int64_t count, int64_t channels, int64_t pixels, float *logits)
 {
     const struct unit *last = units + n - 1;
     for (int64_t i = 0; i < count; i++) {

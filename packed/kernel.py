@@ -27,7 +27,7 @@ LEAST_SHARED = 400_000  # work of an image in steps of two chunks or more: with 
 LARGEST_PLAN = 1 << 31  # bytes of buffers, scratch memory and constants, for one image at a time
 
 _SOURCE = Path(__file__).with_name("binary_cpu.c")
-_FLAGS = ("-O3", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-fno-trapping-math", "-shared", *(() if os.name == "nt" else ("-fPIC",)))
 
 
 class _Unit(ctypes.Structure):
@@ -76,7 +76,7 @@ def compile_kernel(folder: Path) -> Path:
     descriptor, aside = tempfile.mkstemp(dir=folder, suffix=".tmp")
     os.close(descriptor)
     try:
-        command = [compiler, *flags, "-o", aside, str(_SOURCE), "-lm"]
+        command = [compiler, *flags, "-o", aside, str(_SOURCE)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise NoCompiler(f"{compiler} failed: {' '.join(done.stderr.split())[-300:]}")

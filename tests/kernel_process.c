@@ -1,6 +1,6 @@
-/* The packed kernel, called through pipes by kernel_process.py. A request on the standard input is a head, the
-   units, the bytes of each array that they point to, the arena and the images; the answer is the arena and
-   the logits. It ends at the end of its input. */
+/* The packed kernel, called through pipes by kernel_process.py. A request on the standard input is a head,
+   the units, the bytes of each array that they point to, the arena and the images; the answer is the arena
+   and the logits. It ends at the end of its input. */
 
 #include <pthread.h>
 #include <stdint.h>

@@ -40,7 +40,7 @@ def build(program: Path, *sources: Path) -> None:
     """A program, with the kernel's flags and $EBNAS_CFLAGS."""
     flags = [*(flag for flag in _FLAGS if flag != "-shared"), "-Wall", "-Wextra", "-Werror"]
     flags += shlex.split(os.environ.get("EBNAS_CFLAGS", ""))
-    subprocess.run([COMPILER, *flags, *sources, "-o", program, "-lm", "-lpthread"], check=True)
+    subprocess.run([COMPILER, *flags, *sources, "-o", program, "-lpthread"], check=True)
 
 
 class Library:
