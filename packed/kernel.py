@@ -23,7 +23,7 @@ from .program import Program, Step, View
 KERNELS = ("c", "avx2", "avx512", "neon")  # the C file's paths, by number
 LARGEST_IMAGE = 1 << 24  # pixels
 CHUNK = 4_000  # of a step's work (see `_work`): what threads take at once
-LEAST_SHARED = 400_000  # work of an image in steps of two chunks or more: with less, one thread computes it
+LEAST_SHARED = 1_000_000  # work of an image in steps of two chunks or more: with less, one thread computes it
 LARGEST_PLAN = 1 << 31  # bytes of buffers, scratch memory and constants, for one image at a time
 
 _SOURCE = Path(__file__).with_name("binary_cpu.c")

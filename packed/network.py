@@ -16,13 +16,15 @@ import numpy as np
 from .kernel import KERNELS, Plan, choose_kernel, kernel_weights, library
 from .program import LARGEST_PIXEL, Program, View, read_program
 
+MOST_SHARING = 4  # threads of one image: to wake one takes some 15 microseconds
+
 
 class PackedNetwork:
     """A packed network. Calls from several Python threads at once are safe, as are forks between calls.
 
     `classes`, `image_size`, `config` (of the exported network), `kernel` (the path that runs). `threads`
-    images of a batch run at once, and a single image is shared by so many threads where it is large enough;
-    by default as many as this process may use cores.
+    images of a batch run at once, and up to four threads share a single image that is large enough; by
+    default as many as this process may use cores.
     """
 
     def __init__(self, program: Program, *, threads: int | None = None, kernel: str | None = None):
@@ -34,7 +36,7 @@ class PackedNetwork:
         self.kernel = choose_kernel(kernel)
         self._plans: dict[tuple[int, int], tuple[Plan, deque]] = {}
         self._lock = threading.Lock()
-        self._helpers = _Helpers(self.threads - 1)
+        self._helpers = _Helpers(min(self.threads, MOST_SHARING) - 1)
         if self.kernel == "torch":
             from .float_form import FloatForm  # imports torch
 
@@ -119,7 +121,7 @@ class PackedNetwork:
         try:
             return arenas.pop()
         except IndexError:
-            return plan.new_arena(self.threads if plan.shared else 1)
+            return plan.new_arena(self._helpers.count + 1 if plan.shared else 1)
 
     def trace(self, image: np.ndarray) -> list[np.ndarray]:
         """What every step wrote, (channels, h, w), for one image (3, h, w): to look into a network."""
