@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import train
+import train_search
 from evidence.plan import Arm, BestOf, FolderOf, Job, Study
 from evidence.report import report
 from evidence.statistics import Summary, difference, spread
 from evidence.store import Store
 from evidence.studies import ONE_STAGE, SCALES, STUDIES
+from stages import settle
+from study import command_line
 from utils import InputError
 
 FIRST = Job("train.py", {"seed": 0, "epochs": 1})
@@ -60,6 +64,18 @@ def test_arms_differ_in_what_they_say_alone(name, scale):
             sum(job.flags["epochs"] for job in stages)
             == SCALES[scale].stage1_epochs + SCALES[scale].stage2_epochs
         )
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_run_is_one_that_its_script_takes(name, scale):
+    for job in {job.key: job for end in STUDIES[name](SCALES[scale]).jobs() for job in end.chain}.values():
+        known = {flag: value for flag, value in job.flags.items() if not isinstance(value, FolderOf | BestOf)}
+        if job.script == "train_search.py":
+            assert not train_search.parser().parse_args(command_line(known)).idle
+        else:
+            args = settle(train.parser().parse_args(command_line(known)), family="cifar")  # or it raises
+            assert not args.idle
 
 
 def test_differences_are_those_of_the_t_tests():
