@@ -30,6 +30,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ import memory
 import options
 from architect import Architect, edge_regularizer, path_regularizer
 from augment import Augmentation, Normalize
-from baselines import SYSTEMS, make_config, system_of
+from baselines import make_config, settings_of, system_of
 from binary_ops import WEIGHT_BINARIZATIONS
 from comparison.engines import RIVALS, Logits, float_network, make_runner
 from comparison.measure import CLOCKS, MEMORY, Case, machine, measure
@@ -52,13 +53,15 @@ from compilation import compile_regions
 from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
 from engine import Precision, choose_precision, optimize, training_loss
-from model import FAMILIES, CellNetwork, Network, build_model
+from model import FAMILIES, CellNetwork, build_model
 from model_search import SearchConfig, Supernet
 from packed import PackedNetwork, Program, available_kernels, load, program_bytes
 from packed.lowering import lower
 from utils import InputError, one_line, run_main
 
-IMAGE_SIZES, CLASSES = {"cifar": 32, "imagenet": 224}, {"cifar": 10, "imagenet": 1000}
+IMAGES = {"cifar": (32, 10), "imagenet": (224, 1000)}
+"""Usual size, and number of classes."""
+
 BITS = {"w1a1": (1, 1), "w1a32": (1, 32), "w32a1": (32, 1)}
 CRITERION = nn.CrossEntropyLoss()
 
@@ -189,7 +192,7 @@ def add_network_flags(parser: options.Parser) -> None:
     flag("--bits", choices=BITS, default="w1a1", help="of weights and activations")
     add_size_flags(parser)
     flag("--batch_size", type=options.integer(1), default=32)
-    flag("--weight_binarization", choices=WEIGHT_BINARIZATIONS, help="default: plain")
+    flag("--weight_binarization", choices=WEIGHT_BINARIZATIONS)
 
 
 def add_family_flag(parser: options.Parser) -> None:
@@ -203,9 +206,9 @@ def add_train_flags(parser: options.Parser) -> None:
 
 @contextmanager
 def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
-    """a training step: of our network as it is trained, and of the original's (EBNAS's, its weights plain)"""
+    """a training step: of our network as it is trained, and EBNAS's original's (weight_binarization plain)"""
     ours, batch = network_and_batch(args, args.family, world.device)
-    original = original_network(ours) if isinstance(ours, Network) else None
+    original = original_network(ours) if ours.config.system == "ebnas" else None
     ours = as_trained(ours, args, world.device)
     precision = choose_precision(args.precision, world.device, tf32=args.tf32)
     our_step = training_step(ours, list(ours.parameters()), batch, precision, world)
@@ -284,7 +287,10 @@ def infer_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
                 cases.append(Case(rival, runner, n, against="eager"))
         for kernel in available_kernels():
             packed = PackedNetwork(program, threads=args.threads, kernel=kernel)
-            cases.append(Case(f"packed, {kernel}", lambda packed=packed: packed(images.numpy()), n, "eager"))
+            cases.append(Case(f"packed, {kernel}", partial(packed, images.numpy()), n, against="eager"))
+        if args.threads > 1:  # of the best path
+            alone = partial(PackedNetwork(program, threads=1, kernel=kernel), images.numpy())
+            cases.append(Case("packed, one thread", alone, n, against=cases[-1].name))
         expected = cases[0].run()
         for case in cases[1:]:
             logits = case.run()
@@ -314,25 +320,26 @@ def random_batch(n: int, size: int, classes: int, device: torch.device) -> Batch
 
 def network_of(args: argparse.Namespace, family: str, **settings: Any) -> tuple[nn.Module, int]:
     """The network of the flags, as published where they say nothing, on the CPU, and its images' size."""
-    names = ("init_channels", "layers", "groups", "variant")
-    settings |= {name: getattr(args, name) for name in names}
-    config = make_config(args.arch, family=family, num_classes=CLASSES[family], **settings)
-    image_size = args.image_size or IMAGE_SIZES[family]
+    usual_size, classes = IMAGES[family]
+    settings |= {name: getattr(args, name) for name in ("init_channels", "layers", "groups", "variant")}
+    config = make_config(args.arch, family=family, num_classes=classes, **settings)
+    image_size = args.image_size or usual_size
     config.check_image_size(image_size)
     return build_model(config), image_size
 
 
 def network_and_batch(args: argparse.Namespace, family: str, device: torch.device) -> tuple[nn.Module, Batch]:
+    """The network of the flags, and images for it."""
     weight_bits, activation_bits = BITS[args.bits]
     model, image_size = network_of(
         args,
         family,
-        auxiliary="auxiliary" in SYSTEMS[system_of(args.arch)].__dataclass_fields__,
+        auxiliary=True if "auxiliary" in settings_of(system_of(args.arch)) else None,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         weight_binarization=args.weight_binarization,
     )
-    return model.to(device), random_batch(args.batch_size, image_size, CLASSES[family], device)
+    return model.to(device), random_batch(args.batch_size, image_size, model.config.num_classes, device)
 
 
 def program_and_network(args: argparse.Namespace) -> tuple[Program, nn.Module, int]:
@@ -352,7 +359,7 @@ def program_and_network(args: argparse.Namespace) -> tuple[Program, nn.Module, i
             if module.affine:
                 nn.init.normal_(module.bias, 0, 0.3)
     data = {"set": args.family, "image_size": image_size, "mean": (0.5,) * 3, "std": (0.25,) * 3}
-    data["classes"] = [str(label) for label in range(CLASSES[args.family])]
+    data["classes"] = [str(label) for label in range(model.config.num_classes)]
     program = lower(model.eval(), data)
     return program, model, len(program_bytes(program))
 
@@ -377,7 +384,7 @@ def training_step(
     """The step of engine.train_one_epoch, as the training scripts take it by default."""
     # None, not False: Adam's default chooses its form by the device
     optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=fused_adam or None)
-    if isinstance(model, CellNetwork):
+    if isinstance(model, CellNetwork):  # not a supernet
         model.register_update_rule(optimizer)
 
     def step() -> None:

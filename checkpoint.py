@@ -338,7 +338,7 @@ def check_tensor(tensor: Any, like: Tensor, name: str) -> None:
 
 STATE_KEYS = frozenset(
     (
-        *("state", "param_groups", "params", "lr", "betas", "eps", "weight_decay"),  # Adam
+        *("state", "param_groups", "params", "lr", "betas", "eps", "momentum", "weight_decay"),  # Adam, SGD
         *("last_epoch", "_last_lr", "_schedulers"),  # schedules
         *("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"),  # GradScaler
     )
@@ -362,8 +362,10 @@ def check_state(thing: Any, state: Any, name: str) -> None:
         raise InputError(f"{what} is of other parameters")
     for number, moments in state["state"].items():
         moments = moments if isinstance(moments, dict) else {}
-        check_tensor(moments.get("step"), torch.zeros(()), f"{what}.{number}.step")
-        for key in ("exp_avg", "exp_avg_sq"):
+        is_sgd = isinstance(thing, torch.optim.SGD)
+        if not is_sgd:
+            check_tensor(moments.get("step"), torch.zeros(()), f"{what}.{number}.step")
+        for key in ("momentum_buffer",) if is_sgd else ("exp_avg", "exp_avg_sq"):
             check_tensor(moments.get(key), parameters[number], f"{what}.{number}.{key}")
 
 

@@ -257,6 +257,12 @@ def add_network_flags(
     flag(
         "--family", choices=tuple(OPERATIONS), help="whose blocks to build the genotype in; default: its own"
     )
+    flag(
+        "--recipe",
+        choices=("ebnas", "own"),
+        default="ebnas",
+        help="EBNAS's training, the same for every row, or the system's own: its flags are then the defaults",
+    )
     flag("--variant", help="of BNAS as_run or intended, of BATS learned or mean; default: the first")
     of_row = "default: that of --arch, of EBNAS"
     flag("--init_channels", type=integer(1, 10_000), default=init_channels, help=f"{of_row} {init_channels}")

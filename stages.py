@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from baselines import SYSTEMS, Config, label, make_config, system_of, usual_size
+from baselines import Config, label, make_config, settings_of, system_of, usual_size
 from checkpoint import LIVE, load_checkpoint, network_config, resolve_checkpoint
 from compilation import compile_regions
-from data import Batch
+from data import Batch, Loader
 from figures import draw_curves
 from model import build_model
+from recipes import Recipe, get_recipe
 from runs import Run, newest_checkpoint, read_args, read_metrics
 from session import Session
 from teacher import DistillationLoss, Teacher, find_teacher
@@ -44,7 +45,7 @@ AUXILIARY = "auxiliary_head."
 
 
 def settle(args: argparse.Namespace, *, family: str) -> argparse.Namespace:
-    """The flags, with what --arch says of the network where the user has said nothing.
+    """The flags, with what --arch and --recipe say where the user has said nothing.
 
     Raises InputError on flags that the network has no use for. A run that is named to be resumed has its own.
     """
@@ -52,7 +53,7 @@ def settle(args: argparse.Namespace, *, family: str) -> argparse.Namespace:
         return args
     system = system_of(args.arch, args.family)
     for name in NETWORK_FLAGS:
-        if name in args.given and name not in SYSTEMS[system].__dataclass_fields__:
+        if name in args.given and name not in settings_of(system):
             raise InputError(f"{args.arch} has no use for --{name}; leave it out")
     if system not in STAGE1:
         which = "has no stages: it trains in full precision" if system == "resnet" else "trains in one stage"
@@ -69,6 +70,12 @@ def settle(args: argparse.Namespace, *, family: str) -> argparse.Namespace:
             settled.stage1 = STAGE1[system][0]
         if settled.stage1 not in STAGE1[system]:
             raise InputError(f"--stage1 {settled.stage1}: that of {args.arch} is {', '.join(STAGE1[system])}")
+    recipe = get_recipe(args.recipe, system, family)
+    for name, value in recipe.flags.items():
+        if name not in args.given:
+            setattr(settled, name, value)
+    if args.resume is None:  # what makes no network is said before any data is read
+        config_of(settled, family=family, num_classes=1)
     return settled
 
 
@@ -87,7 +94,7 @@ def config_of(args: argparse.Namespace, *, family: str, num_classes: int) -> Con
     system = system_of(args.arch, args.family)
     stage1 = ONLY_STAGE_BITS[system] if system not in STAGE1 else STAGE1_BITS[args.stage1]
     weight_bits, activation_bits = (1, 1) if args.binary else stage1
-    known = SYSTEMS[system].__dataclass_fields__
+    known = settings_of(system)
     return make_config(
         args.arch,
         args.family,
@@ -177,7 +184,7 @@ def _saw_holdout(theirs: dict, args: argparse.Namespace) -> bool:
 
 
 def _made_as_asked(checkpoint: dict, args: argparse.Namespace) -> bool:
-    """Whether stage 1 had the bits of --stage1, --stage1_weight_decay and the same --weight_binarization."""
+    """Whether stage 1 had the bits of --stage1, --stage1_weight_decay, --recipe and --weight_binarization."""
     theirs, flags = checkpoint["config"], checkpoint["args"]
     bits = (theirs["weight_bits"], theirs["activation_bits"])
     binarization = theirs.get("weight_binarization", args.weight_binarization)
@@ -185,6 +192,7 @@ def _made_as_asked(checkpoint: dict, args: argparse.Namespace) -> bool:
         bits == STAGE1_BITS[args.stage1]
         and binarization == args.weight_binarization
         and flags.get("stage1_weight_decay", 0.0) == args.stage1_weight_decay
+        and flags.get("recipe", "ebnas") == args.recipe
     )
 
 
@@ -206,10 +214,16 @@ class Training:
     criterion: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
+    recipe: Recipe
     header: dict[str, Any]
     start: str  # where its weights come from, in words
     teacher: Teacher | None = None
     average: nn.Module | None = None  # of `model` over the steps, with --ema
+
+    def end_epoch(self) -> None:
+        """Step the schedule, where it goes by epochs."""
+        if not self.recipe.by_step:
+            self.scheduler.step()
 
     @property
     def network(self) -> nn.Module:
@@ -235,8 +249,9 @@ class Training:
         }
 
 
-def build(session: Session, *, family: str, data: dict[str, Any], warmup: int) -> Training:
-    """This run's network on its device, in stage 2 with stage 1's weights; its loss, Adam and schedule."""
+def build(session: Session, loader: Loader, *, family: str, data: dict[str, Any], warmup: int) -> Training:
+    """This run's network on its device, in stage 2 with stage 1's weights; its loss, optimiser and schedule
+    for the batches of `loader`."""
     args, world = session.args, session.world
     check_beyond(args)
     if session.checkpoint:  # whatever has become of its genotype file since
@@ -267,10 +282,19 @@ def build(session: Session, *, family: str, data: dict[str, Any], warmup: int) -
     decay, parameters = args.weight_decay, model.parameters()
     if args.stage1_weight_decay and not args.binary:
         parameters = decaying_groups(model, args.stage1_weight_decay)
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, weight_decay=decay, fused=True)
+    recipe = recipe_of(args, family)
+    optimizer = recipe.optimizer(parameters, lr=args.learning_rate, weight_decay=decay)
     model.register_update_rule(optimizer)
     if args.clip_weights:
         clip_latent_weights(model, optimizer)
+    # a run that goes on where an epoch's steps were done, in another process, takes the schedule's first
+    warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
+    if recipe.schedule is None:
+        scheduler = make_scheduler(optimizer, args, warmup=warmup)
+    else:
+        scheduler = recipe.schedule(optimizer, args.epochs, len(loader))
+    if recipe.by_step:
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
     average = moving_average(model, optimizer, args.ema) if args.ema else None  # of what is clipped
     if args.compile:
         compile_regions(model, mode=args.compile_mode)
@@ -278,12 +302,17 @@ def build(session: Session, *, family: str, data: dict[str, Any], warmup: int) -
         model,
         criterion,
         optimizer,
-        make_scheduler(optimizer, args, warmup=warmup),
+        scheduler,
+        recipe,
         {"kind": stage(args), "config": config.to_dict(), "data": data},
         start,
         teacher,
         average,
     )
+
+
+def recipe_of(args: argparse.Namespace, family: str) -> Recipe:
+    return get_recipe(args.recipe, system_of(args.arch, args.family), family)
 
 
 def check_beyond(args: argparse.Namespace) -> None:
@@ -311,8 +340,6 @@ def _place(network: nn.Module, device: torch.device) -> None:
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, *, warmup: int) -> LRScheduler:
     """By epoch: `warmup` epochs of linear rise from 1/warmup, then a cosine to `learning_rate_min`."""
-    # a run that goes on where an epoch's steps were done, in another process, takes the schedule's first
-    warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
     cosine = CosineAnnealingLR(optimizer, max(args.epochs - warmup, 1), eta_min=args.learning_rate_min)
     if not warmup:
         return cosine
@@ -331,6 +358,7 @@ def log_start(run: Run, args: argparse.Namespace, training: Training) -> None:
         f"{label(config)}, {stage(args)}: W{config.weight_bits}A{config.activation_bits}, "
         f"{human(parameters)} parameters, starting from {training.start}"
     )
+    run.log(f"recipe {args.recipe}: {training.recipe.words}")
 
 
 def epoch_record(train: dict, valid: dict, learning_rate: float) -> dict:

@@ -8,7 +8,8 @@
 
 Each run is an ordinary one of this program's scripts, in runs/, with its own resume: a study that was ended
 anywhere goes on where it was, and never repeats what stands in results/. Machines that share runs/ and
-results/ (SLURM arrays) do not get in each other's way.
+results/ (SLURM arrays) do not get in each other's way. Of each study results/ gets NAME.json (every run with
+its flags, seed, commit, hardware, versions, seconds and figures), NAME.md (the table) and pictures.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from evidence.studies import SCALES, STUDIES
 from figures import draw_study
 from genotypes import genotype_from_dict, save_genotype
 from runs import RESULT, RUNS, read_args, read_metrics, read_result
-from utils import RunFailed, run_main
+from utils import RunFailed, run_main, write_atomically
 
 HERE = Path(__file__).parent
 
@@ -90,7 +91,9 @@ def main(args: argparse.Namespace) -> None:
             failed += runner.run(study, args.shard)
     for study in studies:
         content = store.keep(study, {})
-        print(report(study, content))
+        text = report(study, content)
+        write_atomically(store.folder / f"{study.name}.md", text.encode())
+        print(text)
         for picture in draw_study(study, content, store.folder):
             print(f"picture {picture}")
     if failed:
@@ -146,6 +149,9 @@ class Runner:
             process.wait()
 
     def _run_chain(self, study: Study, end: Job, bar: tqdm) -> None:
+        # of a stage that another starts from, or learns from, the weights must be here, not the figures alone
+        values = (value for job in end.chain for value in job.flags.values() if isinstance(value, FolderOf))
+        needed = {value.job.key for value in values if value.job.script == "train.py"}
         for job in dict.fromkeys(end.chain):
             if self.ended.is_set():
                 return
@@ -153,16 +159,11 @@ class Runner:
             with open(RUNS / f".study-{job.key}", "a") as lock:  # other shards may need the same job
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 records = self.store.records()
-                if not self._is_done(job, records):
+                if job.key not in records or (job.key in needed and not run_folder(job)):
                     record = self._run(job, records)
                     self.store.keep(study, {job.key: record})
                     tqdm.write(f"{study.name}: {title(record)}", file=sys.stdout)
             bar.update()
-
-    def _is_done(self, job: Job, records: Mapping[str, dict]) -> bool:
-        """Of a first stage its weights must be here, too, where its second stage is not done."""
-        figures_suffice = job.script == "train_search.py" or job.flags.get("binary")
-        return job.key in records and bool(figures_suffice or run_folder(job))
 
     def _run(self, job: Job, records: Mapping[str, dict]) -> dict[str, Any]:
         """Run a job, or go on with it; its record. Raises RunFailed with the last line that it wrote."""

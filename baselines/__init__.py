@@ -6,7 +6,8 @@ system, and builds its network; a checkpoint that names no system is EBNAS's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -53,7 +54,7 @@ class Row:
     sizes: dict[str, Size]
     label: str = "{name}"
     own_form: str | None = None
-    published: dict[str, Published] = field(default_factory=dict)
+    published: dict[str, Published] = dataclasses.field(default_factory=dict)
 
 
 BATS_LABEL = "{name} (stand-in: second-hand cell, C {init_channels}, {layers} cells)"
@@ -138,6 +139,11 @@ def system_of(arch: str, system: str | None = None) -> str:
     return system
 
 
+def settings_of(system: str) -> frozenset[str]:
+    """What a system's networks are built from, by name."""
+    return frozenset(field.name for field in dataclasses.fields(SYSTEMS[system]))
+
+
 def usual_size(arch: str, system: str | None, family: str) -> Size:
     """The width and depth of a row; of another genotype in the blocks of `system`, those usual there.
 
@@ -182,7 +188,7 @@ def make_config(
         translate = own if arch in ROWS or system is not None else None
         fields |= {"genotype": get_genotype(arch, translate)}
         fields |= {"weight_bits": weight_bits, "activation_bits": activation_bits}
-    known = kind.__dataclass_fields__
+    known = settings_of(own)
     for name, value in given.items():
         if name not in known and value:
             raise InputError(f"{own} has no {name}; leave it out")

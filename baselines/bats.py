@@ -135,8 +135,10 @@ class BatsUnit(nn.Module):
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     """Channel i * (c / groups) + j of x (n, c, h, w) goes to j * groups + i."""
-    n, c, h, w = x.shape
-    return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+    if x.is_contiguous(memory_format=torch.channels_last):  # in this order in memory, as before
+        x = x.permute(0, 2, 3, 1)
+        return x.unflatten(3, (groups, -1)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 class BatsFactorizedReduce(nn.Module):

@@ -64,8 +64,7 @@ class _ModulatedWeight(torch.autograd.Function):
 
 
 class ModulatedConv2d(BinaryConv2d):
-    """A convolution by sign(w) * 0.02 * |M|, M learned per filter; at `activation_bits` 1 of signs
-    (0 stays 0)."""
+    """A convolution by sign(w) * 0.02 * |M|, M learned per filter; at `activation_bits` 1, of signs."""
 
     def __init__(self, *sizes: int, **settings):
         super().__init__(*sizes, **settings)

@@ -30,8 +30,9 @@ class ResNetConfig:
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise InputError(f"unknown network family {self.family!r}; choose from {FAMILIES}")
-        for name in ("init_channels", "num_classes"):
-            check_count(name, getattr(self, name), 1, 1_000_000)
+        # below 8, torch's 1x1 convolution at stride 2 writes past its memory on a CPU, in channels-last order
+        check_count("init_channels", self.init_channels, 8, 1_000_000)
+        check_count("num_classes", self.num_classes, 1, 1_000_000)
 
     def check_image_size(self, size: int) -> None:
         """Any size will do."""
@@ -75,7 +76,6 @@ class ResNet18(nn.Module):
                 downsample = nn.Sequential(
                     nn.Conv2d(channels, width, 1, stride=2, bias=False), nn.BatchNorm2d(width)
                 )
-            # BasicBlock itself would refuse no width: it is asked for its planes alone
             blocks = BasicBlock(channels, width, stride, downsample), BasicBlock(width, width)
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
             channels = width

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from baselines import SYSTEMS
 from baselines.bnas import BnasConv2d, latent_weight
+from binary_ops import binary_sign
 from genotypes import GENOTYPES, OPERATIONS, genotype_from_dict
 from model import build_model
 
@@ -218,3 +219,47 @@ def test_bnas(family):
         if golden.value(f"after.{golden.theirs[name]}") is not None:
             golden.compare(parameter, f"after.{golden.theirs[name]}")
     golden.compare_evaluation("logits_eval_after")
+
+
+def _as_intended(golden: Golden) -> None:
+    for module in golden.network.modules():
+        if isinstance(module, BnasConv2d):
+            module.weight_bits = 1
+
+
+def _relu_before_s0(golden: Golden) -> None:
+    golden.network.stem0.append(torch.nn.ReLU())
+
+
+def _no_relu_before_s0(golden: Golden) -> None:
+    del golden.network.stem0[-1]
+    golden.network.stem1.insert(0, torch.nn.ReLU())
+
+
+def _no_residual(golden: Golden) -> None:
+    golden.network.cells[0].preprocess1.residual = False
+
+
+def _positive_zero(golden: Golden) -> None:
+    for module in golden.network.modules():
+        if isinstance(module, BnasConv2d):
+            module.binarized_input = binary_sign
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("bnas_cifar", _positive_zero),
+        ("bnas_cifar", _as_intended),
+        ("bnas_imagenet", _relu_before_s0),
+        ("bats_imagenet", _no_relu_before_s0),
+        ("bats_imagenet", _no_residual),
+    ],
+)
+def test_what_is_easily_got_wrong_shows(file, change):
+    """sign(0) = 0 in BNAS's dead channels; its last two convolutions, whose weights are real; the ReLU before
+    s0, which BNAS has not and BATS, working in place, has; the residual of BATS's preprocessing."""
+    golden = Golden(file, file.split("_")[0])
+    change(golden)
+    with pytest.raises(AssertionError, match="logits_train"), torch.no_grad():
+        golden.compare(golden.network(golden.images)[0], "logits_train")

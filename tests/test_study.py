@@ -22,7 +22,7 @@ def one_study(monkeypatch, data_flags) -> Study:
         search={"init_channels": 8},
         network={"init_channels": 4, "groups": 2, "holdout": 30},
         **dict.fromkeys(("stage1_epochs", "stage2_epochs", "candidates"), 1),
-        **dict.fromkeys(("searches", "random_cells", "published", "seeds"), 1),
+        **dict.fromkeys(("searches", "random_cells", "published", "seeds", "ema"), 1),
         trial={},
     )
     arms = (
