@@ -37,6 +37,7 @@ void __stdcall Sleep(unsigned long milliseconds); /* its header has a FLOAT, too
 #endif
 
 enum { BINARY, FLOAT, POOL, LINEAR };
+enum { LARGEST_KERNEL = 7 };
 
 /* One byte of weights of each filter: where its input lies, relative to the group and the pixel, in bytes. */
 struct term {
@@ -695,26 +696,28 @@ static void FN(convolve_float)(const struct unit *u, float *arena, float *own, i
     const int64_t plane_in = padded(u->height_in * u->width_in);
     const int64_t plane_out = padded(u->height_out * u->width_out);
     const int64_t row_length = padded(u->height_out * width);
-    float *phases = own, *rows = phases + padded(channels * s * s * height * width) + 128;
-    const float *weight = u->weight + item * 4 * channels * k * k;
+    const int64_t channel = s * s * height * width, taps = k * k;
+    float *phases = own, *rows = phases + padded(channels * channel) + 128;
+    const float *weight = u->weight + item * 4 * channels * taps;
+    int64_t offset[LARGEST_KERNEL * LARGEST_KERNEL]; /* of the taps: no division in the inner loop */
+    for (int64_t t = 0; t < taps; t++) {
+        const int64_t dy = t / k, dx = t % k, phase = dy % s * s + dx % s;
+        offset[t] = (phase * height + dy / s) * width + dx / s;
+    }
 
     for (const int64_t blocks = (filters + 3) / 4; item < end;) {
         const int64_t g = item / blocks;
         FN(split_phases)(u, arena + u->source + g * channels * plane_in, phases, height, width);
-        for (; item < least(end, (g + 1) * blocks); item++, weight += 4 * channels * k * k) {
+        for (; item < least(end, (g + 1) * blocks); item++, weight += 4 * channels * taps) {
             const int64_t first = item % blocks * 4;
             for (int64_t q = 0; q < row_length; q += WIDTH) {
                 FN(floats) sum[4][VECTORS] = {{{0}}};
                 const float *w = weight;
-                for (int64_t c = 0; c < channels; c++)
-                    for (int64_t dy = 0; dy < k; dy++)
-                        for (int64_t dx = 0; dx < k; dx++, w += 4) {
-                            const int64_t phase = (c * s + dy % s) * s + dx % s;
-                            const float *x = phases + (phase * height + dy / s) * width + dx / s + q;
-                            for (int v = 0; v < VECTORS; v++)
-                                for (int f = 0; f < 4; f++)
-                                    sum[f][v] += *(const FN(floats) *)(x + v * FLOATS) * w[f];
-                        }
+                for (const float *x = phases + q; x < phases + channels * channel + q; x += channel)
+                    for (int64_t t = 0; t < taps; t++, w += 4)
+                        for (int v = 0; v < VECTORS; v++)
+                            for (int f = 0; f < 4; f++)
+                                sum[f][v] += *(const FN(floats) *)(x + offset[t] + v * FLOATS) * w[f];
                 for (int f = 0; f < 4; f++)
                     memcpy(rows + f * row_length + q, sum[f], sizeof sum[f]);
             }
