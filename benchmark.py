@@ -184,11 +184,7 @@ def add_size_flags(parser: options.Parser) -> None:
 
 def add_network_flags(parser: options.Parser) -> None:
     flag = parser.add_argument
-    flag(
-        "--arch",
-        default="EBNAS",
-        help="a row of the tables, a genotype file or a search's folder",
-    )
+    flag("--arch", default="EBNAS", help="a row of the published tables, or a genotype")
     flag("--bits", choices=BITS, default="w1a1", help="of weights and activations")
     add_size_flags(parser)
     flag("--batch_size", type=options.integer(1), default=32)
@@ -347,6 +343,8 @@ def program_and_network(args: argparse.Namespace) -> tuple[Program, nn.Module, i
     if (args.model is None) == (args.arch is None):
         raise InputError("give a packed network or --arch, one of the two")
     if args.model is not None:
+        if idle := args.given & {"family", "init_channels", "layers", "groups", "image_size", "variant"}:
+            raise InputError(f"--{min(idle)} has no use here: it needs --arch")
         try:
             program = load(args.model).program
         except ValueError as error:

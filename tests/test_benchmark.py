@@ -8,6 +8,7 @@ import torch
 
 import benchmark
 from comparison.measure import CLOCKS, Case, count_operations, measure, measure_memory
+from packed import available_kernels
 
 TINY = "--init_channels 8 --layers 3 --batch_size 4 --repeats 3 --warmup 0 --device cpu --precision fp32"
 NETWORK = f"{TINY} --groups 2"
@@ -93,3 +94,15 @@ def test_ratio_is_of_rates_and_not_of_calls(monkeypatch):
 def test_flags_are_checked(fails):
     assert "invalid choice" in fails("benchmark.py", "serach")
     assert "--repeats is 0" in fails("benchmark.py", "search", "--repeats", 0)
+    assert "one of the two" in fails("benchmark.py", "infer")
+    assert "--layers has no use here" in fails("benchmark.py", "infer", "model.ebnas", "--layers", 3)
+
+
+def test_a_row_on_packed_bits(monkeypatch, capsys):
+    flags = (
+        "infer --arch BATS --init_channels 12 --groups 2 --layers 3 --image_size 16 --rivals channels_last"
+    )
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags.split(), "--repeats", "1", "--warmup", "0"])
+    benchmark.main(benchmark.parser().parse_args())
+    output = capsys.readouterr().out
+    assert output.count("top-1 as eager 100.0%") == 1 + len(available_kernels())

@@ -118,7 +118,8 @@ def test_2000_images():
         assert_only_rounding(model, net, image)
 
 
-def test_sign_thresholds_are_those_of_the_exact_bn():
+@pytest.mark.parametrize("strict", [False, True])
+def test_sign_thresholds_are_those_of_the_exact_bn(strict):
     """At each threshold and at the float32 next below it, against the BN's sign in rational numbers."""
     torch.manual_seed(0)
     bn = nn.BatchNorm2d(400).eval()
@@ -128,11 +129,12 @@ def test_sign_thresholds_are_those_of_the_exact_bn():
         bn.running_mean.normal_()
         bn.running_var.uniform_(0.1, 2)
         bn.weight[:20] = 0
+        bn.bias[:3] = 0
         bn.bias[20:40], bn.running_mean[20:40] = 0, 0  # zero exactly at x = 0
         bn.weight[40:60] *= 1e-30
         bn.weight[60:80] = 1e-44  # zero where no float32 is
         bn.bias[60:80] *= 1e10
-    threshold, inverted = lowering.sign_thresholds(bn)
+    threshold, inverted = lowering.sign_thresholds(bn, strict=strict)
     scale, shift = (values.numpy() for values in lowering._affine(bn))
     assert not np.isnan(threshold).any() and (threshold < np.inf).all()
     largest = np.finfo(np.float32).max
@@ -140,7 +142,8 @@ def test_sign_thresholds_are_those_of_the_exact_bn():
     zero = np.zeros(400, np.float32)
     for x in (finite, np.nextafter(finite, -largest), zero, -zero):
         parts = zip(scale.tolist(), x.tolist(), shift.tolist(), strict=True)
-        exact = [Fraction(a) * Fraction(v) + Fraction(b) >= 0 for a, v, b in parts]
+        exact = [Fraction(a) * Fraction(v) + Fraction(b) for a, v, b in parts]
+        exact = [value > 0 if strict else value >= 0 for value in exact]
         # scale and shift are float64 themselves: a zero that they put elsewhere is not the threshold's doing
         near = np.abs(scale * x + shift) < 1e-12 * (np.abs(scale * x) + np.abs(shift))
         np.testing.assert_array_equal(((x >= threshold) ^ inverted) | near, np.array(exact) | near)
