@@ -55,8 +55,10 @@ def run_step(step: Step, tensors: dict[str, Tensor], x: Tensor, residual: Tensor
     if step.op == "linear":
         return x.mean((2, 3)) @ tensors["weight"].T + tensors["bias"]
     if step.op == "pool":
-        if step.kernel == 1:
+        if step.shuffle > 1:
             return x.unflatten(1, (step.shuffle, -1)).transpose(1, 2).flatten(1, 2)
+        if step.kernel == 1:
+            return x
         if step.average:
             ceil = {"ceil_mode": step.kernel == 2, "count_include_pad": False}
             return F.avg_pool2d(x, step.kernel, step.stride, step.padding, **ceil)
