@@ -43,7 +43,7 @@ from augment import Augmentation, Normalize
 from baselines import make_config, settings_of, system_of
 from binary_ops import WEIGHT_BINARIZATIONS
 from comparison.engines import RIVALS, Logits, float_network, make_runner
-from comparison.measure import CLOCKS, MEMORY, Case, machine, measure
+from comparison.measure import CLOCKS, MEMORY, Case, measure
 from comparison.original_network import original_network
 from comparison.original_search import OriginalSupernet
 from compilation import compile_regions
@@ -53,6 +53,7 @@ from engine import Precision, choose_precision, optimize, training_loss
 from model import FAMILIES, CellNetwork, build_model
 from model_search import SearchConfig, Supernet
 from packed import PackedNetwork, available_kernels, load
+from runs import machine
 from utils import InputError, one_line, run_main
 
 IMAGES = {"cifar": (32, 10), "imagenet": (224, 1000)}

@@ -132,7 +132,7 @@ class Session:
         args = options.as_dict(self.args)
         header = {"script": self.script, "args": args, **header}
         if self.folder is None:
-            folder = create_run(self.name(self.args), args) if self.world.is_main else None
+            folder = create_run(self.name(self.args), args, self.world.device) if self.world.is_main else None
             self.folder = self.world.broadcast(folder)
         folder = self.folder if self.world.is_main else None
         stateful = {**stateful, "scaler": self.precision.scaler}
