@@ -47,7 +47,7 @@ from comparison.original_search import OriginalSupernet
 from compilation import compile_regions
 from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
-from engine import Precision, choose_precision, optimize, training_loss
+from engine import Precision, choose_precision, in_memory_format, optimize, training_loss
 from genotypes import get_genotype
 from model import FAMILIES, ModelConfig, Network, build_model
 from model_search import SearchConfig, Supernet
@@ -78,6 +78,8 @@ def parser() -> options.Parser:
             continue
         flag("--compile", action="store_true", help="torch.compile of our form")
         options.add_device_flags(benchmark)
+        options.add_layout_flags(benchmark)
+        parser.idle |= benchmark.idle
     return parser
 
 
@@ -85,6 +87,8 @@ def main(args: argparse.Namespace) -> None:
     if args.benchmark == "memory":
         print("\n".join(memory.table()))
         return
+    for line in args.idle:
+        print(line)
     world = setup(args.device)
     torch.manual_seed(0)
     _, cases = BENCHMARKS[args.benchmark]
@@ -118,9 +122,10 @@ def search_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]
     """a weight step, and an architecture step with a weight step: ours, and the original's"""
     ours = Supernet(SearchConfig(args.init_channels, args.layers)).to(world.device)
     original = OriginalSupernet(copy.deepcopy(ours))
+    in_memory_format(ours, args.memory_format, auto="contiguous")
     if args.compile:
         compile_regions(ours)
-    precision = choose_precision(args.precision, world.device, tf32=args.tf32)
+    precision = precision_of(args, world.device)
     batch = random_batch(args.batch_size, args.image_size, 10, world.device)
     architect = Architect(
         ours, learning_rate=6e-4, weight_decay=1e-3, path_reg_weight=1.5, edge_reg_weight=0.8
@@ -192,7 +197,7 @@ def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
     ours, batch = network_and_batch(args, args.family, world.device)
     original = original_network(ours)
     ours = as_trained(ours, args, world.device)
-    precision = choose_precision(args.precision, world.device, tf32=args.tf32)
+    precision = precision_of(args, world.device)
     our_step = training_step(ours, list(ours.parameters()), batch, precision, world)
     original_step = training_step(
         original, list(original.parameters()), batch, precision, world, fused_adam=False
@@ -214,7 +219,7 @@ def add_data_flags(parser: options.Parser) -> None:
 @contextmanager
 def data_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
     """the loaders of CIFAR and of ImageNet, and beside each a training step of its network"""
-    precision = choose_precision(args.precision, world.device, tf32=args.tf32)
+    precision = precision_of(args, world.device)
     steps = {}
     for family in FAMILIES:
         model, batch = network_and_batch(args, family, world.device)
@@ -315,9 +320,13 @@ def network_and_batch(args: argparse.Namespace, family: str, device: torch.devic
     return build_model(config).to(device), batch
 
 
+def precision_of(args: argparse.Namespace, device: torch.device) -> Precision:
+    return choose_precision(args.precision, device, tf32=args.tf32, cudnn_benchmark=args.cudnn_benchmark)
+
+
 def as_trained(model: Network, args: argparse.Namespace, device: torch.device) -> Network:
-    if device.type == "cpu":
-        model.to(memory_format=torch.channels_last)
+    auto = "channels_last" if device.type == "cpu" else "contiguous"
+    in_memory_format(model, args.memory_format, auto=auto)
     if args.compile:
         compile_regions(model)
     return model

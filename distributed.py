@@ -81,7 +81,7 @@ class World:
 
     @staticmethod
     def _as_one_message(tensors: Iterable[Tensor], exchange: Callable[[Tensor], Any]) -> None:
-        """Give all `tensors` of a type, as one flat tensor, to `exchange`, which changes it; and copy back."""
+        """Give all `tensors` of a type, as one flat tensor, to `exchange`, which changes it; copy it back."""
         by_type = defaultdict(list)
         for tensor in tensors:
             by_type[tensor.dtype].append(tensor)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lean
 from binary_ops import WEIGHT_BINARIZATIONS, BinaryConv2d, effective_weights
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict, reduction_cells
 from operations import BinaryUnit, FactorizedReduce, Pool, drop_path, make_operation
@@ -247,7 +248,9 @@ class Network(nn.Module):
             s1 = self.stem1(s0)
         weights = None
         if torch.is_grad_enabled():
-            weights = effective_weights(m for m in self.modules() if isinstance(m, BinaryConv2d))
+            units = [m for m in self.modules() if isinstance(m, BinaryUnit | FactorizedReduce)]
+            weights = effective_weights(conv for unit in units for conv in unit.convolutions)
+            lean.count_batches([bn for unit in units for bn in (unit.bn1, unit.bn2)])
         auxiliary_logits = None
         keep = self.keep if self.training and self.drops_paths else None
         for index, cell in enumerate(self.cells):

@@ -43,8 +43,8 @@ from runs import Run, create_run, find_launched, find_resumable
 from utils import InputError, RunFailed, is_out_of_memory, one_line, os_error_message
 
 STOP_FREQ = 8
-"""Steps after which several processes ask one another whether to stop. The answer is read as many steps later:
-nobody waits for it."""
+"""Steps after which several processes ask one another whether to stop, and after as many more each reads the
+answer, so that nobody waits for it."""
 
 
 class Interrupted(Exception):
@@ -103,7 +103,12 @@ class Session:
                 raise InputError(f"{path} is damaged: of its flags, {error}; use an earlier one") from None
         self.args = self._own_flags(args)
         check_parts(self.args, world)
-        self.precision = choose_precision(self.args.precision, world.device, tf32=self.args.tf32)
+        self.precision = choose_precision(
+            self.args.precision,
+            world.device,
+            tf32=self.args.tf32,
+            cudnn_benchmark=self.args.cudnn_benchmark,
+        )
         start = self.checkpoint or {"epoch": 0, "step": 0, "sums": None, "best": None}
         self.position = Position(start["epoch"], start["step"], start["sums"])
         self.best = start["best"]
