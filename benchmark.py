@@ -25,6 +25,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -210,9 +211,8 @@ def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
 
 def add_data_flags(parser: options.Parser) -> None:
     add_network_flags(parser)
-    parser.add_argument(
-        "--images", type=options.integer(1), default=256, help="JPEG files of 500 x 375 that are made"
-    )
+    parser.add_argument("--images", type=options.integer(1), default=256, help="JPEG files that are made")
+    parser.add_argument("--width", type=options.integer(16, 10_000), default=500, help="theirs; height: 3/4")
     options.add_worker_flag(parser)
 
 
@@ -226,18 +226,34 @@ def data_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
         model = as_trained(model, args, world.device)
         steps[family] = training_step(model, list(model.parameters()), batch, precision, world)
     with tempfile.TemporaryDirectory() as folder:
-        make_jpegs(Path(folder), args.images)
-        imagenet, _, _ = imagenet_loaders(
-            folder, args.batch_size, device=world.device, workers=args.workers, seed=0
+        make_jpegs(Path(folder), args.images, args.width)
+        settings = {"device": world.device, "workers": args.workers, "seed": 0}
+        whole, draft = (
+            imagenet_loaders(folder, args.batch_size, jpeg_draft=draft, **settings)[0]
+            for draft in (False, True)
         )
-        loaders = {"cifar": cifar_loader(args.batch_size, world.device), "imagenet": imagenet}
+        print(f"--jpeg_draft: {difference(whole, draft)}")
+        loaders = {"cifar": cifar_loader(args.batch_size, world.device), "imagenet": whole}
         cases = []
         for family, loader in loaders.items():
             cases += [
                 Case(f"{family} loader", epochs_of(loader), loader.num_samples, f"{family} training"),
                 Case(f"{family} training", steps[family], args.batch_size),
             ]
+        cases.append(
+            Case("imagenet loader, --jpeg_draft", epochs_of(draft), draft.num_samples, "imagenet loader")
+        )
         yield cases
+
+
+def difference(one: Loader, other: Loader) -> str:
+    """How far apart the pixels of two loaders are, of an epoch, in levels of 255."""
+    pairs = zip(one.epoch(0), other.epoch(0), strict=True)
+    levels = 255 * torch.tensor(one.normalize.std, device=one.device).view(3, 1, 1)
+    apart = torch.cat([((a.images - b.images) * levels).flatten() for a, b in pairs])
+    mean, square = apart.abs().mean().item(), apart.square().mean().item()
+    psnr = 10 * math.log10(255**2 / square) if square else math.inf
+    return f"pixels differ by {mean:.2f} levels of 255, PSNR {psnr:.1f} dB"
 
 
 def add_infer_flags(parser: options.Parser) -> None:
@@ -365,15 +381,16 @@ def cifar_loader(batch_size: int, device: torch.device) -> BatchLoader:
     )
 
 
-def make_jpegs(root: Path, n: int) -> None:
-    """ImageNet-like files, smooth noise of an average photograph's size: `n` in train, one in val."""
+def make_jpegs(root: Path, n: int, width: int) -> None:
+    """ImageNet-like files, smooth noise of a photograph's proportions: `n` in train, one in val."""
     rng = np.random.default_rng(0)
     for part, count in (("train", n), ("val", 1)):
         folder = root / part / "noise"
         folder.mkdir(parents=True)
         for index in range(count):
-            coarse = rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)
-            Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{index}.jpg")
+            coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
+            size = width, width * 3 // 4
+            coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{index}.jpg")
 
 
 def epochs_of(loader: Loader) -> Callable[[], None]:

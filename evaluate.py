@@ -51,6 +51,8 @@ def parser() -> options.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    for line in args.idle:
+        print(line)
     world = setup(args.device)
     precision = choose_precision(args.precision, world.device, tf32=args.tf32)
     checkpoints = [(path, load_checkpoint(path)) for path in args.checkpoints]
