@@ -29,6 +29,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -286,9 +287,10 @@ def infer_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
                 cases.append(Case(rival, runner, n, against="eager"))
         for kernel in available_kernels():
             network = PackedNetwork(packed.program, threads=args.threads, kernel=kernel)
-            cases.append(
-                Case(f"packed, {kernel}", lambda network=network: network(images.numpy()), n, "eager")
-            )
+            cases.append(Case(f"packed, {kernel}", partial(network, images.numpy()), n, against="eager"))
+        if args.threads > 1:  # of the best path
+            alone = partial(PackedNetwork(packed.program, threads=1, kernel=kernel), images.numpy())
+            cases.append(Case("packed, one thread", alone, n, against=cases[-1].name))
         expected = cases[0].run()
         for case in cases[1:]:
             logits = case.run()

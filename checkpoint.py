@@ -1,10 +1,11 @@
 """Checkpoints: written atomically, with all that an exact continuation needs; read without pickled code, and
 checked in full before anything is built from them.
 
-A checkpoint is a dictionary: `format`, `script`, `kind` (search, stage1, stage2), `args`, `config` (of the
+A checkpoint is a dictionary: `format`, `script`, `kind` (one of KINDS), `args`, `config` (of the
 network), `data` (set, classes, mean, std, image size), `model`, `state` (optimisers, schedule, scaler),
 `random` (of every process), `epoch` and `step` (the next ones to run), `sums`, `best`, `finished`, and, of
-several processes within an epoch, `buffers` (the BN statistics of each).
+several processes within an epoch, `buffers` (the BN statistics of each). Of a run with --ema `model` is the
+average, and `state` has the `live` network, which goes on training.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from baselines import Config, config_from_dict
 from distributed import World, float_buffers
-from model import ModelConfig, build_model
+from model import build_model
 from model_search import SearchConfig, Supernet
 from utils import InputError, RunFailed, one_line, write_atomically
 
 FORMAT = "ebnas-checkpoint-1"
 LAST, BEST = "last.pt", "best.pt"
+KINDS = ("search", "stage1", "stage2", "single")  # of what trains in one stage
+LIVE = "live"
 
 
 class Checkpointer:
@@ -44,6 +48,19 @@ class Checkpointer:
     ):
         self.folder, self.header, self.world = folder, header, world
         self.model, self.stateful = model, stateful
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The network and, with --ema, the live one, by what precedes the names of their statistics."""
+        live = {f"{LIVE}.": self.stateful[LIVE]} if LIVE in self.stateful else {}
+        return {"": self.model, **live}
+
+    def _statistics(self) -> dict[str, Tensor]:
+        return {
+            prefix + name: buffer
+            for prefix, network in self.networks.items()
+            for name, buffer in float_buffers(network).items()
+        }
 
     def save(
         self,
@@ -67,8 +84,7 @@ class Checkpointer:
             raise RunFailed(f"{name} is not finite at epoch {epoch}, step {step}; lower the learning rate")
         buffers = None
         if self.world.size > 1 and step:
-            ours = {name: buffer.cpu() for name, buffer in float_buffers(self.model).items()}
-            buffers = self.world.gather(ours)
+            buffers = self.world.gather({name: buffer.cpu() for name, buffer in self._statistics().items()})
         if self.folder is None:
             return
         content = {
@@ -106,8 +122,9 @@ class Checkpointer:
         # of another number of processes, the streams are others too, and the statistics are the main one's
         if len(checkpoint["random"]) == self.world.size:
             set_random_state(checkpoint["random"][self.world.rank], self.world.device)
+            ours = self._statistics()
             for name, value in checkpoint.get("buffers", [{}] * self.world.size)[self.world.rank].items():
-                self.model.get_buffer(name).copy_(value)
+                ours[name].copy_(value)
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str | None:
@@ -190,10 +207,10 @@ def load_checkpoint(path: str | Path, prefer: str = LAST) -> dict:
     return checkpoint
 
 
-def network_config(checkpoint: dict) -> ModelConfig | SearchConfig:
+def network_config(checkpoint: dict) -> Config | SearchConfig:
     """What the network of a checkpoint is built from."""
-    kind = SearchConfig if checkpoint["kind"] == "search" else ModelConfig
-    return kind.from_dict(checkpoint["config"])
+    build = SearchConfig.from_dict if checkpoint["kind"] == "search" else config_from_dict
+    return build(checkpoint["config"])
 
 
 def _is_name(value: Any) -> bool:
@@ -252,7 +269,7 @@ def _is_data(value: Any) -> bool:
 
 ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "script": (_is_name, "the name of a script"),
-    "kind": (lambda value: value in ("search", "stage1", "stage2"), "search, stage1 or stage2"),
+    "kind": (lambda value: value in KINDS, "search, stage1, stage2 or single"),
     "args": (_has_names, "flags by name"),
     "config": (lambda value: isinstance(value, dict), "the configuration of a network"),
     "data": (_is_data, "set, root, image_size, classes, mean and std"),
@@ -291,14 +308,17 @@ def _check_model(checkpoint: dict) -> None:
         raise InputError(f"its network has {config.layers} cells, its entry 'model' {len(cells)}")
     with torch.device("meta"):  # shapes only
         expected = build_network(config).state_dict()
-    parts = {"model": checkpoint["model"]}
+    statistics = {name: like for name, like in expected.items() if "running_" in name}
+    parts = {"model": (checkpoint["model"], expected)}
+    if LIVE in checkpoint["state"]:
+        parts[f"state.{LIVE}"] = (checkpoint["state"][LIVE], expected)
+        statistics |= {f"{LIVE}.{name}": like for name, like in statistics.items()}
     buffers = checkpoint.get("buffers")
     if buffers is not None:
         if not isinstance(buffers, list) or len(buffers) != len(checkpoint["random"]):
             raise InputError("its entry 'buffers' is not BN statistics of each process")
-        parts |= {f"buffers[{rank}]": part for rank, part in enumerate(buffers)}
-    for part, tensors in parts.items():
-        wanted = {name: like for name, like in expected.items() if part == "model" or "running_" in name}
+        parts |= {f"buffers[{rank}]": (part, statistics) for rank, part in enumerate(buffers)}
+    for part, (tensors, wanted) in parts.items():
         if not isinstance(tensors, dict) or set(tensors) != set(wanted):
             odd = sorted(set(wanted).symmetric_difference(tensors if isinstance(tensors, dict) else ()))
             raise InputError(f"its entry {part!r} lacks, or should not have, {', '.join(map(str, odd[:3]))}")
@@ -306,7 +326,7 @@ def _check_model(checkpoint: dict) -> None:
             check_tensor(tensor, wanted[name], f"{part}.{name}")
 
 
-def build_network(config: ModelConfig | SearchConfig) -> nn.Module:
+def build_network(config: Config | SearchConfig) -> nn.Module:
     return Supernet(config) if isinstance(config, SearchConfig) else build_model(config)
 
 

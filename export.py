@@ -17,8 +17,8 @@ import argparse
 from pathlib import Path
 
 import options
+from baselines import check_packable, trained_network
 from checkpoint import load_checkpoint, resolve_checkpoint
-from model import trained_network
 from packed import PackedFileError, parse_program, program_bytes
 from packed.lowering import lower
 from utils import InputError, check_output, run_main, write_atomically
@@ -36,6 +36,7 @@ def main(args: argparse.Namespace) -> None:
     output = args.output or path.with_name("model.ebnas")
     check_output(output, path)
     checkpoint = load_checkpoint(path)
+    check_packable(checkpoint)
     model = trained_network(checkpoint)
     content = program_bytes(lower(model, checkpoint["data"]))
     try:

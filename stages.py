@@ -6,7 +6,9 @@ import argparse
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +16,66 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from checkpoint import load_checkpoint, network_config, resolve_checkpoint
+from baselines import SYSTEMS, Config, label, make_config, system_of, usual_size
+from checkpoint import LIVE, load_checkpoint, network_config, resolve_checkpoint
 from compilation import compile_regions
+from data import Batch
 from engine import in_memory_format
 from figures import draw_curves
-from genotypes import get_genotype
-from model import ModelConfig, Network, build_model
+from model import build_model
 from runs import Run, newest_checkpoint, read_args, read_metrics
 from session import Session
+from teacher import DistillationLoss, Teacher, find_teacher
 from utils import InputError, human, one_line, seed_everything
+from weights import clip_latent_weights, decaying_groups, moving_average
 
-STAGE1_BITS = {"w1a32": (1, 32), "w32a1": (32, 1)}
+STAGE1_BITS = {"w1a32": (1, 32), "w32a1": (32, 1), "w32a32": (32, 32)}
 """Bits of weights and of activations in stage 1; stage 2 is W1A1."""
+
+STAGE1 = {"ebnas": ("w1a32", "w32a1", "w32a32"), "bats": ("w32a1", "w1a32"), "dcp": ("w32a1",)}
+"""What each system's stage 1 can be, the usual one first. Those that are not here have a single stage."""
+
+ONLY_STAGE_BITS = {"bnas": (1, 1), "resnet": (32, 32)}
+
+NETWORK_FLAGS = (
+    *("init_channels", "layers", "groups", "auxiliary", "weight_binarization", "variant", "activation"),
+)
 
 AUXILIARY = "auxiliary_head."
 
 
+def settle(args: argparse.Namespace, *, family: str) -> argparse.Namespace:
+    """The flags, with what --arch says of the network where the user has said nothing.
+
+    Raises InputError on flags that the network has no use for. A run that is named to be resumed has its own.
+    """
+    if args.resume not in (None, "auto"):
+        return args
+    system = system_of(args.arch, args.family)
+    for name in NETWORK_FLAGS:
+        if name in args.given and name not in SYSTEMS[system].__dataclass_fields__:
+            raise InputError(f"{args.arch} has no use for --{name}; leave it out")
+    if system not in STAGE1:
+        which = "has no stages: it trains in full precision" if system == "resnet" else "trains in one stage"
+        for name in ("binary", "stage1", "pretrained", "from_scratch", "stage1_weight_decay"):
+            if name in args.given:
+                raise InputError(f"{args.arch} {which}; leave --{name} out")
+    settled = argparse.Namespace(**vars(args))
+    if {"init_channels", "layers"} - args.given:
+        for name, value in usual_size(args.arch, args.family, family)._asdict().items():
+            if value is not None and name not in args.given:
+                setattr(settled, name, value)
+    if system in STAGE1:
+        if "stage1" not in args.given:
+            settled.stage1 = STAGE1[system][0]
+        if settled.stage1 not in STAGE1[system]:
+            raise InputError(f"--stage1 {settled.stage1}: that of {args.arch} is {', '.join(STAGE1[system])}")
+    return settled
+
+
 def stage(args: argparse.Namespace) -> str:
+    if system_of(args.arch, args.family) not in STAGE1:
+        return "single"
     return "stage2" if args.binary else "stage1"
 
 
@@ -38,29 +83,27 @@ def run_name(args: argparse.Namespace) -> str:
     return f"eval-{args.save}-{stage(args)}"
 
 
-def config_of(args: argparse.Namespace, *, family: str, num_classes: int) -> ModelConfig:
-    """The network of the stage that the flags ask for. Raises InputError as ModelConfig does."""
-    weight_bits, activation_bits = (1, 1) if args.binary else STAGE1_BITS[args.stage1]
-    return ModelConfig(
-        genotype=get_genotype(args.arch),
+def config_of(args: argparse.Namespace, *, family: str, num_classes: int) -> Config:
+    """The network of the stage that the flags ask for. Raises InputError as its configuration does."""
+    system = system_of(args.arch, args.family)
+    stage1 = ONLY_STAGE_BITS[system] if system not in STAGE1 else STAGE1_BITS[args.stage1]
+    weight_bits, activation_bits = (1, 1) if args.binary else stage1
+    known = SYSTEMS[system].__dataclass_fields__
+    return make_config(
+        args.arch,
+        args.family,
         family=family,
-        init_channels=args.init_channels,
-        layers=args.layers,
-        groups=args.groups,
         num_classes=num_classes,
-        auxiliary=args.auxiliary,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
-        weight_binarization=args.weight_binarization,
+        **{name: getattr(args, name) for name in NETWORK_FLAGS if name in known},
     )
 
 
 # The start of stage 2
 
 
-def find_start(
-    args: argparse.Namespace, config: ModelConfig, data: dict[str, Any]
-) -> tuple[Path, dict] | None:
+def find_start(args: argparse.Namespace, config: Config, data: dict[str, Any]) -> tuple[Path, dict] | None:
     """The stage-1 checkpoint that this run starts from; None for stage 1 itself and for --from_scratch.
 
     --pretrained names it; else it is the newest finished stage-1 run of the same set, genotype and size.
@@ -85,7 +128,7 @@ def find_start(
             )
         if differing := _differences(checkpoint, config, data):
             raise InputError(f"{path} is of another configuration: {', '.join(differing)}")
-        if _saw_holdout(checkpoint, args):
+        if _saw_holdout(checkpoint["args"], args):
             raise InputError(
                 f"{path} has trained on images that --holdout {args.holdout} holds out; "
                 "train stage 1 with the same --holdout and --seed"
@@ -97,8 +140,8 @@ def find_start(
             checkpoint["kind"] == "stage1"
             and checkpoint["finished"]
             and not _differences(checkpoint, config, data)
-            and not _saw_holdout(checkpoint, args)
-            and _made_as_asked(checkpoint["config"], args)
+            and not _saw_holdout(checkpoint["args"], args)
+            and _made_as_asked(checkpoint, args)
         ),
     )
     if found is None:
@@ -110,30 +153,43 @@ def find_start(
     return found
 
 
-def _differences(checkpoint: dict, config: ModelConfig, data: dict[str, Any]) -> list[str]:
+def _differences(checkpoint: dict, config: Config, data: dict[str, Any]) -> list[str]:
     """What keeps stage 1's weights from fitting: `layers 8, not 16`. The bits differ by design, and the
     auxiliary head need not be in both."""
-    ours = {**config.to_dict(), **data}
-    theirs = {**checkpoint["config"], **checkpoint["data"]}
-    names = ("family", "init_channels", "layers", "groups", "num_classes", "set", "image_size")
+    ours = {"system": config.system, **config.to_dict(), **data}
+    theirs = network_config(checkpoint)
+    theirs = {"system": theirs.system, **theirs.to_dict(), **checkpoint["data"]}
+    if ours["system"] != theirs["system"]:
+        return [f"system {theirs['system']}, not {ours['system']}"]
+    sizes = (
+        *("family", "variant", "init_channels", "layers", "groups", "activation"),
+        *("num_classes", "set", "image_size"),
+    )
+    names = [name for name in sizes if name in ours]
     differing = [f"{name} {theirs[name]}, not {ours[name]}" for name in names if theirs[name] != ours[name]]
     return differing + [f"other {name}" for name in ("classes", "genotype") if theirs[name] != ours[name]]
 
 
-def _saw_holdout(checkpoint: dict, args: argparse.Namespace) -> bool:
-    """Whether stage 1 trained on images that this run holds out to choose an epoch."""
+def _saw_holdout(theirs: dict, args: argparse.Namespace) -> bool:
+    """Whether a run of flags `theirs` trained on images that this one holds out to choose an epoch."""
     if not getattr(args, "holdout", 0):
         return False
-    return any(checkpoint["args"].get(name) != getattr(args, name) for name in ("holdout", "seed"))
+    return any(theirs.get(name) != getattr(args, name) for name in ("holdout", "seed"))
 
 
-def _made_as_asked(theirs: dict, args: argparse.Namespace) -> bool:
-    """Whether stage 1 had the bits of --stage1 and the same --weight_binarization."""
+def _made_as_asked(checkpoint: dict, args: argparse.Namespace) -> bool:
+    """Whether stage 1 had the bits of --stage1, --stage1_weight_decay and the same --weight_binarization."""
+    theirs, flags = checkpoint["config"], checkpoint["args"]
     bits = (theirs["weight_bits"], theirs["activation_bits"])
-    return bits == STAGE1_BITS[args.stage1] and theirs["weight_binarization"] == args.weight_binarization
+    binarization = theirs.get("weight_binarization", args.weight_binarization)
+    return (
+        bits == STAGE1_BITS[args.stage1]
+        and binarization == args.weight_binarization
+        and flags.get("stage1_weight_decay", 0.0) == args.stage1_weight_decay
+    )
 
 
-def load_start(model: Network, weights: dict[str, torch.Tensor]) -> None:
+def load_start(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Load stage 1's weights; of the auxiliary head where both have one, else the model's stay."""
     ours = model.state_dict()
     kept = {name for name in ours if name.startswith(AUXILIARY) and name not in weights}
@@ -147,50 +203,111 @@ def load_start(model: Network, weights: dict[str, torch.Tensor]) -> None:
 class Training:
     """What a training script trains, and with what; `header` and `stateful` are for Session.start."""
 
-    model: Network
+    model: nn.Module
     criterion: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     header: dict[str, Any]
     start: str  # where its weights come from, in words
+    teacher: Teacher | None = None
+    average: nn.Module | None = None  # of `model` over the steps, with --ema
+
+    @property
+    def network(self) -> nn.Module:
+        """What is evaluated, and is a checkpoint's network."""
+        return self.average or self.model
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.model, self.average) if self.average else (self.model,)
+
+    @property
+    def targets_of(self) -> Callable[[Batch], Any]:
+        """What the criterion compares logits with, of a batch."""
+        return self.teacher or attrgetter("targets")
 
     @property
     def stateful(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        return {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            **({LIVE: self.model} if self.average else {}),
+            **({"teacher": self.teacher} if self.teacher else {}),
+        }
 
 
 def build(session: Session, *, family: str, data: dict[str, Any], warmup: int) -> Training:
     """This run's network on its device, in stage 2 with stage 1's weights; its loss, Adam and schedule."""
     args, world = session.args, session.world
+    check_beyond(args)
     if session.checkpoint:  # whatever has become of its genotype file since
         config, found, start = network_config(session.checkpoint), None, "its checkpoint"
     else:
         config = config_of(args, family=family, num_classes=len(data["classes"]))
         found = find_start(args, config, data)
         start = str(found[0]) if found else "random weights"
+    config.check_image_size(data["image_size"])
+    criterion, teacher = nn.CrossEntropyLoss(label_smoothing=args.label_smooth), None
+    if args.teacher:
+        teacher = find_teacher(args.teacher, data, world)
+        if teacher.flags and _saw_holdout(teacher.flags, args):
+            raise InputError(
+                f"--teacher {args.teacher} has trained on images that --holdout {args.holdout} holds out; "
+                "train it with the same --holdout and --seed"
+            )
+        _place(teacher.network, world.device, args.memory_format)
+        criterion = DistillationLoss(
+            criterion, weight=args.teacher_weight, temperature=args.teacher_temperature
+        )
     seed_everything(args.seed)
     model = build_model(config)
     if found is not None:
         load_start(model, found[1]["model"])
-    model.to(world.device)
-    # pools and small grouped convolutions are 1.5 times faster so on a CPU
-    in_memory_format(
-        model, args.memory_format, auto="channels_last" if world.device.type == "cpu" else "contiguous"
-    )
+    _place(model, world.device, args.memory_format)
     torch.manual_seed(args.seed + world.rank)  # drop-path differs between processes
+    decay, parameters = args.weight_decay, model.parameters()
+    if args.stage1_weight_decay and not args.binary:
+        parameters = decaying_groups(model, args.stage1_weight_decay)
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, weight_decay=decay, fused=True)
+    model.register_update_rule(optimizer)
+    if args.clip_weights:
+        clip_latent_weights(model, optimizer)
+    average = moving_average(model, optimizer, args.ema) if args.ema else None  # of what is clipped
     if args.compile:
         compile_regions(model, mode=args.compile_mode)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-    )
     return Training(
         model,
-        nn.CrossEntropyLoss(label_smoothing=args.label_smooth),
+        criterion,
         optimizer,
         make_scheduler(optimizer, args, warmup=warmup),
         {"kind": stage(args), "config": config.to_dict(), "data": data},
         start,
+        teacher,
+        average,
     )
+
+
+def check_beyond(args: argparse.Namespace) -> None:
+    """Raise InputError where flags of options.add_beyond_flags do not go with others."""
+    if args.stage1_weight_decay and args.weight_decay:
+        raise InputError(
+            "--stage1_weight_decay (of some weights, in stage 1) and --weight_decay (of all, in each stage) "
+            "contradict each other; give one"
+        )
+    if args.stage1_weight_decay and args.from_scratch:
+        raise InputError("--stage1_weight_decay has no use with --from_scratch, which has no stage 1")
+    if args.teacher and args.teacher_weight == 1 and "label_smooth" in args.given and args.label_smooth:
+        raise InputError(
+            "--label_smooth has no use with --teacher_weight 1, which takes no labels; leave it out, or give "
+            "a smaller --teacher_weight"
+        )
+
+
+def _place(network: nn.Module, device: torch.device, memory_format: str) -> None:
+    """Bring it to the device, in the layout that is asked for: `auto`, the one known to be fastest there."""
+    network.to(device)
+    # pools and small grouped convolutions are 1.5 times faster so on a CPU
+    in_memory_format(network, memory_format, auto="channels_last" if device.type == "cpu" else "contiguous")
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, *, warmup: int) -> LRScheduler:
@@ -212,8 +329,8 @@ def log_start(run: Run, args: argparse.Namespace, training: Training) -> None:
     config = training.model.config
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     run.log(
-        f"{stage(args)}: W{config.weight_bits}A{config.activation_bits}, {human(parameters)} parameters, "
-        f"starting from {training.start}"
+        f"{label(config)}, {stage(args)}: W{config.weight_bits}A{config.activation_bits}, "
+        f"{human(parameters)} parameters, starting from {training.start}"
     )
 
 
@@ -231,11 +348,13 @@ def epoch_record(train: dict, valid: dict, learning_rate: float) -> dict:
     }
 
 
-def finish(session: Session, *, held_out: str) -> None:
-    """Mark the run as finished; say its last and best accuracy, each with what it was measured on; draw its
-    curves; say what to do next."""
-    session.finish()
+def finish(session: Session, *, held_out: str, test: dict[str, float] | None = None) -> None:
+    """Write result.json and mark the run as finished; say its last and best accuracy, each with what it was
+    measured on; draw its curves; say what to do next. `test`: of the best epoch, where it was not chosen on
+    the test images."""
     run, best = session.run, session.best
+    run.write_result({"chosen_on": held_out, "best": best, "last": run.last_record(), "test": test})
+    session.finish()
     if run.folder is None:
         return
     note = (
@@ -254,7 +373,7 @@ def finish(session: Session, *, held_out: str) -> None:
     except (InputError, LookupError, OSError) as error:  # the run is done all the same
         run.log(f"cannot look back on the run: {one_line(error)}")
     run.log(f"best epoch {best['epoch']}: {held_out} top-1 {best['score']:.2f} %, {note}")
-    if session.args.binary:
+    if stage(session.args) != "stage1":
         run.log(f"next: python evaluate.py {run.folder}")
     else:
         run.log(f"next: {command} --binary --pretrained {shlex.quote(str(run.folder))}")
