@@ -89,9 +89,10 @@ def main(args: argparse.Namespace) -> None:
     if args.benchmark == "memory":
         print("\n".join(memory.table()))
         return
+    world = setup(args.device)
+    print_head(args, world.device)
     for line in args.idle:
         print(line)
-    world = setup(args.device)
     torch.manual_seed(0)
     _, cases = BENCHMARKS[args.benchmark]
     with cases(args, world) as to_time:
@@ -104,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
             # what compiled code and other engines do is not dispatched
             count=args.benchmark != "infer" and not args.compile,
         )
-    print_table(rows, args, world.device)
+    print_table(rows, world.device)
     print(json.dumps({"settings": options.as_dict(args), "machine": machine(world.device), "rows": rows}))
 
 
@@ -406,13 +407,16 @@ def epochs_of(loader: Loader) -> Callable[[], None]:
     return epoch
 
 
-def print_table(rows: list[dict], args: argparse.Namespace, device: torch.device) -> None:
+def print_head(args: argparse.Namespace, device: torch.device) -> None:
     print(", ".join(f"{name} {value}" for name, value in machine(device).items()))
     settings = options.as_dict(args).items()
     print(
         ", ".join(f"{name} {value}" for name, value in settings if value is not None and value is not False)
     )
     print()
+
+
+def print_table(rows: list[dict], device: torch.device) -> None:
     column = MEMORY[device.type]
     columns = ["case", "median ms", "min", "max", "images/s"]
     columns += [f"{column} MiB", "operations", "ratio", f"{column} ratio"]
