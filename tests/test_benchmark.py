@@ -25,6 +25,7 @@ CASES = {
         "cifar training",
         "imagenet loader",
         "imagenet training",
+        "imagenet loader, --jpeg_draft",
     ],
 }
 
