@@ -19,9 +19,15 @@
 
 #ifndef PATH
 
-#include <math.h>
 #include <stdint.h>
+#if __STDC_HOSTED__
+#include <math.h>
 #include <string.h>
+#else /* all that is needed of them */
+#define INFINITY __builtin_inff()
+#define memcpy __builtin_memcpy
+#define memset __builtin_memset
+#endif
 
 enum { BINARY, FLOAT, POOL, LINEAR };
 
