@@ -10,8 +10,8 @@ system's C compiler builds at first use into the user's cache. Without a compile
 float form of the same program runs on PyTorch, if that is installed.
 
 This folder runs alone: NumPy and safetensors are all that it needs. (lowering.py, which makes the programs,
-needs the rest of the project.) EBNAS_KERNEL = avx512, avx2, c or torch forces a path; EBNAS_CFLAGS adds flags
-for the compiler.
+needs the rest of the project.) EBNAS_KERNEL = avx512, avx2, neon, c or torch forces a path; EBNAS_CFLAGS adds
+flags for the compiler.
 """
 
 from .kernel import KERNELS, NoCompiler, available_kernels

@@ -117,11 +117,26 @@ TARGET("avx2,fma")
 TARGET_END
 #endif
 
+#if defined(__aarch64__) || defined(__wasm_simd128__)
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#define V128_FILTERS 6 /* with two vectors of pixels 12 sums in 32 registers; with 16 GCC spills some */
+#else
+#include <wasm_simd128.h>
+#define V128_FILTERS 4 /* mostly run on 16 registers */
+#endif
+#define PATH v128
+#define V128
+#include __FILE__
+#undef V128
+#undef PATH
+#endif
+
 #define PATH c
 #include __FILE__
 #undef PATH
 
-enum { PLAIN_C, PATH_AVX2, PATH_AVX512 };
+enum { PLAIN_C, PATH_AVX2, PATH_AVX512, PATH_V128 };
 
 /* The best path that this processor and its operating system can run. */
 int best_path(void)
@@ -133,6 +148,8 @@ int best_path(void)
         return PATH_AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return PATH_AVX2;
+#elif defined(V128_FILTERS)
+    return PATH_V128; /* part of every 64-bit ARM; of WebAssembly, where it was compiled so */
 #endif
     return PLAIN_C;
 }
@@ -141,9 +158,16 @@ int best_path(void)
 void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64_t filters, int64_t terms,
                     uint32_t *encoded)
 {
+    int64_t at_once = 4;
+    if (path == PATH_AVX512)
+        at_once = 8;
+#if defined(V128_FILTERS)
+    if (path == PATH_V128)
+        at_once = V128_FILTERS;
+#endif
     for (int64_t g = 0; g < groups; g++, bytes += filters * terms)
         for (int64_t first = 0, size; first < filters; first += size) {
-            size = block_size(filters - first, path == PATH_AVX512 ? 8 : 4);
+            size = block_size(filters - first, at_once);
             for (int64_t t = 0; t < terms; t++)
                 for (int64_t f = first; f < first + size; f++) {
                     const uint32_t w = bytes[f * terms + t];
@@ -161,6 +185,10 @@ void run_units(int path, const struct unit *units, int64_t n, float *arena)
         run_avx512(units, n, arena);
     else if (path == PATH_AVX2)
         run_avx2(units, n, arena);
+    else
+#elif defined(V128_FILTERS)
+    if (path == PATH_V128)
+        run_v128(units, n, arena);
     else
 #endif
         run_c(units, n, arena);
@@ -287,6 +315,78 @@ INLINE FN(bytes) FN(pack)(const float *x, int64_t plane, const float *threshold,
     }
     for (int i = 0; i < 2; i++)
         bits.half[i] = _mm256_permutevar8x32_epi32(bits.half[i], order);
+    return bits;
+}
+
+#elif defined(V128)
+
+/* 128-bit vectors with a popcount of bytes: NEON and WebAssembly's, which differ in the two functions that
+   come first. ARM's dot product would sum neighbouring bytes, and those are pixels here: of no use. SVE's
+   longer vectors and SHA3's BCAX (the XOR and the mask in one) would be, on the processors that have them. */
+#define LANES 32
+#define FILTERS V128_FILTERS
+#define FLOATS 4
+typedef uint8_t FN(vector) __attribute__((vector_size(16)));
+typedef uint8_t FN(unaligned) __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint32_t FN(words) __attribute__((vector_size(16)));
+typedef float FN(quad) __attribute__((vector_size(16), aligned(4), may_alias));
+typedef struct { FN(vector) half[2]; } FN(bytes);
+typedef struct { FN(vector) x[2], mask[2]; } FN(tap);
+
+#if defined(__aarch64__)
+INLINE FN(vector) FN(popcount)(FN(vector) v) { return vcntq_u8(v); }
+
+INLINE FN(vector) FN(narrow)(FN(words) a, FN(words) b, FN(words) c, FN(words) d)
+{
+    const uint16x8_t low = vuzp1q_u16((uint16x8_t)a, (uint16x8_t)b);
+    return vuzp1q_u8((uint8x16_t)low, (uint8x16_t)vuzp1q_u16((uint16x8_t)c, (uint16x8_t)d));
+}
+#else
+INLINE FN(vector) FN(popcount)(FN(vector) v) { return (FN(vector))wasm_i8x16_popcnt((v128_t)v); }
+
+INLINE FN(vector) FN(narrow)(FN(words) a, FN(words) b, FN(words) c, FN(words) d)
+{
+    return (FN(vector))wasm_i8x16_narrow_i16x8(wasm_i16x8_narrow_i32x4((v128_t)a, (v128_t)b),
+                                               wasm_i16x8_narrow_i32x4((v128_t)c, (v128_t)d));
+}
+#endif
+
+INLINE FN(bytes) FN(zero)(void) { return (FN(bytes)){{{0}, {0}}}; }
+
+INLINE void FN(store)(uint8_t *to, FN(bytes) v)
+{
+    for (int i = 0; i < 2; i++)
+        *(FN(unaligned) *)(to + 16 * i) = v.half[i];
+}
+
+INLINE FN(tap) FN(load_tap)(const uint8_t *x, const uint8_t *mask)
+{
+    FN(tap) t;
+    for (int i = 0; i < 2; i++) {
+        t.x[i] = *(const FN(unaligned) *)(x + 16 * i);
+        t.mask[i] = *(const FN(unaligned) *)(mask + 16 * i);
+    }
+    return t;
+}
+
+INLINE FN(bytes) FN(add_differing)(FN(bytes) count, FN(tap) t, uint32_t w)
+{
+    const FN(vector) weights = (FN(vector))(FN(words)){w, w, w, w};
+    for (int i = 0; i < 2; i++)
+        count.half[i] += FN(popcount)((t.x[i] ^ weights) & t.mask[i]);
+    return count;
+}
+
+INLINE FN(bytes) FN(pack)(const float *x, int64_t plane, const float *threshold, int channels)
+{
+    FN(bytes) bits = FN(zero)();
+    for (int c = 0; c < channels; c++, x += plane)
+        for (int i = 0; i < 2; i++) {
+            FN(words) above[4];
+            for (int j = 0; j < 4; j++)
+                above[j] = (FN(words))(*(const FN(quad) *)(x + 16 * i + 4 * j) >= threshold[c]);
+            bits.half[i] |= FN(narrow)(above[0], above[1], above[2], above[3]) & (uint8_t)(1 << c);
+        }
     return bits;
 }
 
@@ -445,8 +545,10 @@ static void FN(convolve_binary)(const struct unit *u, float *arena)
             case 1: FN(convolve_filters)(1, u, planes, w, c, arena); break;
             case 2: FN(convolve_filters)(2, u, planes, w, c, arena); break;
             case 4: FN(convolve_filters)(4, u, planes, w, c, arena); break;
-#if FILTERS == 8
+#if FILTERS >= 6
             case 6: FN(convolve_filters)(6, u, planes, w, c, arena); break;
+#endif
+#if FILTERS == 8
             case 8: FN(convolve_filters)(8, u, planes, w, c, arena); break;
 #endif
             }

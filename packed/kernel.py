@@ -20,7 +20,7 @@ import numpy as np
 
 from .program import Program, Step, View
 
-KERNELS = ("c", "avx2", "avx512")  # the C file's paths, by number
+KERNELS = ("c", "avx2", "avx512", "neon")  # the C file's paths, by number
 LARGEST_IMAGE = 1 << 24  # pixels
 LARGEST_PLAN = 1 << 31  # bytes of buffers, scratch memory and constants, for one image at a time
 
@@ -109,8 +109,9 @@ def library() -> ctypes.CDLL:
 
 
 def available_kernels() -> tuple[str, ...]:
-    """The paths that this machine can run, the fastest last: `c`, then `avx2` and `avx512`. Compiles."""
-    return KERNELS[: library().best_path() + 1]
+    """The paths that this machine can run, the fastest last: c, avx2 and avx512, or c and neon. Compiles."""
+    best = library().best_path()
+    return ("c", "neon") if KERNELS[best] == "neon" else KERNELS[: best + 1]
 
 
 def _has_torch() -> bool:

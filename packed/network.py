@@ -121,7 +121,7 @@ def _usable_cores() -> int:
 
 
 def load(path: str | os.PathLike, *, threads: int | None = None, kernel: str | None = None) -> PackedNetwork:
-    """The network of a file. `kernel`: one of avx512, avx2, c, torch instead of the best that runs here.
+    """The network of a file. `kernel`: one of avx512, avx2, neon, c, torch, not the best that runs here.
 
     Raises PackedFileError (a ValueError) for a file that is not a whole and consistent packed network.
     """
