@@ -13,7 +13,9 @@ def page(network: bytes) -> bytes:
     """The page of a network; `network` is the content of its .ebnas file."""
     html = (_HERE / "page.html").read_text()
     data = f'const KERNEL = "{_base64(KERNEL.read_bytes())}";\nconst NETWORK = "{_base64(network)}";\n'
-    script = "\n".join([data, *((_HERE / name).read_text() for name in ("network.js", "pictures.js", "page.js"))])
+    script = "\n".join(
+        [data, *((_HERE / name).read_text() for name in ("network.js", "pictures.js", "page.js"))]
+    )
     for mark, content in (("/* style */", (_HERE / "page.css").read_text()), ("/* script */", script)):
         before, after = html.split(mark)
         html = before + content + after
