@@ -1,6 +1,7 @@
 # make demo     search, stage 1, stage 2 and a result table on an embedded set of images, in minutes
 # make test     all tests but those of test-sanitizers
 # make test-sanitizers  every path of the packed kernel, compiled with address and undefined-behaviour sanitizers
+# make wasm     the packed kernel for the browser, web/kernel.wasm: needs clang and lld
 # make lint     ruff
 # PYTHON=...    use the environment of that interpreter, instead of setting one up in .venv
 
@@ -16,7 +17,7 @@ SHAPES := --set shapes --image_size 16 --save demo --seed 0 --layers 3 --learnin
 SEARCH := $(SHAPES) --batch_size 100 --init_channels 8 --arch_learning_rate 1e-2
 NETWORK := $(SHAPES) --batch_size 50 --init_channels 14 --drop_path_prob 0
 
-.PHONY: demo test test-sanitizers lint clean
+.PHONY: demo test test-sanitizers wasm lint clean
 
 # two threads, which sleep while they wait: spinning, they would stall where other programs want the cores
 demo: export OMP_NUM_THREADS = 2
@@ -36,6 +37,13 @@ test: $(SETUP)
 test-sanitizers: export OMP_NUM_THREADS = 1
 test-sanitizers: $(SETUP)
 	$(PYTHON) -m pytest -q -m sanitizer tests
+
+# the committed file is what clang and lld 14 give; __FILE__, which the source includes, is found by -I
+WASM := web/kernel.wasm
+wasm:
+	clang --target=wasm32 -O3 -ffreestanding -nostdlib -msimd128 -mbulk-memory -I. -Wl,--no-entry,--strip-all \
+	    -Wl,--export=best_path,--export=encode_weights,--export=run_network,--export=__heap_base \
+	    -o $(WASM) packed/binary_cpu.c
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
