@@ -59,7 +59,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser, tmp_path):
-    """`visit(network's bytes, viewport)`: its page, from a file; the browser must neither call out nor err."""
+    """`visit(network's bytes, viewport)`: its page, from a file, without errors or requests."""
     tabs, faults = [], []
 
     def visit(content: bytes, viewport: dict = DESK):
