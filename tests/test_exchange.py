@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from conftest import ROOT
 from packed_programs import one_step
 
-from packed import Program, load
+from packed import load
 from packed.exchange import onnx_bytes, pt2_bytes
 from shapes import draw_shapes
 
@@ -31,51 +32,52 @@ def run_pt2(content: bytes, images: np.ndarray) -> np.ndarray:
 FORMS = {"onnx": (onnx_bytes, run_onnx), "pt2": (pt2_bytes, run_pt2)}
 
 
-def made(form: str, program: Program) -> bytes:
+def skip_without_exporter(form: str) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime") if form == "onnx" else ():
+        pytest.importorskip(package, reason=f"{package} is not installed")
+
+
+def metadata_of(form: str, file: Path) -> dict:
     if form == "onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            pytest.importorskip(package, reason=f"{package} is not installed")
-    return FORMS[form][0](program)
+        import onnx
+
+        return {each.key: json.loads(each.value) for each in onnx.load(file).metadata_props}
+    extra = {"metadata.json": ""}
+    torch.export.load(file, extra_files=extra)
+    return json.loads(extra["metadata.json"])
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_shipped_network_elsewhere(form):
+def test_the_shipped_network_elsewhere(form, scripts):
     """Batches of any size. Folded scales round: a sign may change, which the median does not see."""
+    skip_without_exporter(form)
+    scripts.run("export.py", SHAPES, f"--{form}", "network")
+    (file,) = scripts.folder.iterdir()
     net = load(SHAPES)
-    content = made(form, net.program)
     images = net.preprocess(draw_shapes(100, 32, seed=4)[0].transpose(0, 2, 3, 1))
-    expected, logits = net(images), FORMS[form][1](content, images)
+    run, content, expected = FORMS[form][1], file.read_bytes(), net(images)
+    logits = run(content, images)
     assert np.median(np.abs(logits - expected)) < 1e-4
     assert (logits.argmax(1) == expected.argmax(1)).mean() >= 0.99
-    np.testing.assert_allclose(FORMS[form][1](content, images[:1]), logits[:1], atol=1e-4)
+    np.testing.assert_allclose(run(content, images[:1]), logits[:1], atol=1e-4)
+
+    ours = metadata_of(form, file)
+    assert tuple(ours["classes"]) == net.classes and tuple(ours["mean"]) == net.program.mean
+    assert ours["image_size"] == ours["resize"] == 32 and "RGB" in ours["preprocessing"]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_sign_of_zero_is_plus_one(form):
+    skip_without_exporter(form)
     tensors = {
         "threshold": np.zeros(1, np.float32),
         "bits": np.ones((1, 1, 1), np.uint8),
         "affine": np.float32([[3], [0.5], [0.25]]),
     }
-    program = one_step("binary", 1, 1, tensors)
+    make, run = FORMS[form]
     images = np.float32([0.0, -0.0, -1e-30]).repeat(64).reshape(3, 1, 8, 8)
-    logits = FORMS[form][1](made(form, program), images)
+    logits = run(make(one_step("binary", 1, 1, tensors)), images)
     np.testing.assert_array_equal(logits[:, 0], np.float32([3.5, 3.5, 0.25 * -2.5]))
-
-
-def test_classes_and_preprocessing_are_in_the_files(scripts):
-    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    scripts.run("export.py", SHAPES, "--onnx", "a.onnx", "--pt2", "a.pt2")
-    assert sorted(path.name for path in scripts.folder.iterdir()) == ["a.onnx", "a.pt2"]
-    properties = onnx.load(scripts.folder / "a.onnx").metadata_props
-    ours = {each.key: json.loads(each.value) for each in properties}
-    extra = {"metadata.json": ""}
-    torch.export.load(scripts.folder / "a.pt2", extra_files=extra)
-    program = load(SHAPES).program
-    assert ours == json.loads(extra["metadata.json"])
-    assert tuple(ours["classes"]) == program.classes and tuple(ours["mean"]) == program.mean
-    assert ours["image_size"] == ours["resize"] == 32 and "RGB" in ours["preprocessing"]
 
 
 def test_a_missing_exporter_is_named(fails, monkeypatch):

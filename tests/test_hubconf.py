@@ -14,13 +14,12 @@ def hub(*arguments, **config):
     return torch.hub.load(str(ROOT), "ebnas", *arguments, source="local", **config)
 
 
-def test_untrained_trained_and_packed_networks(pipeline):
+def test_untrained_trained_and_packed_networks(interrupted):
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     untrained = hub(init_channels=4, groups=2, layers=3, num_classes=7)
     assert untrained.training and untrained(images)[0].shape == (2, 7)
 
-    (run,) = pipeline.runs("eval-EXP-stage2-*")
-    trained, saved = hub(str(run)), load_checkpoint(run)["model"]
+    trained, saved = hub(str(interrupted)), load_checkpoint(interrupted)["model"]
     assert not trained.training
     assert all(torch.equal(value, saved[name]) for name, value in trained.state_dict().items())
 

@@ -68,10 +68,10 @@ def visit(browser, tmp_path):
         tab = browser.new_page(viewport=viewport)
         tabs.append(tab)
         tab.on("pageerror", lambda error: faults.append(str(error)))
-        tab.on("console", lambda message: faults.append(message.text))
+        tab.on("console", lambda message: message.type != "error" or faults.append(message.text))
         tab.on("request", lambda request: request.url.startswith("file:") or faults.append(request.url))
         tab.goto(file.as_uri())
-        tab.wait_for_function("network !== null || !document.getElementById('message').hidden")
+        tab.wait_for_selector("#bars li, #message:visible")
         return tab
 
     yield visit
@@ -122,7 +122,10 @@ DRAWINGS = {
     "heart": [heart()],
     "ring": [around(24, 0.4), around(24, 0.22)],
     "disc": [around(24, 0.3)],
-    "frame": [polygon((0.1, 0.1), (0.9, 0.12), (0.9, 0.9), (0.1, 0.88)), around(4, 0.33)],
+    "frame": [
+        polygon((0.1, 0.1), (0.9, 0.12), (0.9, 0.9), (0.1, 0.88)),
+        polygon((0.28, 0.28), (0.72, 0.29), (0.72, 0.71), (0.28, 0.7)),
+    ],
     "square": [polygon((0.2, 0.2), (0.8, 0.22), (0.79, 0.8), (0.2, 0.8))],
     "triangle": [polygon((0.5, 0.15), (0.85, 0.8), (0.15, 0.8))],
     "bar": [[(0.2, 0.5), (0.5, 0.47), (0.8, 0.45)]],
@@ -168,7 +171,7 @@ def test_a_picture_is_seen_as_infer_sees_it(visit, tmp_path):
         picture.save(file)
         tab.evaluate("document.getElementById('answer').textContent = ''")
         tab.set_input_files("#file", file)
-        tab.wait_for_function("document.getElementById('answer').textContent !== ''")
+        tab.wait_for_selector("#answer:not(:empty)")
         seen = "document.getElementById('seen').getContext('2d').getImageData(0, 0, 32, 32).data"
         pixels = np.array(tab.evaluate(f"Array.from({seen})"), np.uint8).reshape(32, 32, 4)[..., :3]
         expected = central_square(read_rgb(file), resize=32, size=32)
@@ -179,7 +182,7 @@ def test_a_picture_is_seen_as_infer_sees_it(visit, tmp_path):
 def test_the_camera_is_classified_until_it_is_stopped(visit):
     tab = visit(SHAPES.read_bytes())
     tab.click("#camera")
-    tab.wait_for_function("document.getElementById('answer').textContent !== ''")
+    tab.wait_for_selector("#answer:not(:empty)")
     assert tab.get_attribute("#camera", "aria-pressed") == "true"
     tab.click("#camera")
     assert tab.evaluate("stream") is None and tab.inner_text("#answer") == ""
@@ -200,7 +203,7 @@ def test_a_broken_file_is_answered_with_a_sentence(visit, tmp_path):
     ):
         (tmp_path / "broken.ebnas").write_bytes(bytes_)
         tab.set_input_files("#file", tmp_path / "broken.ebnas")
-        tab.wait_for_function("(text) => document.getElementById('message').innerText === text", arg=sentence)
+        tab.wait_for_selector(f"#message:text-is('{sentence}')")
         assert draw(tab, DRAWINGS["star"]) == "star"  # by the network of before
     (tmp_path / "text.png").write_text("no picture")
     tab.set_input_files("#file", tmp_path / "text.png")

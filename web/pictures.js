@@ -48,7 +48,7 @@ function windows(from, to) {
 const RASTER = 256; // pixels of the drawing that is filled
 const PART = 0.62; // of the picture's side that a drawing takes, as the shapes of the training set do
 const THIN = 0.04; // width of a line around a filled shape, and
-const THICK = 0.3; // of lines that enclose nothing, both as a part of the drawing's longer side
+const THICK = 0.43; // of lines that enclose nothing, both as a part of the drawing's longer side
 const GROUND = [66, 72, 84];
 const PAINT = [178, 168, 150];
 
