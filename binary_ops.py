@@ -1,4 +1,4 @@
-"""Binarisation: signs with straight-through estimators, weight scaling, and the 1-bit convolution."""
+"""Binarisation: signs with straight-through estimators, weight scaling, the 1-bit convolution, and RPReLU."""
 
 from __future__ import annotations
 
@@ -174,3 +174,22 @@ class BinaryConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, W{self.weight_bits}A{self.activation_bits}"
+
+
+class RPReLU(nn.PReLU):
+    """PReLU(x) + shift, one slope and one shift a channel, (n, channels, h, w); the shifts start at 0.
+
+    ReActNet's RPReLU (Liu et al., ECCV 2020), f(x) = PReLU(x - gamma) + zeta: `shift` is zeta, and -gamma is
+    the bias of the BN before it.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.shift = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.shift.to(y.dtype).view(-1, 1, 1)
+
+
+ACTIVATIONS = {"prelu": nn.PReLU, "rprelu": RPReLU}

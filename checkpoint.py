@@ -4,7 +4,8 @@ checked in full before anything is built from them.
 A checkpoint is a dictionary: `format`, `script`, `kind` (search, stage1, stage2), `args`, `config` (of the
 network), `data` (set, classes, mean, std, image size), `model`, `state` (optimisers, schedule, scaler),
 `random` (of every process), `epoch` and `step` (the next ones to run), `sums`, `best`, `finished`, and, of
-several processes within an epoch, `buffers` (the BN statistics of each).
+several processes within an epoch, `buffers` (the BN statistics of each). Of a run with --ema `model` is the
+average, and `state` has the `live` network, which goes on training.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from utils import InputError, RunFailed, one_line, write_atomically
 
 FORMAT = "ebnas-checkpoint-1"
 LAST, BEST = "last.pt", "best.pt"
+LIVE = "live"
 
 
 class Checkpointer:
@@ -44,6 +46,19 @@ class Checkpointer:
     ):
         self.folder, self.header, self.world = folder, header, world
         self.model, self.stateful = model, stateful
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The network and, with --ema, the live one, by what precedes the names of their statistics."""
+        live = {f"{LIVE}.": self.stateful[LIVE]} if LIVE in self.stateful else {}
+        return {"": self.model, **live}
+
+    def _statistics(self) -> dict[str, Tensor]:
+        return {
+            prefix + name: buffer
+            for prefix, network in self.networks.items()
+            for name, buffer in float_buffers(network).items()
+        }
 
     def save(
         self,
@@ -62,8 +77,7 @@ class Checkpointer:
         states = self.world.gather(random_state(self.world.device))
         buffers = None
         if self.world.size > 1 and step:
-            ours = {name: buffer.cpu() for name, buffer in float_buffers(self.model).items()}
-            buffers = self.world.gather(ours)
+            buffers = self.world.gather({name: buffer.cpu() for name, buffer in self._statistics().items()})
         if self.folder is None:
             return
         model = self.model.state_dict()
@@ -104,8 +118,9 @@ class Checkpointer:
         # of another number of processes, the streams are others too, and the statistics are the main one's
         if len(checkpoint["random"]) == self.world.size:
             set_random_state(checkpoint["random"][self.world.rank], self.world.device)
+            ours = self._statistics()
             for name, value in checkpoint.get("buffers", [{}] * self.world.size)[self.world.rank].items():
-                self.model.get_buffer(name).copy_(value)
+                ours[name].copy_(value)
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str | None:
@@ -286,14 +301,17 @@ def _check_model(checkpoint: dict) -> None:
         )
     with torch.device("meta"):  # shapes only
         expected = build_network(config).state_dict()
-    parts = {"model": checkpoint["model"]}
+    statistics = {name: like for name, like in expected.items() if "running_" in name}
+    parts = {"model": (checkpoint["model"], expected)}
+    if LIVE in checkpoint["state"]:
+        parts[f"state.{LIVE}"] = (checkpoint["state"][LIVE], expected)
+        statistics |= {f"{LIVE}.{name}": like for name, like in statistics.items()}
     buffers = checkpoint.get("buffers")
     if buffers is not None:
         if not isinstance(buffers, list) or len(buffers) != len(checkpoint["random"]):
             raise InputError("its entry 'buffers' is not BN statistics of each process")
-        parts |= {f"buffers[{rank}]": part for rank, part in enumerate(buffers)}
-    for part, tensors in parts.items():
-        wanted = {name: like for name, like in expected.items() if part == "model" or "running_" in name}
+        parts |= {f"buffers[{rank}]": (part, statistics) for rank, part in enumerate(buffers)}
+    for part, (tensors, wanted) in parts.items():
         if not isinstance(tensors, dict) or set(tensors) != set(wanted):
             odd = sorted(set(wanted).symmetric_difference(tensors if isinstance(tensors, dict) else ()))
             raise InputError(f"its entry {part!r} lacks, or should not have, {', '.join(map(str, odd[:3]))}")

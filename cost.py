@@ -20,7 +20,8 @@ BITS_PER_OP = 64
 class Cost:
     """The cost of one image, auxiliary head left out. MACs of convolutions and linear layers; elements of
     the outputs of BN, PReLU and `AvgPool2d` layers, and of ImageNet's global mean (not CIFAR's); bytes as
-    stored: a bit per binary weight, four bytes for any other parameter, BN statistic or filter scale.
+    stored: a bit per binary weight, four bytes for any other parameter, BN statistic or filter scale. RPReLU
+    counts as PReLU: export folds its shift into what reads the result.
     """
 
     parameters: int

@@ -10,6 +10,7 @@ that resumes at any step continues as if it had never stopped.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import math
@@ -49,7 +50,7 @@ from augment import (
 from folders import ImageFiles, class_names, list_images
 from images import central_corner, evaluation_resize, read_rgb, resized_shape
 from shapes import SHAPES, draw_shapes
-from utils import InputError, RunFailed, one_line, printable
+from utils import InputError, RunFailed, nearest_multiples, one_line, printable
 
 SETS = ("cifar10", "cifar100", "shapes", "folder")
 
@@ -84,27 +85,53 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
 
 
-def load_set(name: str, root: str | Path, *, train: bool, image_size: int = 32, workers: int = 2) -> ImageSet:
-    """The training or the test images of a set, on the CPU.
+def load_set(
+    name: str, root: str | Path, *, train: bool, image_size: int = 32, workers: int = 2, count: int = 0
+) -> ImageSet:
+    """The training or the test images of a set, on the CPU; of these, `count` (0: all), the first of each
+    class, as many of one as of another.
 
     cifar10, cifar100: from `root`, downloaded there if absent (by one process at a time, please).
     folder: `root/train/<class>/**` and `root/test/<class>/**` (or `val`), read by `workers` processes. Any
         size and mode: made RGB, the shorter side resized to `image_size`, the centre cut out.
     shapes: drawn, nothing is read; `root` is not used. 10,000 training and 2,000 test images.
 
-    Raises InputError for an unknown name, missing or unreadable data, and a failed download; RunFailed where
-    a process that reads is killed.
+    Raises InputError for an unknown name, missing or unreadable data, a failed download, and a `count` that
+    cannot be had; RunFailed where a process that reads is killed.
     """
+    if name == "folder":
+        return _load_folder(root, train=train, image_size=image_size, workers=workers, count=count)
     if name in ("cifar10", "cifar100"):
         if image_size != 32:
             raise InputError(f"{name} images are 32 x 32, not {image_size}; leave image_size at 32")
-        return _load_cifar(name, root, train=train)
-    if name == "folder":
-        return _load_folder(root, train=train, image_size=image_size, workers=workers)
-    if name == "shapes":
-        images, labels = draw_shapes(10_000 if train else 2_000, image_size, seed=0 if train else 1)
-        return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), tuple(SHAPES))
-    raise InputError(f"unknown set {name!r}; choose from {', '.join(SETS)}")
+        images = _load_cifar(name, root, train=train)
+    elif name == "shapes":
+        pixels, labels = draw_shapes(10_000 if train else 2_000, image_size, seed=0 if train else 1)
+        images = ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), tuple(SHAPES))
+    else:
+        raise InputError(f"unknown set {name!r}; choose from {', '.join(SETS)}")
+    if not count:
+        return images
+    kept = _first_of_each_class(images.labels, count, images.classes)
+    return ImageSet(images.images[kept], images.labels[kept], images.classes)
+
+
+def _first_of_each_class(labels: Tensor, count: int, classes: Sequence[str]) -> Tensor:
+    """Indices, in order, of the first count / len(classes) of each class. Raises InputError where `count`
+    does not divide by that, or a class has too few."""
+    each, left = divmod(count, len(classes))
+    if left:
+        raise InputError(
+            f"{count} training images do not divide into {len(classes)} classes; "
+            f"the nearest that do: {nearest_multiples(count, len(classes))}"
+        )
+    found = [torch.nonzero(labels == label).flatten()[:each] for label in range(len(classes))]
+    for name, indices in zip(classes, found, strict=True):
+        if len(indices) < each:
+            raise InputError(
+                f"{count} training images are {each} of each class, and {name} has {len(indices)}; take less"
+            )
+    return torch.cat(found).sort().values
 
 
 def channel_statistics(name: str, train_set: ImageSet) -> Normalize:
@@ -171,9 +198,13 @@ def _is_of_the_file_system(error: Exception) -> bool:
     return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _load_folder(root: str | Path, *, train: bool, image_size: int, workers: int) -> ImageSet:
+def _load_folder(root: str | Path, *, train: bool, image_size: int, workers: int, count: int) -> ImageSet:
     train_folder, test_folder = _split_folders([Path(root)], held_out=("test", "val"))
     files = _list_images(train_folder if train else test_folder)
+    if count:
+        kept = _first_of_each_class(torch.tensor(files.labels), count, files.classes).tolist()
+        paths, labels = ([whole[i] for i in kept] for whole in (files.paths, files.labels))
+        files = dataclasses.replace(files, paths=paths, labels=labels)
     reader = _Reader(files, image_size, resize=evaluation_resize(image_size, imagenet=False))
     blocks = torch.arange(len(reader)).split(256)
     workers = min(workers, len(blocks) - 1)  # not worth a process for the smallest sets

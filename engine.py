@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -99,17 +100,20 @@ def training_loss(
     *,
     precision: Precision,
     auxiliary_weight: float = 0.0,
+    targets_of: Callable[[Batch], Any] = attrgetter("targets"),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is minimised, with the auxiliary head's loss; the loss alone; the logits (n, classes), float32.
 
-    `model` maps images to (logits, auxiliary logits or None).
+    `model` maps images to (logits, auxiliary logits or None), each of which `criterion` compares with what
+    `targets_of` makes of the batch.
     """
     with precision.autocast():
+        targets = targets_of(batch)
         logits, auxiliary_logits = model(batch.images)
         logits = logits.float()
-        objective = loss = criterion(logits, batch.targets)
+        objective = loss = criterion(logits, targets)
         if auxiliary_logits is not None:
-            objective = loss + auxiliary_weight * criterion(auxiliary_logits.float(), batch.targets)
+            objective = loss + auxiliary_weight * criterion(auxiliary_logits.float(), targets)
     return objective, loss, logits
 
 
@@ -201,6 +205,7 @@ def train_one_epoch(
     precision: Precision,
     grad_clip: float = 0.0,
     auxiliary_weight: float = 0.0,
+    targets_of: Callable[[Batch], Any] = attrgetter("targets"),
     accumulate: int = 1,
     before_step: Callable[[], None] | None = None,
     after_step: AfterStep | None = None,
@@ -221,7 +226,12 @@ def train_one_epoch(
         for part in parts_of(batch, accumulate):
             with as_compiled(batch, loader.batch_size):
                 objective, loss, logits = training_loss(
-                    model, part, criterion, precision=precision, auxiliary_weight=auxiliary_weight
+                    model,
+                    part,
+                    criterion,
+                    precision=precision,
+                    auxiliary_weight=auxiliary_weight,
+                    targets_of=targets_of,
                 )
             totals.add(loss, logits, part.targets)
             watch.add(step, objective)

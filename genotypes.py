@@ -7,6 +7,7 @@ four nodes. States 0 and 1 are the outputs of the two cells before (0 the older)
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,13 +75,39 @@ GENOTYPES = {
 """The named genotypes. `EBNAS` is the cell published with the paper."""
 
 
+RANDOM = "random:"
+"""`random:SEED` names the genotype that `random_genotype(SEED)` draws."""
+
+
+def random_genotype(seed: int) -> Genotype:
+    """A uniform draw from what a search can derive: for each node two different inputs, in either order, and
+    for each of these any operation."""
+    draw = random.Random(seed)
+
+    def cell() -> tuple[tuple[str, int], ...]:
+        return tuple(
+            (draw.choice(PRIMITIVES), source)
+            for node in range(NODES)
+            for source in draw.sample(range(2 + node), 2)
+        )
+
+    concat = tuple(range(2, 2 + NODES))
+    return Genotype(cell(), concat, cell(), concat)
+
+
 def get_genotype(name: str) -> Genotype:
-    """The genotype registered as `name`, or in the JSON file or search run folder of that path.
+    """The genotype registered as `name`, a random one (`random:SEED`), or that in the JSON file or search run
+    folder of that path.
 
     Raises InputError: unknown name (the known ones are listed), or a file that holds no valid genotype.
     """
     if name in GENOTYPES:
         return GENOTYPES[name]
+    if name.startswith(RANDOM):
+        seed = name.removeprefix(RANDOM)
+        if not seed.isdecimal():
+            raise InputError(f"genotype {name!r}: {RANDOM} takes a seed, a whole number from 0")
+        return random_genotype(int(seed))
     path = Path(name)
     if path.is_dir():
         path = path / "genotype.json"
@@ -89,7 +116,8 @@ def get_genotype(name: str) -> Genotype:
     if not path.is_file():
         known = ", ".join(sorted(GENOTYPES))
         raise InputError(
-            f"unknown genotype {name!r}: choose from {known}, or give a genotype file or a search's folder"
+            f"unknown genotype {name!r}: choose from {known}, or give {RANDOM}SEED, a genotype file or a "
+            "search's folder"
         )
     try:
         fields = json.loads(path.read_text())

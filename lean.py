@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from binary_ops import BinaryConv2d, sign
+from binary_ops import BinaryConv2d, RPReLU, sign
 
 
 def unit(
@@ -27,7 +27,8 @@ def unit(
     bn2: nn.BatchNorm2d,
     prelu: nn.PReLU,
 ) -> Tensor:
-    """PReLU(BN2(conv(sign(BN1(x)), weight)) [+ residual]), (n, c_in, h, w) -> (n, c_out, h', w').
+    """PReLU(BN2(conv(sign(BN1(x)), weight)) [+ residual]) [+ RPReLU's shift], (n, c_in, h, w) ->
+    (n, c_out, h', w').
 
     Running statistics are updated as the modules would.
     """
@@ -39,7 +40,9 @@ def unit(
     adds_x = residual is x  # said by a flag: torch.compile takes no tensor twice
     if adds_x:
         residual = None
-    return _Unit.apply(convolution, norm, adds_x, x, residual, weight, prelu.weight, *affine, *running)
+    shift = prelu.shift if isinstance(prelu, RPReLU) else None
+    inputs = x, residual, weight, prelu.weight, shift
+    return _Unit.apply(convolution, norm, adds_x, *inputs, *affine, *running)
 
 
 class Convolution(NamedTuple):
@@ -103,22 +106,23 @@ class _Unit(Function):
     """The gradients, with a = BN1(x), z = BN2(y) + residual and G that of PReLU(z):
 
     of z and of the residual G where z > 0, else slope * G; of the slope the sum of G * z where z <= 0;
+    of RPReLU's shift the sum of G;
     of y BN2's; of a the convolution's, times max(0, 2 - 2|a|) if it reads signs; of x BN1's.
     """
 
     @staticmethod
-    def forward(
-        ctx, convolution, norm, adds_x, x, residual, weight, slope, w1, b1, w2, b2, mean1, var1, mean2, var2
-    ):
+    def forward(ctx, convolution, norm, adds_x, x, residual, weight, slope, shift, w1, b1, w2, b2, *running):
+        mean1, var1, mean2, var2 = running
         a, *_ = norm.forward(x, w1, b1, mean1, var1)
         y = convolution.forward(a, weight)
         z, *_ = norm.forward(y, w2, b2, mean2, var2)
         z = _plus(z, x if adds_x else residual)
-        ctx.convolution, ctx.norm, ctx.adds_x = convolution, norm, adds_x
+        ctx.convolution, ctx.norm, ctx.adds_x, ctx.shifts = convolution, norm, adds_x, shift is not None
         # running statistics are of no use to the gradient in training, and other calls change them
-        running = (None,) * 4 if norm.training else (mean1, var1, mean2, var2)
+        running = (None,) * 4 if norm.training else running
         ctx.save_for_backward(x, y, residual, weight, slope, w1, b1, w2, b2, *running)
-        return F.prelu(z, slope)
+        y = F.prelu(z, slope)
+        return y if shift is None else y.add_(shift.to(y.dtype).view(-1, 1, 1))
 
     @staticmethod
     def backward(ctx, grad):
@@ -134,8 +138,9 @@ class _Unit(Function):
         if ctx.adds_x:
             grad_x = grad_x.add_(grad_z)
         grad_residual = None if residual is None else grad_z.to(residual.dtype)
-        affine = grad_w1, grad_b1, grad_w2, grad_b2
-        return None, None, None, grad_x, grad_residual, grad_weight, grad_slope, *affine, *(None,) * 4
+        grad_shift = _sum_by_channel(grad, slope.dtype) if ctx.shifts else None
+        gradients = grad_x, grad_residual, grad_weight, grad_slope, grad_shift
+        return None, None, None, *gradients, grad_w1, grad_b1, grad_w2, grad_b2, *(None,) * 4
 
 
 def _plus(z: Tensor, residual: Tensor | None) -> Tensor:
@@ -152,9 +157,12 @@ def _prelu_backward(grad: Tensor, z: Tensor, slope: Tensor) -> tuple[Tensor, Ten
     """
     grad_z = torch.ops.aten.threshold_backward(grad, z, 0)
     grad_z = grad_z.lerp_(grad, slope.to(grad.dtype).view(-1, 1, 1))
-    # sums over the pixels first, and of channels-last tensors four times as fast as in one
-    grad_slope = z.clamp_max_(0).mul_(grad).sum((2, 3), dtype=slope.dtype).sum(0)
-    return grad_z, grad_slope
+    return grad_z, _sum_by_channel(z.clamp_max_(0).mul_(grad), slope.dtype)
+
+
+def _sum_by_channel(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, c, h, w) -> (c,): over the pixels first, which of channels-last tensors is four times as fast."""
+    return x.sum((2, 3), dtype=dtype).sum(0)
 
 
 class _MaxPool(Function):

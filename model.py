@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from binary_ops import WEIGHT_BINARIZATIONS, BinaryConv2d, effective_weights
+from binary_ops import ACTIVATIONS, WEIGHT_BINARIZATIONS, BinaryConv2d, effective_weights
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict, reduction_cells
 from operations import BinaryUnit, FactorizedReduce, Pool, drop_path, make_operation
 from utils import InputError, check_count, nearest_multiples
@@ -37,6 +37,7 @@ class ModelConfig:
     weight_bits: int = 1
     activation_bits: int = 1
     weight_binarization: str = "plain"
+    activation: str = "prelu"
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -46,6 +47,8 @@ class ModelConfig:
                 f"unknown weight binarization {self.weight_binarization!r}; "
                 f"choose from {WEIGHT_BINARIZATIONS}"
             )
+        if self.activation not in tuple(ACTIVATIONS):  # a checkpoint may hold what cannot be looked up
+            raise InputError(f"unknown activation {self.activation!r}; choose from {tuple(ACTIVATIONS)}")
         check_count("layers", self.layers, 3, 1_000)  # two cells reduce the size, after one that does not
         for name in ("init_channels", "groups", "num_classes"):
             check_count(name, getattr(self, name), 1, 1_000_000)
@@ -90,13 +93,13 @@ class Cell(nn.Module):
         reduction_before: bool,
     ):
         super().__init__()
-        bits = config.bits
+        kind = {"bits": config.bits, "activation": config.activation}
         self.preprocess0 = (
-            FactorizedReduce(c_older, channels, bits=bits)
+            FactorizedReduce(c_older, channels, **kind)
             if reduction_before
-            else BinaryUnit(c_older, channels, 1, bits=bits)
+            else BinaryUnit(c_older, channels, 1, **kind)
         )
-        self.preprocess1 = BinaryUnit(c_newer, channels, 1, bits=bits)
+        self.preprocess1 = BinaryUnit(c_newer, channels, 1, **kind)
         pairs = config.genotype.reduce if reduction else config.genotype.normal
         self.concat = config.genotype.reduce_concat if reduction else config.genotype.normal_concat
         self.sources = tuple(source for _, source in pairs)
@@ -106,7 +109,7 @@ class Cell(nn.Module):
                 channels,
                 2 if reduction and source < 2 else 1,
                 groups=config.groups,
-                bits=bits,
+                **kind,
             )
             for name, source in pairs
         )

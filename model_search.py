@@ -8,6 +8,7 @@ change nothing in the mathematics: the operations are computed once per state an
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +20,12 @@ from genotypes import EDGES, NODES, PRIMITIVES, Genotype, reduction_cells
 from operations import SearchPreprocess, SourceOperations, coefficients
 from utils import InputError, check_count, nearest_multiples
 
-SAMPLING = {"normal": 8, "reduce": 4}
-"""k: one in k channels goes through the operations, so that the advantages of operations are balanced."""
-
 EDGE_BIAS = (0.6931, 0.0, -0.4055)
 """Of the nodes with n = 3, 4, 5 inputs: sigmoid(b_n) = 2 / n, so that the edges of an untrained node sum to
 the two it will keep."""
+
+CERTAIN = 60.0
+"""An alpha or beta of this size is a choice: exp(-60) is nothing beside 1."""
 
 ARCH_PARAMETERS = ("alphas_normal", "alphas_reduce", "betas_normal", "betas_reduce")
 
@@ -34,21 +35,31 @@ LEAVING = tuple(tuple(e for e, (_, source) in enumerate(EDGES) if source == s) f
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """All that a supernet is built from. Raises InputError on values that make none."""
+    """All that a supernet is built from. Raises InputError on values that make none.
+
+    k: one in k channels of a cell goes through the operations (the published 8 and 4 are to balance the
+    advantages of operations).
+    """
 
     init_channels: int = 16
     layers: int = 8
     num_classes: int = 10
+    k_normal: int = 8
+    k_reduce: int = 4
 
     def __post_init__(self):
         check_count("layers", self.layers, 3, 1_000)  # two cells reduce the size, after one that does not
         for name in ("init_channels", "num_classes"):
             check_count(name, getattr(self, name), 1, 1_000_000)
-        k = max(SAMPLING.values())
-        if self.init_channels % k:
+        for name in ("k_normal", "k_reduce"):  # from 2: some channels bypass the operations
+            check_count(name, getattr(self, name), 2, 1_000)
+        # a factorised reduction makes two halves, of C channels, or of the 2C / k that are sampled
+        step = math.lcm(2, self.k_normal, self.k_reduce)
+        if self.init_channels % step:
             raise InputError(
-                f"init_channels {self.init_channels} does not divide by k = {k}, the part of the channels "
-                f"that the supernet samples; the nearest that do: {nearest_multiples(self.init_channels, k)}"
+                f"init_channels {self.init_channels} does not divide by {step}, which k = {self.k_normal} "
+                f"and {self.k_reduce}, the parts of the channels that the supernet samples, ask for; the "
+                f"nearest that do: {nearest_multiples(self.init_channels, step)}"
             )
 
     @property
@@ -90,11 +101,13 @@ class SearchCell(nn.Module):
     softmax(alpha), `weights` (m, 1, 1, 1) their weights, for the channels that bypass the operations.
     """
 
-    def __init__(self, c_older: int, c_newer: int, channels: int, *, reduction: bool, reduction_before: bool):
+    def __init__(
+        self, c_older: int, c_newer: int, channels: int, *, k: int, reduction: bool, reduction_before: bool
+    ):
         super().__init__()
         self.reduction = reduction
-        self.k = SAMPLING["reduce" if reduction else "normal"]
-        self.sampled = channels // self.k
+        self.k = k
+        self.sampled = channels // k
         self.preprocess0 = SearchPreprocess(c_older, channels, reduce=reduction_before)
         self.preprocess1 = SearchPreprocess(c_newer, channels, reduce=False)
         self.sources = nn.ModuleList(
@@ -144,7 +157,12 @@ class Supernet(nn.Module):
             reduction = index in config.reductions
             channels *= 2 if reduction else 1
             cell = SearchCell(
-                c_older, c_newer, channels, reduction=reduction, reduction_before=reduction_before
+                c_older,
+                c_newer,
+                channels,
+                k=config.k_reduce if reduction else config.k_normal,
+                reduction=reduction,
+                reduction_before=reduction_before,
             )
             self.cells.append(cell)
             c_older, c_newer, reduction_before = c_newer, NODES * channels, reduction
@@ -188,6 +206,21 @@ class Supernet(nn.Module):
             x = cell(s0, s1, mixing[cell.reduction], weights[cell.reduction])
             s0, s1 = s1, binary_sign(x)
         return self.classifier(x.mean((2, 3))), None
+
+    @torch.no_grad()
+    def make_discrete(self) -> None:
+        """Put alpha and beta where the supernet computes the choice of `genotype()`, its weights as they are:
+        an edge that is kept weighs 1 and is its one operation, the others weigh 0."""
+        genotype = self.genotype()
+        for kind, pairs in (("normal", genotype.normal), ("reduce", genotype.reduce)):
+            alpha, beta = getattr(self, f"alphas_{kind}"), getattr(self, f"betas_{kind}")
+            alpha.fill_(-CERTAIN)
+            beta.fill_(-CERTAIN)
+            for position, (operation, source) in enumerate(pairs):
+                edge = EDGES.index((position // 2, source))
+                alpha[edge, PRIMITIVES.index(operation)] = CERTAIN
+                if edge >= 2:  # the first node's two edges have no beta
+                    beta[edge - 2] = CERTAIN
 
     def genotype(self) -> Genotype:
         """The genotype that the architecture parameters stand for now (a host synchronisation on a GPU)."""

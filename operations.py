@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 import lean
-from binary_ops import BinaryConv2d, binary_sign
+from binary_ops import ACTIVATIONS, BinaryConv2d, binary_sign
 
 CONVOLUTIONS = {  # name: (kernel size, padding, dilation); the padding keeps the size at stride 1
     "bin_conv_3x3": (3, 1, 1),
@@ -46,8 +46,8 @@ class BinaryUnit(nn.Module):
     """PReLU(BN2(binconv(sign(BN1(x)))) [+ residual]), (n, c_in, h, w) -> (n, c_out, h', w').
 
     The residual (cell convolutions) is x, or its 2x2 average at stride 2; preprocessing has none. `bits`
-    are BinaryConv2d's keyword arguments weight_bits, activation_bits, weight_binarization. Where a gradient
-    may be asked for, `lean.unit` computes what the modules do.
+    are BinaryConv2d's keyword arguments weight_bits, activation_bits, weight_binarization; `activation` is
+    one of ACTIVATIONS. Where a gradient may be asked for, `lean.unit` computes what the modules do.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class BinaryUnit(nn.Module):
         dilation: int = 1,
         groups: int = 1,
         residual: bool = False,
+        activation: str = "prelu",
     ):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(c_in)
@@ -76,7 +77,7 @@ class BinaryUnit(nn.Module):
             **bits,
         )
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.prelu = nn.PReLU(c_out)
+        self.prelu = ACTIVATIONS[activation](c_out)
         self.shortcut = None
         if residual:
             self.shortcut = nn.Identity() if stride == 1 else halving_pool()
@@ -102,13 +103,13 @@ class FactorizedReduce(nn.Module):
     (n, c_in, h, w) -> (n, c_out, ceil(h/2), ceil(w/2)); each half gives c_out / 2 channels.
     """
 
-    def __init__(self, c_in: int, c_out: int, *, bits: dict):
+    def __init__(self, c_in: int, c_out: int, *, bits: dict, activation: str = "prelu"):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(c_in)
         self.conv_1 = BinaryConv2d(c_in, c_out // 2, 1, stride=2, **bits)
         self.conv_2 = BinaryConv2d(c_in, c_out // 2, 1, stride=2, **bits)
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.prelu = nn.PReLU(c_out)
+        self.prelu = ACTIVATIONS[activation](c_out)
 
     @property
     def convolutions(self) -> tuple[BinaryConv2d, ...]:
@@ -159,13 +160,17 @@ class Pool(nn.Module):
         return self.pool(x)
 
 
-def make_operation(name: str, channels: int, stride: int, *, groups: int, bits: dict) -> nn.Module:
+def make_operation(
+    name: str, channels: int, stride: int, *, groups: int, bits: dict, activation: str = "prelu"
+) -> nn.Module:
     """The derived form of primitive `name` on an edge of `channels` channels.
 
     Raises KeyError on a name that is not a primitive: genotypes are validated before they get here.
     """
     if name == "skip_connect":
-        return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, bits=bits)
+        if stride == 1:
+            return nn.Identity()
+        return FactorizedReduce(channels, channels, bits=bits, activation=activation)
     if name in ("max_pool_3x3", "avg_pool_3x3"):
         return Pool(name[:3], stride)
     kernel_size, padding, dilation = CONVOLUTIONS[name]
@@ -179,6 +184,7 @@ def make_operation(name: str, channels: int, stride: int, *, groups: int, bits: 
         groups=groups,
         residual=True,
         bits=bits,
+        activation=activation,
     )
 
 

@@ -25,15 +25,16 @@ def integer(least: int, most: float = LARGE) -> Callable[[str], int]:
 
 
 def real(
-    least: float = -LARGE, below: float = math.inf, *, above: float = -math.inf
+    least: float = -LARGE, below: float = math.inf, *, above: float = -math.inf, most: float = LARGE
 ) -> Callable[[str], float]:
-    """The type of a flag that takes numbers of at least `least`, more than `above`, and less than `below`."""
+    """The type of a flag that takes numbers of at least `least`, more than `above`, less than `below`, and at
+    most `most`."""
 
     def number(text: str) -> float:
         value = float(text)
         lower = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
-        upper = f"below {below:g}" if below < math.inf else f"at most {LARGE:g}"
-        return _within(value, least <= value < below and above < value <= LARGE, f"{lower} and {upper}")
+        upper = f"below {below:g}" if below < math.inf else f"at most {most:g}"
+        return _within(value, least <= value < below and above < value <= most, f"{lower} and {upper}")
 
     return number
 
@@ -227,6 +228,13 @@ def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
     flag("--set", choices=sets, default="cifar10")
     flag("--data", default="data", help="where the set is, or is downloaded to")
     flag("--image_size", type=integer(16, 4096), default=32, help="size that `folder` images are brought to")
+    flag(
+        "--train_images",
+        metavar="N",
+        type=integer(0),
+        default=0,
+        help="take N training images, the first of each class, for a trial; 0: all",
+    )
     flag("--cutout", action="store_true")
     flag("--cutout_length", type=integer(1, 4096), default=16)
     parser.needs("cutout_length", "cutout")
@@ -239,7 +247,11 @@ def add_network_flags(
     from binary_ops import WEIGHT_BINARIZATIONS
 
     flag = parser.add_argument
-    flag("--arch", default="EBNAS", help="a registered genotype, a genotype file, or a search run's folder")
+    flag(
+        "--arch",
+        default="EBNAS",
+        help="a registered genotype, random:SEED, a genotype file, or a search run's folder",
+    )
     flag("--init_channels", type=integer(1, 10_000), default=init_channels)
     flag("--layers", type=integer(3, 1_000), default=layers, help="number of cells")
     flag("--groups", type=integer(1, 10_000), default=14, help="groups of the cells' convolutions")
@@ -262,9 +274,9 @@ def add_network_flags(
     )
     flag(
         "--stage1",
-        choices=("w1a32", "w32a1"),
+        choices=("w1a32", "w32a1", "w32a32"),
         default="w1a32",
-        help="what stage 1 makes binary: weights (1 bit) or activations",
+        help="what stage 1 makes binary: weights, activations, or nothing (a teacher)",
     )
     flag("--weight_binarization", choices=WEIGHT_BINARIZATIONS, default="plain")
     flag(
@@ -273,3 +285,39 @@ def add_network_flags(
         help="stage-1 run or checkpoint to start stage 2 from; default: the newest that fits",
     )
     flag("--from_scratch", action="store_true", help="train stage 2 without stage 1")
+
+
+def add_beyond_flags(parser: Parser) -> None:
+    """Flags that EBNAS does not have and that train the best networks of its field (docs/method.md)."""
+    from binary_ops import ACTIVATIONS
+
+    flag = parser.add_argument
+    flag("--activation", choices=tuple(ACTIVATIONS), default="prelu", help="rprelu: with ReActNet's shift")
+    flag(
+        "--teacher",
+        metavar="PATH|NAME",
+        help="learn from a trained network: a run or checkpoint, or a torchvision network with its weights",
+    )
+    flag(
+        "--teacher_weight",
+        type=real(above=0, most=1),
+        default=1.0,
+        help="of the teacher's loss; that of the labels has the rest",
+    )
+    flag("--teacher_temperature", type=positive_float, default=1.0)
+    parser.needs("teacher_weight", "teacher")
+    parser.needs("teacher_temperature", "teacher")
+    flag(
+        "--stage1_weight_decay",
+        type=non_negative_float,
+        default=0.0,
+        help="of convolutions' and linear layers' weights in stage 1 only (--weight_decay: of all, always)",
+    )
+    flag(
+        "--ema",
+        metavar="DECAY",
+        type=probability,
+        default=0.0,
+        help="evaluate and keep an exponential moving average of the weights over steps",
+    )
+    flag("--clip_weights", action="store_true", help="keep the latent weights of 1 bit within [-1, 1]")

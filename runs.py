@@ -20,7 +20,7 @@ from checkpoint import LAST, load_checkpoint, resolve_checkpoint
 from utils import InputError, os_error_message, printable, remove_asides, write_atomically
 
 RUNS = Path("runs")
-METRICS, ARGS, LOCK = "metrics.jsonl", "args.json", ".lock"
+METRICS, ARGS, RESULT, LOCK = "metrics.jsonl", "args.json", "result.json", ".lock"
 
 LOCATION = (
     *("resume", "device", "gpu", "compile", "compile_mode", "workers"),
@@ -33,8 +33,8 @@ class Run:
     """A run's folder, or on other processes than the main one (folder None) nothing at all.
 
     log.txt holds what is printed, metrics.jsonl one object an epoch, args.json the flags and the code's
-    commit. While a Run is open its folder is locked, so that no second process resumes it; the lock's file
-    holds the name of the `launch` that has it.
+    commit, result.json what a finished run has to show. While a Run is open its folder is locked, so that no
+    second process resumes it; the lock's file holds the name of the `launch` that has it.
     """
 
     def __init__(self, folder: Path | None, *, launch: str = ""):
@@ -96,6 +96,11 @@ class Run:
             return None
         return (read_metrics(self.folder) or [None])[-1]
 
+    def write_result(self, figures: dict[str, Any]) -> None:
+        """Write result.json: what the run has to show for itself, once it is done."""
+        if self.folder is not None:
+            write_atomically(self.folder / RESULT, json.dumps(figures, indent=1).encode())
+
     def rewind(self, epoch: int) -> None:
         """Forget metrics from `epoch` on, which a resumed run is about to measure again."""
         if self.folder is not None and (path := self.folder / METRICS).exists():
@@ -151,6 +156,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             raise InputError(f"{path}, line {number}: field 'epoch' must be a whole number")
         records.append(record)
     return records
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """result.json: the figures of a finished run. Raises InputError: which file and line."""
+    path = Path(folder) / RESULT
+    return _json_object(_read(path), path)
 
 
 def read_args(folder: Path) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class Session:
         )
         with self.stop:
             try:
-                self._begin(model)
+                self._begin()
                 yield run
             except Interrupted:
                 run.log(f"stopped at epoch {self.position.epoch}, step {self.position.step}; to go on:")
@@ -165,11 +165,12 @@ class Session:
         if self.stop.received:
             sys.exit(128 + self.stop.received)
 
-    def _begin(self, model: torch.nn.Module) -> None:
+    def _begin(self) -> None:
         """Write the first checkpoint, or put back the one to go on from."""
         run = self.run
         if self.checkpoint is None:
-            self.world.broadcast_model(model)
+            for network in self.checkpoints.networks.values():
+                self.world.broadcast_model(network)
             self._save()  # so that a crash in the first epoch finds a run to go on with
             if self.args.resume or restarted():
                 run.log("nothing to resume: a new run")
@@ -348,7 +349,7 @@ def prepare_data(session: Session, *, test: bool) -> tuple[ImageSet, ImageSet | 
     args, world = session.args, session.world
     read = partial(load_set, args.set, args.data, image_size=args.image_size, workers=args.workers)
     with world.in_turn("reading the data"):
-        train_set = read(train=True)
+        train_set = read(train=True, count=args.train_images)
         test_set = read(train=False) if test else None
     statistics = channel_statistics(args.set, train_set)
     data = describe_data(args.set, args.data, args.image_size, train_set.classes, statistics)

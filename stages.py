@@ -6,7 +6,9 @@ import argparse
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,19 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from checkpoint import load_checkpoint, network_config, resolve_checkpoint
+from checkpoint import LIVE, load_checkpoint, network_config, resolve_checkpoint
 from compilation import compile_regions
+from data import Batch
 from figures import draw_curves
 from genotypes import get_genotype
 from model import ModelConfig, Network, build_model
 from runs import Run, newest_checkpoint, read_args, read_metrics
 from session import Session
+from teacher import DistillationLoss, Teacher, find_teacher
 from utils import InputError, human, one_line, seed_everything
+from weights import clip_latent_weights, decaying_groups, moving_average
 
-STAGE1_BITS = {"w1a32": (1, 32), "w32a1": (32, 1)}
+STAGE1_BITS = {"w1a32": (1, 32), "w32a1": (32, 1), "w32a32": (32, 32)}
 """Bits of weights and of activations in stage 1; stage 2 is W1A1."""
 
 AUXILIARY = "auxiliary_head."
@@ -51,6 +56,7 @@ def config_of(args: argparse.Namespace, *, family: str, num_classes: int) -> Mod
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         weight_binarization=args.weight_binarization,
+        activation=args.activation,
     )
 
 
@@ -84,7 +90,7 @@ def find_start(
             )
         if differing := _differences(checkpoint, config, data):
             raise InputError(f"{path} is of another configuration: {', '.join(differing)}")
-        if _saw_holdout(checkpoint, args):
+        if _saw_holdout(checkpoint["args"], args):
             raise InputError(
                 f"{path} has trained on images that --holdout {args.holdout} holds out; "
                 "train stage 1 with the same --holdout and --seed"
@@ -96,8 +102,8 @@ def find_start(
             checkpoint["kind"] == "stage1"
             and checkpoint["finished"]
             and not _differences(checkpoint, config, data)
-            and not _saw_holdout(checkpoint, args)
-            and _made_as_asked(checkpoint["config"], args)
+            and not _saw_holdout(checkpoint["args"], args)
+            and _made_as_asked(checkpoint, args)
         ),
     )
     if found is None:
@@ -113,23 +119,28 @@ def _differences(checkpoint: dict, config: ModelConfig, data: dict[str, Any]) ->
     """What keeps stage 1's weights from fitting: `layers 8, not 16`. The bits differ by design, and the
     auxiliary head need not be in both."""
     ours = {**config.to_dict(), **data}
-    theirs = {**checkpoint["config"], **checkpoint["data"]}
-    names = ("family", "init_channels", "layers", "groups", "num_classes", "set", "image_size")
+    theirs = {**network_config(checkpoint).to_dict(), **checkpoint["data"]}
+    names = ("family", "init_channels", "layers", "groups", "activation", "num_classes", "set", "image_size")
     differing = [f"{name} {theirs[name]}, not {ours[name]}" for name in names if theirs[name] != ours[name]]
     return differing + [f"other {name}" for name in ("classes", "genotype") if theirs[name] != ours[name]]
 
 
-def _saw_holdout(checkpoint: dict, args: argparse.Namespace) -> bool:
-    """Whether stage 1 trained on images that this run holds out to choose an epoch."""
+def _saw_holdout(theirs: dict, args: argparse.Namespace) -> bool:
+    """Whether a run of flags `theirs` trained on images that this one holds out to choose an epoch."""
     if not getattr(args, "holdout", 0):
         return False
-    return any(checkpoint["args"].get(name) != getattr(args, name) for name in ("holdout", "seed"))
+    return any(theirs.get(name) != getattr(args, name) for name in ("holdout", "seed"))
 
 
-def _made_as_asked(theirs: dict, args: argparse.Namespace) -> bool:
-    """Whether stage 1 had the bits of --stage1 and the same --weight_binarization."""
+def _made_as_asked(checkpoint: dict, args: argparse.Namespace) -> bool:
+    """Whether stage 1 had the bits of --stage1, --stage1_weight_decay and the same --weight_binarization."""
+    theirs, flags = checkpoint["config"], checkpoint["args"]
     bits = (theirs["weight_bits"], theirs["activation_bits"])
-    return bits == STAGE1_BITS[args.stage1] and theirs["weight_binarization"] == args.weight_binarization
+    return (
+        bits == STAGE1_BITS[args.stage1]
+        and theirs["weight_binarization"] == args.weight_binarization
+        and flags.get("stage1_weight_decay", 0.0) == args.stage1_weight_decay
+    )
 
 
 def load_start(model: Network, weights: dict[str, torch.Tensor]) -> None:
@@ -152,42 +163,103 @@ class Training:
     scheduler: LRScheduler
     header: dict[str, Any]
     start: str  # where its weights come from, in words
+    teacher: Teacher | None = None
+    average: Network | None = None  # of `model` over the steps, with --ema
+
+    @property
+    def network(self) -> Network:
+        """What is evaluated, and is a checkpoint's network."""
+        return self.average or self.model
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        return (self.model, self.average) if self.average else (self.model,)
+
+    @property
+    def targets_of(self) -> Callable[[Batch], Any]:
+        """What the criterion compares logits with, of a batch."""
+        return self.teacher or attrgetter("targets")
 
     @property
     def stateful(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        return {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            **({LIVE: self.model} if self.average else {}),
+            **({"teacher": self.teacher} if self.teacher else {}),
+        }
 
 
 def build(session: Session, *, family: str, data: dict[str, Any], warmup: int) -> Training:
     """This run's network on its device, in stage 2 with stage 1's weights; its loss, Adam and schedule."""
     args, world = session.args, session.world
+    check_beyond(args)
     if session.checkpoint:  # whatever has become of its genotype file since
         config, found, start = network_config(session.checkpoint), None, "its checkpoint"
     else:
         config = config_of(args, family=family, num_classes=len(data["classes"]))
         found = find_start(args, config, data)
         start = str(found[0]) if found else "random weights"
+    criterion, teacher = nn.CrossEntropyLoss(label_smoothing=args.label_smooth), None
+    if args.teacher:
+        teacher = find_teacher(args.teacher, data, world)
+        if teacher.flags and _saw_holdout(teacher.flags, args):
+            raise InputError(
+                f"--teacher {args.teacher} has trained on images that --holdout {args.holdout} holds out; "
+                "train it with the same --holdout and --seed"
+            )
+        _place(teacher.network, world.device)
+        criterion = DistillationLoss(
+            criterion, weight=args.teacher_weight, temperature=args.teacher_temperature
+        )
     seed_everything(args.seed)
     model = build_model(config)
     if found is not None:
         load_start(model, found[1]["model"])
-    model.to(world.device)
-    if world.device.type == "cpu":  # pools and small grouped convolutions are 1.5 times faster there
-        model.to(memory_format=torch.channels_last)
+    _place(model, world.device)
     torch.manual_seed(args.seed + world.rank)  # drop-path differs between processes
+    decay, parameters = args.weight_decay, model.parameters()
+    if args.stage1_weight_decay and not args.binary:
+        parameters = decaying_groups(model, args.stage1_weight_decay)
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, weight_decay=decay, fused=True)
+    if args.clip_weights:
+        clip_latent_weights(model, optimizer)
+    average = moving_average(model, optimizer, args.ema) if args.ema else None  # of what is clipped
     if args.compile:
         compile_regions(model, mode=args.compile_mode)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-    )
     return Training(
         model,
-        nn.CrossEntropyLoss(label_smoothing=args.label_smooth),
+        criterion,
         optimizer,
         make_scheduler(optimizer, args, warmup=warmup),
         {"kind": stage(args), "config": config.to_dict(), "data": data},
         start,
+        teacher,
+        average,
     )
+
+
+def check_beyond(args: argparse.Namespace) -> None:
+    """Raise InputError where flags of options.add_beyond_flags do not go with others."""
+    if args.stage1_weight_decay and args.weight_decay:
+        raise InputError(
+            "--stage1_weight_decay (of some weights, in stage 1) and --weight_decay (of all, in each stage) "
+            "contradict each other; give one"
+        )
+    if args.stage1_weight_decay and args.from_scratch:
+        raise InputError("--stage1_weight_decay has no use with --from_scratch, which has no stage 1")
+    if args.teacher and args.teacher_weight == 1 and "label_smooth" in args.given and args.label_smooth:
+        raise InputError(
+            "--label_smooth has no use with --teacher_weight 1, which takes no labels; leave it out, or give "
+            "a smaller --teacher_weight"
+        )
+
+
+def _place(network: nn.Module, device: torch.device) -> None:
+    """Bring it to the device, in the layout that is fastest there."""
+    network.to(device)
+    if device.type == "cpu":  # pools and small grouped convolutions are 1.5 times faster there
+        network.to(memory_format=torch.channels_last)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, *, warmup: int) -> LRScheduler:
@@ -228,11 +300,13 @@ def epoch_record(train: dict, valid: dict, learning_rate: float) -> dict:
     }
 
 
-def finish(session: Session, *, held_out: str) -> None:
-    """Mark the run as finished; say its last and best accuracy, each with what it was measured on; draw its
-    curves; say what to do next."""
-    session.finish()
+def finish(session: Session, *, held_out: str, test: dict[str, float] | None = None) -> None:
+    """Write result.json and mark the run as finished; say its last and best accuracy, each with what it was
+    measured on; draw its curves; say what to do next. `test`: of the best epoch, where it was not chosen on
+    the test images."""
     run, best = session.run, session.best
+    run.write_result({"chosen_on": held_out, "best": best, "last": run.last_record(), "test": test})
+    session.finish()
     if run.folder is None:
         return
     note = (

@@ -34,6 +34,7 @@ def parser() -> options.Parser:
     options.add_run_flags(parser, epochs=600, batch_size=256)
     options.add_set_flags(parser, SETS)
     options.add_network_flags(parser, init_channels=84, layers=16, drop_path_prob=0.2, label_smooth=0.0)
+    options.add_beyond_flags(parser)
     flag = parser.add_argument
     flag("--mixup", action="store_true")
     flag("--alpha", type=options.positive_float, default=0.2, help="parameter of mixup's Beta distribution")
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     training = stages.build(session, family="cifar", data=data, warmup=0)
     model, scheduler = training.model, training.scheduler
 
-    with session.start(model=model, stateful=training.stateful, **training.header) as run:
+    with session.start(model=training.network, stateful=training.stateful, **training.header) as run:
         stages.log_start(run, args, training)
         for epoch in session.epochs():
             learning_rate = scheduler.get_last_lr()[0]
@@ -72,13 +73,15 @@ def main(args: argparse.Namespace) -> None:
                 precision=precision,
                 grad_clip=args.grad_clip,
                 auxiliary_weight=args.auxiliary_weight,
+                targets_of=training.targets_of,
                 accumulate=args.accumulate,
                 after_step=session.training(train_loader),
             )
             scheduler.step()
-            world.average_buffers(model)
+            for network in training.networks:
+                world.average_buffers(network)
             valid = evaluate(
-                model,
+                training.network,
                 valid_loader,
                 world=world,
                 precision=precision,
@@ -86,6 +89,7 @@ def main(args: argparse.Namespace) -> None:
             )
             run.log(f"train_acc {train['top1']:.2f} valid_acc {valid['top1']:.2f} loss {valid['loss']:.4f}")
             session.finish_epoch(epoch, stages.epoch_record(train, valid, learning_rate), score=valid["top1"])
+        test = None
         if args.holdout:
             test = evaluate(
                 trained_network(load_checkpoint(session.folder, BEST)).to(world.device),
@@ -98,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
                 f"epoch {session.best['epoch']}, the best on {args.holdout} held-out training images: "
                 f"test top-1 {test['top1']:.2f} %, top-5 {test['top5']:.2f} %"
             )
-        stages.finish(session, held_out="held-out" if args.holdout else "test")
+        stages.finish(session, held_out="held-out" if args.holdout else "test", test=test)
 
 
 def make_loaders(

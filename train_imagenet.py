@@ -29,6 +29,7 @@ def parser() -> options.Parser:
     parser = options.Parser(__doc__)
     options.add_run_flags(parser, epochs=100, batch_size=256)
     options.add_network_flags(parser, init_channels=112, layers=14, drop_path_prob=0.0, label_smooth=0.1)
+    options.add_beyond_flags(parser)
     flag = parser.add_argument
     flag("--tmp_data_dir", metavar="DIR", help="where train/ and val/ are")
     flag(
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
     training = stages.build(session, family="imagenet", data=data, warmup=warmup)
     model, scheduler = training.model, training.scheduler
 
-    with session.start(model=model, stateful=training.stateful, **training.header) as run:
+    with session.start(model=training.network, stateful=training.stateful, **training.header) as run:
         stages.log_start(run, args, training)
         for epoch in session.epochs():
             learning_rate = scheduler.get_last_lr()[0]
@@ -79,13 +80,15 @@ def main(args: argparse.Namespace) -> None:
                 precision=precision,
                 grad_clip=args.grad_clip,
                 auxiliary_weight=args.auxiliary_weight,
+                targets_of=training.targets_of,
                 accumulate=args.accumulate,
                 after_step=session.training(train_loader),
             )
             scheduler.step()
-            world.average_buffers(model)
+            for network in training.networks:
+                world.average_buffers(network)
             valid = evaluate(
-                model,
+                training.network,
                 valid_loader,
                 world=world,
                 precision=precision,

@@ -16,9 +16,10 @@ if __name__ == "__main__":  # torch takes seconds to import
     end_on_interrupt()
 
 import argparse
+import copy
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -67,6 +68,13 @@ def parser() -> options.Parser:
         default=0.8,
         help="of the variance-based edge regularisation",
     )
+    for kind, k in (("normal", 8), ("reduce", 4)):
+        flag(
+            f"--k_{kind}",
+            type=options.integer(2, 1_000),
+            default=k,
+            help=f"one in k channels of a {kind} cell goes through its operations",
+        )
     parser.retire("learning_rate_min", "the learning rate of a search is constant, as in the original")
     parser.retire("drop_path_prob", "the supernet has no drop-path, as in the original")
     return parser
@@ -84,7 +92,9 @@ def main(args: argparse.Namespace) -> None:
     weight_loader, arch_loader, valid_loader = make_loaders(args, train_set, data, world)
 
     seed_everything(args.seed)
-    config = SearchConfig(args.init_channels, args.layers, len(data["classes"]))
+    config = SearchConfig(
+        args.init_channels, args.layers, len(data["classes"]), k_normal=args.k_normal, k_reduce=args.k_reduce
+    )
     model = Supernet(config).to(world.device)
     if args.compile:
         compile_regions(model, mode=args.compile_mode)
@@ -147,7 +157,19 @@ def main(args: argparse.Namespace) -> None:
             session.finish_epoch(epoch, record, score=valid["top1"])
             write_genotype(session, model.genotype(), data["set"])
         write_genotype(session, model.genotype(), data["set"])  # a kill may have come before the last one
-        finish(session, model.genotype())
+        discrete = discretised_accuracy(
+            model,
+            weight_loader,
+            partial(
+                evaluate,
+                loader=valid_loader,
+                world=world,
+                precision=precision,
+                after_step=session.evaluating(valid_loader),
+            ),
+            world,
+        )
+        finish(session, model.genotype(), discrete)
 
 
 def make_loaders(
@@ -223,10 +245,46 @@ def write_genotype(session: Session, genotype: Genotype, set_name: str) -> None:
         save_genotype(path, genotype, epoch=epoch, search=search, data=set_name)
 
 
-def finish(session: Session, genotype: Genotype) -> None:
-    """Mark the search as finished; pictures of the cells and of its course; what to do next."""
-    session.finish()
+def discretised_accuracy(
+    model: Supernet, weight_loader: BatchLoader, evaluated: Callable[[Supernet], dict], world: World
+) -> dict[str, float]:
+    """The gap that the regularisers are to close: validation top-1 of the supernet cut down to the genotype
+    that it stands for, its weights kept; as it is, and with its BN statistics taken anew from an epoch of the
+    weights' images, for those of the mixture do not fit the single operations."""
+    discrete = copy.deepcopy(model)
+    discrete.make_discrete()
+    kept = evaluated(discrete)
+    renew_statistics(discrete, weight_loader)
+    world.average_buffers(discrete)
+    renewed = evaluated(discrete)
+    return {"discrete_top1": kept["top1"], "discrete_top1_new_statistics": renewed["top1"]}
+
+
+@torch.no_grad()
+def renew_statistics(model: Supernet, loader: BatchLoader) -> None:
+    """Put the mean over the batches of an epoch into every BN. Not torch's `update_bn`: it sets momentum to
+    None, which SourceOperations does not take."""
+    model.train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for step, batch in enumerate(loader.epoch(0)):
+        for norm in norms:
+            norm.momentum = 1 / (step + 1)
+        model(batch.images)
+
+
+def finish(session: Session, genotype: Genotype, discrete: dict[str, float]) -> None:
+    """Write result.json and mark the search as finished; pictures of the cells and of its course; what to do
+    next."""
     run, args = session.run, session.args
+    if last := run.last_record():
+        names = ("valid_top1", "valid_loss", "alpha_entropy", "operations", "genotype")
+        run.write_result({**{name: last[name] for name in names}, **discrete})
+        run.log(
+            f"supernet {last['valid_top1']:.2f} %; cut down to its genotype "
+            f"{discrete['discrete_top1']:.2f} %, with new BN statistics "
+            f"{discrete['discrete_top1_new_statistics']:.2f} %"
+        )
+    session.finish()
     if run.folder is None:
         return
     try:

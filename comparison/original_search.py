@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from comparison.original_binary import Sign
 from genotypes import EDGES, NODES
-from model_search import LEAVING, SAMPLING, SearchPreprocess, SourceOperations, Supernet, edge_weights
+from model_search import LEAVING, SearchPreprocess, SourceOperations, Supernet, edge_weights
 from operations import CONVOLUTIONS, pad_to_half
 
 
@@ -89,9 +89,10 @@ class Edge(nn.Module):
 
 
 class Cell(nn.Module):
-    def __init__(self, c_older: int, c_newer: int, channels: int, *, reduction: bool, reduction_before: bool):
+    def __init__(
+        self, c_older: int, c_newer: int, channels: int, *, k: int, reduction: bool, reduction_before: bool
+    ):
         super().__init__()
-        k = SAMPLING["reduce" if reduction else "normal"]
         self.reduction = reduction
         self.preprocess0 = (Reduction if reduction_before else Preprocess)(c_older, channels)
         self.preprocess1 = Preprocess(c_newer, channels)
@@ -125,7 +126,8 @@ class OriginalSupernet(nn.Module):
             reduction = index in config.reductions
             channels *= 2 if reduction else 1
             sizes = c_older, c_newer, channels
-            self.cells.append(Cell(*sizes, reduction=reduction, reduction_before=reduction_before))
+            k = config.k_reduce if reduction else config.k_normal
+            self.cells.append(Cell(*sizes, k=k, reduction=reduction, reduction_before=reduction_before))
             c_older, c_newer, reduction_before = c_newer, NODES * channels, reduction
         self.classifier = nn.Linear(c_newer, config.num_classes)
         self.arch = nn.ParameterDict(fused.arch_state())

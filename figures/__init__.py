@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genotypes import Genotype
 from utils import USERS_FAULT, InputError, os_error_message, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from evidence.plan import Study
 
 DPI = 200
 
@@ -37,6 +39,15 @@ def draw_curves(run: Path, *, folder: Path | None = None) -> list[Path]:
         from figures.curves import curve_figures
 
         return _write(curve_figures(Path(run)), run if folder is None else folder)
+
+
+def draw_study(study: Study, content: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write NAME.png and NAME-cost.png of a study into `folder`, none where no run is finished. Raises as
+    `_write`."""
+    with _default_look():
+        from figures.study import study_figures
+
+        return _write(study_figures(study, content), folder)
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from binary_ops import BinaryConv2d
+from binary_ops import BinaryConv2d, RPReLU
 from images import evaluation_resize
 from model import Cell, Network
 from operations import BinaryUnit, FactorizedReduce
@@ -46,12 +48,18 @@ def lower(model: Network, data: dict) -> Program:
 
 
 class _Lowering:
-    """Walks a network in the order of its forward pass, and collects buffers and steps."""
+    """Walks a network in the order of its forward pass, and collects buffers and steps.
+
+    RPReLU's shifts cost nothing and need no format of their own: a buffer holds what the network has less its
+    `offsets`, a constant a channel. Sums and both kinds of pool carry it on, and who reads takes it up: a
+    threshold, the bias of a unit whose residual it is, the bias of the classifier.
+    """
 
     def __init__(self, model: Network):
         self.buffers: list[tuple[int, int]] = []
         self.steps: list[Step] = []
         self.halves: dict[View, View] = {}
+        self.offsets: dict[int, Tensor] = {}
         self.names = {module: name for name, module in model.named_modules()}
 
     def network(self, model: Network) -> None:
@@ -63,12 +71,24 @@ class _Lowering:
             s1 = self.stem(model.stem1, s0)
         for index, cell in enumerate(model.cells):
             s0, s1 = s1, self.cell(cell, s0, s1, reduction=index in model.config.reductions)
-        tensors = {"weight": _array(model.classifier.weight), "bias": _array(model.classifier.bias)}
+        classifier = model.classifier
+        bias = classifier.bias.double() + classifier.weight.double() @ self.offset(s1)
+        tensors = {"weight": _array(classifier.weight), "bias": _array(bias)}
         self.steps.append(Step("linear", s1, None, tensors, name="classifier"))
 
     def buffer(self, channels: int, level: int) -> View:
         self.buffers.append((channels, level))
+        self.offsets[len(self.buffers) - 1] = torch.zeros(channels, dtype=torch.float64)
         return View(len(self.buffers) - 1, 0, channels)
+
+    def offset(self, view: View) -> Tensor:
+        """What its channels lack of the network's values, float64 (channels,)."""
+        return self.offsets[view.buffer][view.slice]
+
+    def pool(self, x: View, target: View, name: str, **fields: Any) -> None:
+        """A pool, or a copy. Every pixel of its target lacks what its source does."""
+        self.offset(target).add_(self.offset(x))
+        self.steps.append(Step("pool", x, target, {}, name=name, **fields))
 
     def level(self, view: View) -> int:
         return self.buffers[view.buffer][1]
@@ -138,20 +158,20 @@ class _Lowering:
                 # the second reads from pixel (1, 1) on: a padding of -1
                 self.binary(operation, conv, x, y, slice(i * half, (i + 1) * half), padding=-i)
             if add:
-                self.steps.append(Step("pool", whole, target, {}, add=True, name=name))
+                self.pool(whole, target, name, add=True)
         elif isinstance(operation, nn.Identity):
-            self.steps.append(Step("pool", x, target, {}, add=add, name=name))
+            self.pool(x, target, name, add=add)
         else:
             average, stride = isinstance(operation.pool, nn.AvgPool2d), operation.pool.stride
             window = {"kernel": 3, "stride": stride, "padding": 1, "average": average}
-            self.steps.append(Step("pool", x, target, {}, add=add, name=name, **window))
+            self.pool(x, target, name, add=add, **window)
 
     def halved(self, x: View, name: str) -> View:
         """The 2x2 averages of x: a residual that all convolutions at stride 2 on x share."""
         if x in self.halves:
             return self.halves[x]
         y = self.halves[x] = self.buffer(x.channels, self.level(x) + 1)
-        self.steps.append(Step("pool", x, y, {}, kernel=2, stride=2, average=True, name=name))
+        self.pool(x, y, name, kernel=2, stride=2, average=True)
         return y
 
     def binary(
@@ -166,13 +186,17 @@ class _Lowering:
         residual: View | None = None,
         add: bool = False,
     ) -> None:
-        """PReLU(BN2(conv(sign(BN1(x)))) + residual) with channels `part` of BN2 and PReLU."""
-        threshold, inverted = sign_thresholds(unit.bn1)
+        """PReLU(BN2(conv(sign(BN1(x)))) + residual) with channels `part` of BN2 and PReLU, or RPReLU."""
+        threshold, inverted = sign_thresholds(unit.bn1, self.offset(x))
         weight = conv.effective_weight()
         weight_scale = weight[:, 0, 0, 0].abs()
         if not (weight.abs() == weight_scale.view(-1, 1, 1, 1)).all():
             raise InputError(f"{self.names[conv]}: the weights of a filter are not +s and -s")
         scale, shift = (values[part] for values in _affine(unit.bn2))
+        if residual is not None:
+            shift = shift + self.offset(residual)
+        if isinstance(unit.prelu, RPReLU):
+            self.offset(target).add_(unit.prelu.shift[part])
         affine = torch.stack([scale * weight_scale.double(), shift, unit.prelu.weight[part].double()])
         self.steps.append(
             Step(
@@ -196,15 +220,15 @@ class _Lowering:
         )
 
 
-def sign_thresholds(bn: nn.BatchNorm2d) -> tuple[np.ndarray, np.ndarray]:
-    """sign(BN(x)) as a comparison: (thresholds float32, inverted bool), both (channels,).
+def sign_thresholds(bn: nn.BatchNorm2d, offset: Tensor | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """sign(BN(x + offset)) as a comparison of x: (thresholds float32, inverted bool), both (channels,).
 
     The sign is +1 where x >= threshold, or where x < threshold if inverted. A threshold is that of the exact
     BN, worked out in float64 and rounded up to the next float32, so that no float32 x changes sides.
     """
     scale, shift = (values.numpy() for values in _affine(bn))
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        zero = -shift / scale
+        zero = -shift / scale - np.asarray(offset)
         threshold = zero.astype(np.float32)
         # scale > 0: the least x >= zero; scale < 0: the least x > zero, and the sign is -1 from there on
         below = (threshold < zero) | ((scale < 0) & (threshold == zero))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from binary_ops import RPReLU
 from genotypes import Genotype
 from model import ModelConfig, Network, build_model
 from packed import KERNELS, PackedNetwork, Program, Step, View, available_kernels
@@ -172,6 +173,8 @@ def network(*, seed: int = 0, **fields) -> Network:
             nn.init.normal_(module.bias, 0, 0.3)
         elif isinstance(module, nn.PReLU):
             nn.init.uniform_(module.weight, -0.2, 0.5)
+            if isinstance(module, RPReLU):
+                nn.init.normal_(module.shift, 0, 0.3)
     with torch.no_grad():
         for _ in range(2):
             model.train()(torch.randn(8, 3, 32, 32))

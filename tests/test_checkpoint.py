@@ -159,6 +159,7 @@ CORRUPTIONS = {
     "two bits": put("config", "weight_bits", value=2),
     "words for bits": put("config", "activation_bits", value=[32]),
     "another binarization": put("config", "weight_binarization", value=["plain"]),
+    "another activation": put("config", "activation", value=["prelu"]),
     "no genotype": put("config", "genotype", value=None),
     "an unknown operation": put("config", "genotype", "normal", 0, 0, value="conv"),
     "a supernet's kind": put("kind", value="search"),

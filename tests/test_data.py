@@ -307,6 +307,22 @@ def test_cifar_is_read_as_torchvision_lays_it_out(tmp_path, monkeypatch, capsys,
     assert capsys.readouterr().out == ""
 
 
+def test_a_count_takes_the_first_images_of_each_class(images):
+    whole = load_set("folder", images, train=True, image_size=16, workers=0)
+    some = load_set("folder", images, train=True, image_size=16, workers=0, count=15)
+    expected = sorted(
+        i for label in range(3) for i in (whole.labels == label).nonzero().flatten()[:5].tolist()
+    )
+    assert torch.equal(some.images, whole.images[expected])
+    assert some.labels.bincount().tolist() == [5, 5, 5] and some.classes == whole.classes
+    drawn, part = (load_set("shapes", "", train=True, image_size=16, count=n) for n in (0, 40))
+    assert part.labels.bincount().tolist() == [4] * 10 and len(drawn) == 10_000
+    with pytest.raises(InputError, match="divide into 3 classes; the nearest that do: 15 or 18"):
+        load_set("folder", images, train=True, image_size=16, workers=0, count=16)
+    with pytest.raises(InputError, match="are 100 of each class, and "):
+        load_set("folder", images, train=True, image_size=16, workers=0, count=300)
+
+
 def refuse(*args, **kwargs):
     print("Downloading")
     raise urllib.error.URLError("name or service not known")

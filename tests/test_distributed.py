@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,12 @@ from data import BatchLoader, ImageSet, Share
 from distributed import World, setup
 from engine import Position, Precision, evaluate, train_one_epoch
 from model_search import SearchConfig, Supernet
+from teacher import DistillationLoss, Teacher
 from utils import InputError, RunFailed, one_line
+from weights import moving_average
 
 PROCESSES = 2
+CRITERION = nn.CrossEntropyLoss()
 TRAIN, TEST = 21, 17  # images, in batches of 8: of the last ones a process gets 2 or 3, and none or 1
 
 
@@ -54,8 +58,16 @@ def loader(n: int, world: World, **keywords) -> BatchLoader:
     return BatchLoader(dataset, 8, normalize=normalize, share=share, **keywords)
 
 
-def search(world: World, *, batch_statistics: bool, accumulate: int = 1) -> dict:
-    """An epoch of a search with both kinds of step, each in `accumulate` parts, and its evaluation."""
+def search(
+    world: World,
+    *,
+    batch_statistics: bool,
+    accumulate: int = 1,
+    criterion: nn.Module = CRITERION,
+    targets_of: Callable = attrgetter("targets"),
+) -> dict:
+    """An epoch of a search with both kinds of step, each in `accumulate` parts, and its evaluation. The
+    gradients, the network and its average after it, and all that was measured."""
     torch.manual_seed(0)
     model = DoubleSupernet(SearchConfig(8, 3, 7)).double()
     model.batch_statistics = batch_statistics
@@ -68,20 +80,23 @@ def search(world: World, *, batch_statistics: bool, accumulate: int = 1) -> dict
     parts = {"accumulate": accumulate}
     batches = loader(TRAIN, world, shuffle=True, stream=1).epoch(0)
     arch_step = partial(architect.step, batches, ramp=1.0, batch_size=8, **parts, **shared)
+    average = moving_average(model, optimizer, 0.5)
     gradients = []
     optimizer.register_step_post_hook(lambda *_: gradients.append([p.grad.clone() for p in weights]))
     train = train_one_epoch(
         model,
         loader(TRAIN, world, shuffle=True, stream=0),
         optimizer,
-        nn.CrossEntropyLoss(),
+        criterion,
         start=Position(0),
+        targets_of=targets_of,
         before_step=arch_step,
         grad_clip=5.0,
         **parts,
         **shared,
     )
-    world.average_buffers(model)
+    for network in (model, average):
+        world.average_buffers(network)
     test = evaluate(model, loader(TEST, world), **shared)
     for means in (train, test):
         del means["seconds"]
@@ -89,10 +104,19 @@ def search(world: World, *, batch_statistics: bool, accumulate: int = 1) -> dict
     return {
         "gradients": gradients,
         "model": model.state_dict(),
+        "average": average.state_dict(),
         "train": train,
         "test": test,
         "genotype": model.genotype(),
     }
+
+
+def distil(world: World) -> dict:
+    """The same with a teacher."""
+    torch.manual_seed(1)
+    teacher = Teacher(DoubleSupernet(SearchConfig(8, 3, 7)).double(), "a teacher", {})
+    loss = DistillationLoss(CRITERION, weight=0.7, temperature=2)
+    return search(world, batch_statistics=False, criterion=loss, targets_of=teacher)
 
 
 def free_port() -> int:
@@ -111,6 +135,7 @@ def search_in_processes(rank: int, port: int, folder: Path) -> None:
         pass
     results = {statistics: search(world, batch_statistics=statistics) for statistics in (False, True)}
     results["parts"] = search(world, batch_statistics=False, accumulate=2)
+    results["taught"] = distil(world)
     results["votes"] = [world.any(rank == 1), world.any(False)]
     results["gathered"] = world.gather({"rank": rank})
     results["broadcast"] = world.broadcast(f"from {rank}")
@@ -131,13 +156,19 @@ def by_rank(tmp_path_factory) -> list[dict]:
 
 
 def test_gradients_and_metrics_equal_those_of_one_process_on_the_joined_batch(by_rank):
-    """Also where each process takes its share in parts."""
-    alone = search(World(torch.device("cpu")), batch_statistics=False)
-    assert len(alone["gradients"]) == 3 and alone["train"]["samples"] == TRAIN
-    for together in (results[how] for results in by_rank for how in (False, "parts")):
+    """Also where each process takes its share in parts, or with a teacher."""
+    plain, taught = (
+        search(World(torch.device("cpu")), batch_statistics=False),
+        distil(World(torch.device("cpu"))),
+    )
+    assert len(plain["gradients"]) == 3 and plain["train"]["samples"] == TRAIN
+    assert plain["train"]["loss"] != taught["train"]["loss"]
+    cases = ((False, plain), ("parts", plain), ("taught", taught))
+    for together, alone in ((results[how], alone) for results in by_rank for how, alone in cases):
         for ours, theirs in zip(together["gradients"], alone["gradients"], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)  # losses are in float32
-        torch.testing.assert_close(together["model"], alone["model"], rtol=1e-5, atol=1e-7)
+        for network in ("model", "average"):
+            torch.testing.assert_close(together[network], alone[network], rtol=1e-5, atol=1e-7)
         assert together["train"] == pytest.approx(alone["train"], rel=1e-6)
         assert together["test"] == pytest.approx(alone["test"], rel=1e-6)
         assert together["test"]["samples"] == TEST
@@ -149,7 +180,8 @@ def test_processes_agree_to_the_last_bit(by_rank):
     one, other = by_rank
     for statistics in (False, True):
         assert_same(one[statistics]["gradients"], other[statistics]["gradients"])
-        assert_same(dict(one[statistics]["model"]), dict(other[statistics]["model"]))
+        for network in ("model", "average"):
+            assert_same(dict(one[statistics][network]), dict(other[statistics][network]))
         assert one[statistics]["genotype"] == other[statistics]["genotype"]
     assert one[True]["model"]["alphas_normal"].std() > 0
 
@@ -238,7 +270,8 @@ def test_which_gpu_a_process_takes(monkeypatch, visible, local, expected):
 
 
 ONE_MACHINE = ("--standalone", "--max_restarts=1", f"--nproc_per_node={PROCESSES}")
-MANY_STEPS = (*TINY_STAGE, "--batch_size", 8, "--auxiliary", "--drop_path_prob", 0.5)  # 16 an epoch
+MANY_STEPS = (*TINY_STAGE, "--batch_size", 8, "--auxiliary", "--drop_path_prob", 0.5, "--ema", 0.9)
+"""Flags of 16 steps an epoch, and of two networks, each with its statistics."""
 
 
 class Torchrun:
@@ -315,7 +348,8 @@ def test_killed_restarted_interrupted_and_resumed(two_machines, tmp_path, data_f
     stopped = load_checkpoint(torchrun.run())
     assert stopped["step"] > 0
     one, other = stopped["buffers"]
-    assert not torch.equal(one["stem.1.running_mean"], other["stem.1.running_mean"])
+    for name in ("stem.1.running_mean", "live.stem.1.running_mean"):
+        assert not torch.equal(one[name], other[name])
 
     process = torchrun.start("--resume", torchrun.run())
     output, _ = process.communicate()

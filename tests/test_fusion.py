@@ -8,7 +8,7 @@ from comparison.original_network import original_network
 from comparison.original_search import OriginalSupernet, pairs
 from genotypes import GENOTYPES
 from model import ModelConfig, build_model
-from model_search import SearchConfig, Supernet
+from model_search import SearchConfig, Supernet, edge_weights
 
 UNTIED = (
     *(("bin_conv_3x3", 0), ("bin_dil_conv_3x3", 1), ("avg_pool_3x3", 2), ("bin_conv_5x5", 1)),
@@ -26,9 +26,10 @@ def close(ours, theirs):
     ("channels", "layers", "size"),
     [(8, 4, (10, 13)), (16, 3, (9, 13)), (24, 3, (8, 8))],
 )
-def test_supernet_equals_the_originals(channels, layers, size):
+@pytest.mark.parametrize("k", [(8, 4), (4, 8)])
+def test_supernet_equals_the_originals(channels, layers, size, k):
     torch.manual_seed(channels + layers)
-    ours = Supernet(SearchConfig(channels, layers, 7)).double()
+    ours = Supernet(SearchConfig(channels, layers, 7, *k)).double()
     for parameter in ours.arch_parameters():
         torch.nn.init.normal_(parameter)
     original = OriginalSupernet(ours)
@@ -88,6 +89,29 @@ def test_derived_network_equals_the_originals(family, size, bits):
         evaluated = network.eval()(images)[0]
         outcomes.append((logits, gradients, network.state_dict(), evaluated))
     close(*outcomes)
+
+
+def test_a_discrete_supernet_is_its_genotype_alone():
+    torch.manual_seed(0)
+    network = Supernet(SearchConfig(8, 3, 7)).double().eval()
+    for parameter in network.arch_parameters():
+        torch.nn.init.normal_(parameter)
+    genotype, images = network.genotype(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    mixed, _ = network(images)
+    network.make_discrete()
+    for ours, theirs in zip(network.genotype()[::2], genotype[::2], strict=True):
+        for node in range(0, 8, 2):  # the order within a node has no meaning
+            assert set(ours[node : node + 2]) == set(theirs[node : node + 2])
+    discrete, _ = network(images)
+    assert not torch.allclose(mixed, discrete)
+    for kind in ("normal", "reduce"):
+        alpha, weights = getattr(network, f"alphas_{kind}"), edge_weights(getattr(network, f"betas_{kind}"))
+        kept = weights > 0.5
+        torch.testing.assert_close(weights, kept.double(), rtol=0, atol=1e-15)
+        torch.testing.assert_close(alpha.softmax(1)[kept].amax(1), torch.ones(8).double())
+        with torch.no_grad():
+            alpha[~kept] = torch.randn(6, 7, dtype=torch.float64)
+    close(network(images)[0], discrete)
 
 
 def test_a_supernet_is_one_graph():

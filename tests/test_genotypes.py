@@ -1,17 +1,22 @@
 """Genotypes: the registry, the round trip through a file, and what a file may not hold."""
 
 import json
+from collections import Counter
+from itertools import permutations
 
 import pytest
 
 from genotypes import (
     EDGES,
     GENOTYPES,
+    NODES,
+    PRIMITIVES,
     Genotype,
     describe,
     genotype_from_dict,
     genotype_to_dict,
     get_genotype,
+    random_genotype,
     save_genotype,
 )
 from utils import InputError
@@ -26,6 +31,27 @@ bin_conv_3x3 1 | max_pool_3x3 0, bin_conv_3x3 1"""
 def test_the_registered_cell_is_the_published_one():
     assert describe(get_genotype("EBNAS")) == PUBLISHED
     assert GENOTYPES["EBNAS"].normal_concat == GENOTYPES["EBNAS"].reduce_concat == (2, 3, 4, 5)
+
+
+def test_random_genotypes_are_uniform_over_what_a_search_can_derive():
+    """By counting, over 4,000 draws: within 5 standard deviations."""
+    draws = [random_genotype(seed) for seed in range(4_000)]
+    assert draws[7] == get_genotype("random:7") == genotype_from_dict(genotype_to_dict(draws[7]))
+    for kind in ("normal", "reduce"):
+        for node in range(NODES):
+            inputs = Counter(tuple(s for _, s in getattr(g, kind)[2 * node : 2 * node + 2]) for g in draws)
+            assert set(inputs) == set(permutations(range(2 + node), 2))
+            assert_uniform(inputs)
+        for position in range(2 * NODES):
+            assert_uniform(Counter(getattr(g, kind)[position][0] for g in draws), choices=len(PRIMITIVES))
+    with pytest.raises(InputError, match="takes a seed"):
+        get_genotype("random:x")
+
+
+def assert_uniform(counts: Counter, choices: int = 0) -> None:
+    n, p = counts.total(), 1 / (choices or len(counts))
+    assert all(abs(count - n * p) < 5 * (n * p * (1 - p)) ** 0.5 for count in counts.values())
+    assert len(counts) == round(1 / p)
 
 
 def test_fourteen_edges_node_by_node():

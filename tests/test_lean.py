@@ -36,14 +36,15 @@ def assert_close(ours, theirs, relative):
     assert (ours - theirs).norm() <= relative * theirs.norm() + 1e-12
 
 
-def make_unit(name, stride, bits=(1, 1), method="plain"):
-    bits = {"weight_bits": bits[0], "activation_bits": bits[1], "weight_binarization": method}
+def make_unit(name, stride, bits=(1, 1), method="plain", activation="prelu"):
+    kind = {"activation": activation}
+    kind["bits"] = {"weight_bits": bits[0], "activation_bits": bits[1], "weight_binarization": method}
     if name == "preprocess":
-        unit = BinaryUnit(8, 4, 1, bits=bits)
+        unit = BinaryUnit(8, 4, 1, **kind)
     elif name == "factorized reduction":
-        unit = FactorizedReduce(8, 4, bits=bits)
+        unit = FactorizedReduce(8, 4, **kind)
     else:
-        unit = make_operation(name, 8, stride, groups=2, bits=bits)
+        unit = make_operation(name, 8, stride, groups=2, **kind)
     for parameter in unit.parameters():
         if parameter.dim() == 1:  # BN and PReLU: slopes on both sides of 0 and above 1/2
             nn.init.normal_(parameter)
@@ -94,6 +95,29 @@ def test_units_under_autocast(name, stride, bits):
     x = (2 * torch.randn(3, 8, 9, 7).bfloat16().float() + 1).requires_grad_()
     for ours, theirs in outcomes(make_unit(name, stride, bits), x, autocast=True):
         assert_close(ours, theirs, 4 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("name", "stride"), UNITS)
+def test_units_with_rprelu(name, stride, training):
+    """In float64 ReActNet's RPReLU, x - gamma + zeta above gamma, else slope * (x - gamma) + zeta, where
+    BN2's bias is -gamma; under autocast as near as bfloat16 is."""
+    unit = make_unit(name, stride, activation="rprelu").train(training)
+    x = (2 * torch.randn(3, 8, 9, 7).bfloat16().float() + 1).requires_grad_()
+    for ours, theirs in outcomes(unit, x, autocast=True):
+        assert_close(ours, theirs, 4 * torch.finfo(torch.bfloat16).eps)
+
+    unit.double()
+    x = x.detach().double().requires_grad_()
+    for ours, theirs in outcomes(unit, x):
+        assert_close(ours, theirs, 1e-9)
+    with torch.no_grad():
+        gamma, slope, zeta = (v.view(-1, 1, 1) for v in (-unit.bn2.bias, unit.prelu.weight, unit.prelu.shift))
+        forward, unit.prelu.forward = unit.prelu.forward, lambda y: y + gamma  # what is given to RPReLU
+        z = unit.eval()(x)
+        unit.prelu.forward = forward
+        expected = torch.where(z > gamma, z - gamma + zeta, slope * (z - gamma) + zeta)
+        assert_close(unit(x), expected, 1e-12)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -50,6 +50,10 @@ NETWORKS = {  # of a genotype each; the image's height and width
         {"genotype": SEVEN, "init_channels": 6, "layers": 4, "groups": 6, "weight_binarization": "balanced"},
         (19, 32),
     ),
+    "rprelu": (
+        {"genotype": SEVEN, "init_channels": 12, "layers": 5, "groups": 3, "activation": "rprelu"},
+        (32, 27),
+    ),
     "imagenet": (
         {"genotype": GENOTYPES["EBNAS"], "family": "imagenet", "init_channels": 56, "layers": 5},
         (64, 64),
@@ -89,6 +93,9 @@ def assert_only_rounding(model: nn.Module, net: PackedNetwork, image: torch.Tens
 
     Up to there, all values agree; after it, the forms compute different things.
     """
+    lowered = lowering._Lowering(model)
+    with torch.no_grad():
+        lowered.network(model)
     signed = {}  # name of a unit: what its convolution takes the sign of, in the float form
     hooks = [
         module.bn1.register_forward_hook(lambda _, __, y, name=name: signed.update({name: y[0]}))
@@ -105,7 +112,8 @@ def assert_only_rounding(model: nn.Module, net: PackedNetwork, image: torch.Tens
             bn = model.get_submodule(step.name).bn1
             scale, shift = (values.view(-1, 1, 1) for values in lowering._affine(bn))
             x = torch.from_numpy(buffers[step.source.buffer][step.source.slice].copy())
-            ours, theirs = x.double() * scale + shift, signed[step.name].double()
+            x = x.double() + lowered.offset(step.source).view(-1, 1, 1)
+            ours, theirs = x * scale + shift, signed[step.name].double()
             assert (ours - theirs).abs().max() < 1e-4, f"{step.name}: values differ before any sign does"
             differing = (ours >= 0) != (theirs >= 0)
             if differing.any():

@@ -22,6 +22,14 @@ CASES = {
     "search": ("train_search.py", [*TINY_SEARCH, "--arch_start_epoch", 0, "--accumulate", 2], 2, 2),
     "stage1": ("train.py", [*TINY_STAGE, "--auxiliary", "--cutout", "--mixup", "--accumulate", 3], 4, 1),
     "stage2": ("train.py", [*TINY_STAGE, "--binary", "--from_scratch", "--drop_path_prob", 0.5], 4, 1),
+    "beyond": (
+        "train.py",
+        [
+            *(*TINY_STAGE, "--auxiliary", "--mixup", "--activation", "rprelu", "--stage1_weight_decay", 1e-4),
+            *("--ema", 0.9, "--clip_weights", "--teacher_weight", 0.7, "--teacher_temperature", 2),
+        ],
+        *(4, 1),
+    ),
     "imagenet": ("train_imagenet.py", ["--drop_path_prob", 0.5], 4, 1),
 }
 
@@ -61,10 +69,12 @@ def final_state(run) -> tuple[dict, list[dict]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_stopped_at_every_kind_of_moment(
-    case, scripts, at_step, data_flags, imagenet_flags, tmp_path_factory
+    case, scripts, at_step, data_flags, imagenet_flags, stopped, tmp_path_factory
 ):
     script, flags, steps, batches = CASES[case]
     flags = [*(imagenet_flags if case == "imagenet" else data_flags), *flags, "--save_freq", 1]
+    if case == "beyond":
+        flags += ["--teacher", *(stopped / "runs").iterdir()]
     whole = Scripts(tmp_path_factory.mktemp("whole"))
     whole.run(script, *flags)
 

@@ -8,7 +8,7 @@ from conftest import TINY_SEARCH, TINY_STAGE
 
 from checkpoint import load_checkpoint
 from genotypes import GENOTYPES, genotype_to_dict, get_genotype
-from runs import read_metrics
+from runs import read_metrics, read_result
 
 
 def test_a_search_leaves_its_genotype_metrics_and_pictures(pipeline):
@@ -26,6 +26,9 @@ def test_a_search_leaves_its_genotype_metrics_and_pictures(pipeline):
     for name in ("log.txt", "args.json", "last.pt", "best.pt", "genotype-normal.png", "curves.png"):
         assert (run / name).stat().st_size > 0
     assert list((run / "tensorboard").iterdir())
+    result = read_result(run)
+    assert result["genotype"] == records[-1]["genotype"] and result["valid_top1"] == records[-1]["valid_top1"]
+    assert {"discrete_top1", "discrete_top1_new_statistics"} < set(result)
     args = json.loads((run / "args.json").read_text())
     assert args["epochs"] == 2 and "commit" in args and "train_search.py" in args["command"]
 
@@ -75,6 +78,9 @@ def test_holdout_reports_the_test_accuracy_of_the_epoch_it_chose(scripts, data_f
     records = read_metrics(run)
     best = max(records, key=lambda record: record["valid_top1"])
     assert f"epoch {best['epoch']}, the best on 30 held-out training images: test top-1" in output
+    result = read_result(run)
+    assert result["best"] == {"epoch": best["epoch"], "score": best["valid_top1"]}
+    assert f"test top-1 {result['test']['top1']:.2f} %" in output and result["chosen_on"] == "held-out"
     assert "optimistic" not in output
 
 
@@ -124,6 +130,21 @@ BAD_FLAGS = [
     ("train.py", "--batch_size 129", "larger than the 128 images"),
     ("train.py", "--accumulate 17", "give at least 34, or less parts"),
     ("train.py", "--accumulate 2 --compile --compile_mode reduce-overhead", "does not go with --accumulate"),
+    (
+        "train.py",
+        "--teacher nowhere",
+        "neither a checkpoint nor a run's folder, nor a network of torchvision's",
+    ),
+    (
+        "train.py",
+        "--teacher_weight 0 --teacher x",
+        "--teacher_weight is 0.0; it must be above 0 and at most 1",
+    ),
+    ("train.py", "--teacher x --label_smooth 0.1", "--label_smooth has no use with --teacher_weight 1"),
+    ("train.py", "--stage1_weight_decay 1 --weight_decay 1", "contradict each other; give one"),
+    ("train.py", "--stage1_weight_decay 1 --binary --from_scratch", "which has no stage 1"),
+    ("train.py", "--ema 1", "--ema is 1.0"),
+    ("train.py", "--activation relu", "invalid choice: 'relu'"),
     ("train_search.py", "--accumulate 0", "--accumulate is 0"),
     ("train.py", "--holdout 128", "a hold-out of 128"),
     ("train.py", "--binary --pretrained nowhere", "no checkpoint nowhere"),

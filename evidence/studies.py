@@ -1,0 +1,224 @@
+"""The studies, and the scales that they run at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evidence.plan import Arm, BestOf, FolderOf, Job, Study
+
+Flags = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes, epochs and numbers of runs. `images` are flags of all scripts, `network` of both stages.
+
+    `candidates` random cells, each trained with `trial`, cost about what a search does.
+    """
+
+    images: Flags
+    search: Flags
+    network: Flags
+    stage1_epochs: int
+    stage2_epochs: int
+    trial: Flags
+    candidates: int
+    searches: int
+    random_cells: int
+    published: int
+    seeds: int
+    ema: float
+
+
+SMALL_IMAGES = {"set": "folder", "image_size": 16, "train_images": 10_000, "batch_size": 64, "workers": 1}
+
+SCALES = {
+    "tiny": Scale(
+        images={"set": "shapes", "image_size": 16, "train_images": 200, "batch_size": 20, "workers": 0},
+        search={"init_channels": 8, "layers": 3, "epochs": 2},
+        network={"init_channels": 4, "groups": 2, "layers": 3, "drop_path_prob": 0, "holdout": 50},
+        stage1_epochs=1,
+        stage2_epochs=1,
+        trial={"epochs": 1},
+        candidates=2,
+        searches=2,
+        random_cells=3,
+        published=2,
+        seeds=2,
+        ema=0.9,
+    ),
+    "small": Scale(
+        images=SMALL_IMAGES,
+        # 316 architecture steps, where the published search takes 2,450: larger ones
+        search={"init_channels": 8, "layers": 5, "epochs": 8, "learning_rate": 3e-3}
+        | {"arch_learning_rate": 5e-3},
+        network={"init_channels": 14, "layers": 5, "drop_path_prob": 0, "learning_rate": 3e-3}
+        | {"holdout": 2_000},
+        stage1_epochs=2,
+        stage2_epochs=4,
+        trial={"epochs": 2},
+        candidates=4,
+        searches=5,
+        random_cells=10,
+        published=5,
+        seeds=3,
+        ema=0.99,
+    ),
+    "full": Scale(  # the published settings
+        images={"set": "cifar10"},
+        search={},
+        network={"auxiliary": True, "cutout": True, "holdout": 5_000},
+        stage1_epochs=600,
+        stage2_epochs=600,
+        trial={"init_channels": 28, "layers": 8, "epochs": 4, "auxiliary": False},
+        candidates=8,
+        searches=5,
+        random_cells=10,
+        published=5,
+        seeds=3,
+        ema=0.9999,
+    ),
+}
+
+
+def search_job(scale: Scale, seed: int, **flags: Any) -> Job:
+    return Job("train_search.py", {**scale.images, **scale.search, "seed": seed, **flags})
+
+
+def network_job(scale: Scale, seed: int, arch: Any = "EBNAS", **flags: Any) -> Job:
+    """Both stages of a network, with `flags` in both."""
+    both = {**scale.images, **scale.network, "seed": seed, "arch": arch, **flags}
+    first = Job("train.py", {**both, "epochs": scale.stage1_epochs})
+    return Job(
+        "train.py", {**both, "epochs": scale.stage2_epochs, "binary": True, "pretrained": FolderOf(first)}
+    )
+
+
+def scratch_job(scale: Scale, seed: int, arch: Any = "EBNAS", **flags: Any) -> Job:
+    """A W1A1 network without a stage 1."""
+    both = {**scale.images, **scale.network, "seed": seed, "arch": arch}
+    return Job("train.py", {**both, "binary": True, "from_scratch": True, **flags})
+
+
+def searched_job(scale: Scale, seed: int, **flags: Any) -> Job:
+    """A search, and the network of the cell that it finds."""
+    return network_job(scale, seed, FolderOf(search_job(scale, seed, **flags)))
+
+
+def arm(name: str, n: int, job: Callable[[int], Job]) -> Arm:
+    return Arm(name, {seed: job(seed) for seed in range(n)})
+
+
+def resolution(scale: Scale) -> Study:
+    """Each cell with two seeds; its first run is the one of the random arm of `search`."""
+    cells = [
+        Arm(f"cell {i}", {seed: network_job(scale, seed, f"random:{i}") for seed in (i, i + 1)})
+        for i in range(min(6, scale.random_cells))
+    ]
+    return Study(
+        "resolution",
+        "Can this scale tell cells apart: do random cells differ by more than seeds do?",
+        tuple(cells),
+        paired=False,
+    )
+
+
+def search(scale: Scale) -> Study:
+    def best_of_random(seed: int) -> Job:
+        numbers = range(1_000 + seed * scale.candidates, 1_000 + (seed + 1) * scale.candidates)
+        trials = (scratch_job(scale, seed, f"random:{number}", **scale.trial) for number in numbers)
+        return network_job(scale, seed, BestOf(tuple(trials)))
+
+    return Study(
+        "search",
+        "Does the search find better cells than chance?",
+        (
+            arm("random", scale.random_cells, lambda i: network_job(scale, i, f"random:{i}")),
+            arm("searched", scale.searches, lambda seed: searched_job(scale, seed)),
+            arm("published", scale.published, lambda seed: network_job(scale, seed)),
+            arm(f"best of {scale.candidates} random", scale.searches, best_of_random),
+        ),
+        paired=False,
+    )
+
+
+def regularisers(scale: Scale) -> Study:
+    none = {"path_reg_weight": 0, "edge_reg_weight": 0}
+    variants = {
+        "both": {},
+        "without path": {"path_reg_weight": 0},
+        "without edge": {"edge_reg_weight": 0},
+        "without both": none,
+    }
+    return Study(
+        "regularisers",
+        "What do the path and the edge regularisation bring?",
+        tuple(
+            arm(name, scale.seeds, lambda seed, flags=flags: searched_job(scale, seed, **flags))
+            for name, flags in variants.items()
+        ),
+    )
+
+
+def sampling(scale: Scale) -> Study:
+    variants = {"k 8 and 4": {}, "k 4 and 4": {"k_normal": 4}, "k 8 and 8": {"k_reduce": 8}}
+    return Study(
+        "sampling",
+        "Does sampling 1 in 8 channels in normal and 1 in 4 in reduction cells balance the operations?",
+        tuple(
+            arm(name, scale.seeds, lambda seed, flags=flags: searched_job(scale, seed, **flags))
+            for name, flags in variants.items()
+        ),
+    )
+
+
+def stages(scale: Scale) -> Study:
+    epochs = scale.stage1_epochs + scale.stage2_epochs
+    balanced, w32a1 = {"weight_binarization": "balanced"}, {"stage1": "w32a1"}
+    return Study(
+        "stages",
+        "What does the first stage bring, at equal epochs in all, and which one?",
+        (
+            arm("W1A32, then W1A1", scale.seeds, lambda seed: network_job(scale, seed)),
+            arm("W1A1 from scratch", scale.seeds, lambda seed: scratch_job(scale, seed, epochs=epochs)),
+            arm("W32A1, then W1A1", scale.seeds, lambda seed: network_job(scale, seed, **w32a1)),
+            arm("balanced weights", scale.seeds, lambda seed: network_job(scale, seed, **balanced)),
+        ),
+    )
+
+
+def beyond(scale: Scale) -> Study:
+    """What trains 1-bit networks better elsewhere in the field; the teacher is the same network in float."""
+
+    def taught(seed: int) -> Flags:
+        epochs = scale.stage1_epochs + scale.stage2_epochs
+        both = {**scale.images, **scale.network, "seed": seed, "arch": "EBNAS"}
+        return {"teacher": FolderOf(Job("train.py", {**both, "stage1": "w32a32", "epochs": epochs}))}
+
+    single: dict[str, Callable[[int], Flags]] = {
+        "RPReLU": lambda _: {"activation": "rprelu"},
+        "teacher": taught,
+        "decay in stage 1": lambda _: {"stage1_weight_decay": 1e-5},  # ReActNet's
+        "moving average": lambda _: {"ema": scale.ema},
+        "clipped weights": lambda _: {"clip_weights": True},
+    }
+
+    def together(seed: int) -> Flags:
+        return {name: value for flags in single.values() for name, value in flags(seed).items()}
+
+    return Study(
+        "beyond",
+        "Which of the field's ways to train 1-bit networks help these?",
+        tuple(
+            arm(name, scale.seeds, lambda seed, flags=flags: network_job(scale, seed, **flags(seed)))
+            for name, flags in {"EBNAS": lambda _: {}, **single, "all of them": together}.items()
+        ),
+    )
+
+
+STUDIES: dict[str, Callable[[Scale], Study]] = {
+    study.__name__: study for study in (resolution, search, regularisers, stages, beyond, sampling)
+}
+"""In the order in which they are worth running."""

@@ -1,0 +1,61 @@
+"""study.py with the real scripts, at a size of seconds."""
+
+import json
+import shutil
+
+import pytest
+from conftest import TINY
+
+import study
+from evidence.plan import Study
+from evidence.studies import Scale, arm, network_job, searched_job
+
+
+@pytest.fixture
+def one_study(monkeypatch, data_flags) -> Study:
+    """A search's cell against the published one, one seed each."""
+    images = dict(zip((f.removeprefix("--") for f in data_flags[::2]), data_flags[1::2], strict=True))
+    del images["data"]
+    common = dict(zip((f.removeprefix("--") for f in TINY[::2]), TINY[1::2], strict=True)) | {"epochs": "1"}
+    scale = Scale(
+        images={**images, **common},
+        search={"init_channels": 8},
+        network={"init_channels": 4, "groups": 2, "holdout": 30},
+        **dict.fromkeys(("stage1_epochs", "stage2_epochs", "candidates"), 1),
+        **dict.fromkeys(("searches", "random_cells", "published", "seeds", "ema"), 1),
+        trial={},
+    )
+    arms = (
+        arm("published", 1, lambda s: network_job(scale, s)),
+        arm("searched", 1, lambda s: searched_job(scale, s)),
+    )
+    made = Study("search", "Is it better?", arms)
+    monkeypatch.setattr(study, "STUDIES", {"search": lambda _: made})
+    return made
+
+
+def test_a_study_goes_on_where_it_was_ended(one_study, scripts, images):
+    flags = ["search", "--scale", "tiny", "--data", images]
+    assert "0 of 2 runs" in scripts.run("study.py", *flags, "--table").stdout
+    line = scripts.run("study.py", *flags[:-1], "nowhere", "--shard", "1/2", code=1).stderr.splitlines()[-1]
+    assert "1 runs failed" in line and "no folder 'train' in nowhere" in line
+
+    output = scripts.run("study.py", *flags, "--shard", "1/2").stdout
+    assert "1 of 2 runs" in output
+    output = scripts.run("study.py", *flags, "--jobs", 2).stdout
+    assert "2 of 2 runs" in output and "The searches" in output
+    assert len(scripts.runs("*-study-*")) == 5, "two stages, then a search and two stages, and nothing again"
+    content = json.loads((scripts.folder / "results" / "search.json").read_text())
+    assert len(content["jobs"]) == 5
+    for record in content["jobs"].values():
+        assert record["commit"] and record["machine"]["torch"] and record["seconds"] > 0
+    assert (scripts.folder / "results" / "search.png").exists()
+
+    shutil.rmtree(scripts.folder / "runs")  # another machine, which has the figures alone
+    assert "2 of 2 runs" in scripts.run("study.py", *flags).stdout
+    assert not scripts.runs("*-study-*")
+
+
+def test_bad_flags_are_one_line(scripts):
+    assert "choose from" in scripts.fails("study.py", "nothing")
+    assert "--shard is 3/2" in scripts.fails("study.py", "search", "--shard", "3/2")
