@@ -6,7 +6,7 @@
     python export.py models/shapes.ebnas --onnx shapes.onnx --pt2 shapes.pt2
 
 The .ebnas file is read by packed/, infer.py, benchmark.py infer and evaluate.py --packed; a page holds it and
-the same kernel. ONNX and .pt2 have no 1-bit arithmetic: they hold a float for each bit, about 16 times the
+the same kernel. ONNX and .pt2 have no 1-bit arithmetic: they hold a float for each bit, many times the
 bytes, and run as float networks do. Given one of the last three, export.py writes no .ebnas file unless
 --output names it.
 """

@@ -20,7 +20,7 @@ async function use(bytes) {
   $("hint").textContent =
     "A closed line is filled, and a second one inside it cuts a hole. Or drop a picture, or another .ebnas file.";
   $("bytes").textContent = size(network.bytes);
-  $("float").textContent = `${size(network.floatBytes)}`;
+  $("float").textContent = size(network.floatBytes);
   $("seen").width = $("seen").height = network.size;
   $("bars").replaceChildren(
     ...network.classes.slice(0, SHOWN).map(() => {
