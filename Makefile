@@ -42,7 +42,7 @@ test-sanitizers: $(SETUP)
 # all tests in which a kernel computes; then those of memory
 test-arm: export OMP_NUM_THREADS = 1
 test-arm: export PYTHONPATH = tests
-test-arm: ARM := -m pytest -q -n auto --maxprocesses 8 --dist worksteal -p arm_kernel
+test-arm: ARM := -m pytest -q -n auto --maxprocesses 8 --dist worksteal -p kernel_process
 test-arm: SANITIZE := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
 test-arm: CHOSEN := packed_kernel or random or damaged_bytes or wrong_fields or format_1
 test-arm: FILES := tests/test_packed_kernel.py tests/test_packed_fuzz.py tests/test_packed.py

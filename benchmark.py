@@ -28,6 +28,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ import memory
 import options
 from architect import Architect, edge_regularizer, path_regularizer
 from augment import Augmentation, Normalize
+from baselines import make_config, settings_of, system_of
 from binary_ops import WEIGHT_BINARIZATIONS
 from comparison.engines import RIVALS, Logits, float_network, make_runner
 from comparison.measure import CLOCKS, MEMORY, Case, machine, measure
@@ -48,16 +50,14 @@ from compilation import compile_regions
 from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
 from engine import Precision, choose_precision, optimize, training_loss
-from genotypes import get_genotype
-from model import FAMILIES, ModelConfig, Network, build_model
+from model import FAMILIES, CellNetwork, build_model
 from model_search import SearchConfig, Supernet
 from packed import PackedNetwork, available_kernels, load
 from utils import InputError, one_line, run_main
 
-PUBLISHED = {
-    "cifar": {"init_channels": 84, "layers": 16, "image_size": 32, "num_classes": 10},
-    "imagenet": {"init_channels": 112, "layers": 14, "image_size": 224, "num_classes": 1000},
-}
+IMAGES = {"cifar": (32, 10), "imagenet": (224, 1000)}
+"""Usual size, and number of classes."""
+
 BITS = {"w1a1": (1, 1), "w1a32": (1, 32), "w32a1": (32, 1)}
 CRITERION = nn.CrossEntropyLoss()
 
@@ -170,15 +170,15 @@ def original_search_steps(
 
 def add_network_flags(parser: options.Parser) -> None:
     flag = parser.add_argument
-    flag("--arch", default="EBNAS")
+    flag("--arch", default="EBNAS", help="a row of the published tables, or a genotype")
     flag("--bits", choices=BITS, default="w1a1", help="of weights and activations")
     size = "default: as published, and so with layers and image_size"
     flag("--init_channels", type=options.integer(1, 10_000), help=size)
     flag("--layers", type=options.integer(3, 1_000))
-    flag("--groups", type=options.integer(1, 10_000), default=14)
+    flag("--groups", type=options.integer(1, 10_000))
     flag("--image_size", type=options.integer(16, 4096))
     flag("--batch_size", type=options.integer(1), default=32)
-    flag("--weight_binarization", choices=WEIGHT_BINARIZATIONS, default="plain")
+    flag("--weight_binarization", choices=WEIGHT_BINARIZATIONS)
 
 
 def add_train_flags(parser: options.Parser) -> None:
@@ -188,12 +188,15 @@ def add_train_flags(parser: options.Parser) -> None:
 
 @contextmanager
 def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
-    """a training step: of our network as it is trained, and of the original's (weight_binarization plain)"""
+    """a training step: of our network as it is trained, and of EBNAS's original (weight_binarization plain)"""
     ours, batch = network_and_batch(args, args.family, world.device)
-    original = original_network(ours)
+    original = original_network(ours) if ours.config.system == "ebnas" else None
     ours = as_trained(ours, args, world.device)
     precision = choose_precision(args.precision, world.device, tf32=args.tf32)
     our_step = training_step(ours, list(ours.parameters()), batch, precision, world)
+    if original is None:
+        yield [Case("training", our_step, args.batch_size)]
+        return
     original_step = training_step(
         original, list(original.parameters()), batch, precision, world, fused_adam=False
     )
@@ -265,9 +268,10 @@ def infer_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
                 cases.append(Case(rival, runner, n, against="eager"))
         for kernel in available_kernels():
             network = PackedNetwork(packed.program, threads=args.threads, kernel=kernel)
-            cases.append(
-                Case(f"packed, {kernel}", lambda network=network: network(images.numpy()), n, "eager")
-            )
+            cases.append(Case(f"packed, {kernel}", partial(network, images.numpy()), n, against="eager"))
+        if args.threads > 1:  # of the best path
+            alone = partial(PackedNetwork(packed.program, threads=1, kernel=kernel), images.numpy())
+            cases.append(Case("packed, one thread", alone, n, against=cases[-1].name))
         expected = cases[0].run()
         for case in cases[1:]:
             logits = case.run()
@@ -296,26 +300,29 @@ def random_batch(n: int, size: int, classes: int, device: torch.device) -> Batch
     return Batch(images, torch.randint(classes, (n,), device=device), n)
 
 
-def network_and_batch(args: argparse.Namespace, family: str, device: torch.device) -> tuple[Network, Batch]:
+def network_and_batch(args: argparse.Namespace, family: str, device: torch.device) -> tuple[nn.Module, Batch]:
     """The network of the flags, as published where they say nothing, and images for it."""
-    size = {name: getattr(args, name, None) or value for name, value in PUBLISHED[family].items()}
-    image_size = size.pop("image_size")
+    usual_size, classes = IMAGES[family]
     weight_bits, activation_bits = BITS[args.bits]
-    config = ModelConfig(
-        get_genotype(args.arch),
-        family,
-        **size,
+    known = settings_of(system_of(args.arch))
+    config = make_config(
+        args.arch,
+        family=family,
+        num_classes=classes,
+        init_channels=args.init_channels,
+        layers=args.layers,
         groups=args.groups,
-        auxiliary=True,
+        auxiliary=True if "auxiliary" in known else None,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         weight_binarization=args.weight_binarization,
     )
+    image_size = args.image_size or usual_size
     batch = random_batch(args.batch_size, image_size, config.num_classes, device)
     return build_model(config).to(device), batch
 
 
-def as_trained(model: Network, args: argparse.Namespace, device: torch.device) -> Network:
+def as_trained(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     if device.type == "cpu":
         model.to(memory_format=torch.channels_last)
     if args.compile:
@@ -335,6 +342,8 @@ def training_step(
     """The step of engine.train_one_epoch, as the training scripts take it by default."""
     # None, not False: Adam's default chooses its form by the device
     optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=fused_adam or None)
+    if isinstance(model, CellNetwork):  # not a supernet
+        model.register_update_rule(optimizer)
 
     def step() -> None:
         objective, _, _ = training_loss(model, batch, CRITERION, precision=precision, auxiliary_weight=0.4)

@@ -46,6 +46,36 @@ def binary_sign(x: Tensor) -> Tensor:
     return _BinarySign.apply(x)
 
 
+class _SmoothSign(_BinarySign):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sign()
+
+
+def smooth_sign(x: Tensor) -> Tensor:
+    """As `binary_sign`, but 0 where x is 0: the sign of DCP-NAS's activations."""
+    return _SmoothSign.apply(x)
+
+
+class _HardSign(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.abs() < 1)  # a byte an element
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (passed,) = ctx.saved_tensors
+        return grad * passed
+
+
+def hard_sign(x: Tensor) -> Tensor:
+    """Sign of an activation, as BNAS and BATS compute it. Forward: +1, -1, and 0 where x is 0.
+    Backward: grad where |x| < 1, else 0 (Hubara et al., Binarized Neural Networks, 2016)."""
+    return _HardSign.apply(x)
+
+
 class _ClippedSign(Function):
     @staticmethod
     def forward(ctx, w):
@@ -56,6 +86,11 @@ class _ClippedSign(Function):
     def backward(ctx, grad):
         (passed,) = ctx.saved_tensors
         return grad * passed
+
+
+def clipped_sign(weight: Tensor) -> Tensor:
+    """Sign of a weight: +1 where it is >= 0, else -1. Backward: grad where |weight| < 1, else 0."""
+    return _ClippedSign.apply(weight)
 
 
 def binarize_weight(weight: Tensor, method: str = "plain") -> Tensor:
@@ -157,6 +192,14 @@ class BinaryConv2d(nn.Conv2d):
         self.activation_bits = activation_bits
         self.weight_binarization = weight_binarization
 
+    def binarized_input(self, x: Tensor) -> Tensor:
+        return binary_sign(x)
+
+    @property
+    def filter_scales(self) -> int:
+        """How many scales 1-bit filters are stored with, beside the parameters."""
+        return self.out_channels
+
     def effective_weight(self) -> Tensor:
         """The weights that the convolution uses: binary and scaled, or the latent ones at 32 bits."""
         if self.weight_bits == 1:
@@ -169,7 +212,7 @@ class BinaryConv2d(nn.Conv2d):
             x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
         geometry = stride, self.padding, self.dilation, self.groups
         if self.activation_bits == 1:
-            x = binary_sign(x)
+            x = self.binarized_input(x)
         return F.conv2d(x, self.effective_weight(), None, *geometry)
 
     def extra_repr(self) -> str:

@@ -1,7 +1,7 @@
 """Checkpoints: written atomically, with all that an exact continuation needs; read without pickled code, and
 checked in full before anything is built from them.
 
-A checkpoint is a dictionary: `format`, `script`, `kind` (search, stage1, stage2), `args`, `config` (of the
+A checkpoint is a dictionary: `format`, `script`, `kind` (one of KINDS), `args`, `config` (of the
 network), `data` (set, classes, mean, std, image size), `model`, `state` (optimisers, schedule, scaler),
 `random` (of every process), `epoch` and `step` (the next ones to run), `sums`, `best`, `finished`, and, of
 several processes within an epoch, `buffers` (the BN statistics of each). Of a run with --ema `model` is the
@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from baselines import Config, config_from_dict
 from distributed import World, float_buffers
-from model import ModelConfig, build_model
+from model import build_model
 from model_search import SearchConfig, Supernet
 from utils import InputError, RunFailed, one_line, write_atomically
 
 FORMAT = "ebnas-checkpoint-1"
 LAST, BEST = "last.pt", "best.pt"
+KINDS = ("search", "stage1", "stage2", "single")  # of what trains in one stage
 LIVE = "live"
 
 
@@ -203,10 +205,10 @@ def load_checkpoint(path: str | Path, prefer: str = LAST) -> dict:
     return checkpoint
 
 
-def network_config(checkpoint: dict) -> ModelConfig | SearchConfig:
+def network_config(checkpoint: dict) -> Config | SearchConfig:
     """What the network of a checkpoint is built from."""
-    kind = SearchConfig if checkpoint["kind"] == "search" else ModelConfig
-    return kind.from_dict(checkpoint["config"])
+    build = SearchConfig.from_dict if checkpoint["kind"] == "search" else config_from_dict
+    return build(checkpoint["config"])
 
 
 def _is_name(value: Any) -> bool:
@@ -265,7 +267,7 @@ def _is_data(value: Any) -> bool:
 
 ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "script": (_is_name, "the name of a script"),
-    "kind": (lambda value: value in ("search", "stage1", "stage2"), "search, stage1 or stage2"),
+    "kind": (lambda value: value in KINDS, "search, stage1, stage2 or single"),
     "args": (_has_names, "flags by name"),
     "config": (lambda value: isinstance(value, dict), "the configuration of a network"),
     "data": (_is_data, "set, root, image_size, classes, mean and std"),
@@ -319,7 +321,7 @@ def _check_model(checkpoint: dict) -> None:
             check_tensor(tensor, wanted[name], f"{part}.{name}")
 
 
-def build_network(config: ModelConfig | SearchConfig) -> nn.Module:
+def build_network(config: Config | SearchConfig) -> nn.Module:
     return Supernet(config) if isinstance(config, SearchConfig) else build_model(config)
 
 
@@ -336,7 +338,7 @@ def check_tensor(tensor: Any, like: Tensor, name: str) -> None:
 
 STATE_KEYS = frozenset(
     (
-        *("state", "param_groups", "params", "lr", "betas", "eps", "weight_decay"),  # Adam
+        *("state", "param_groups", "params", "lr", "betas", "eps", "momentum", "weight_decay"),  # Adam, SGD
         *("last_epoch", "_last_lr", "_schedulers"),  # schedules
         *("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"),  # GradScaler
     )
@@ -360,8 +362,10 @@ def check_state(thing: Any, state: Any, name: str) -> None:
         raise InputError(f"{what} is of other parameters")
     for number, moments in state["state"].items():
         moments = moments if isinstance(moments, dict) else {}
-        check_tensor(moments.get("step"), torch.zeros(()), f"{what}.{number}.step")
-        for key in ("exp_avg", "exp_avg_sq"):
+        is_sgd = isinstance(thing, torch.optim.SGD)
+        if not is_sgd:
+            check_tensor(moments.get("step"), torch.zeros(()), f"{what}.{number}.step")
+        for key in ("momentum_buffer",) if is_sgd else ("exp_avg", "exp_avg_sq"):
             check_tensor(moments.get(key), parameters[number], f"{what}.{number}.{key}")
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import torch._dynamo
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
+from baselines.bats import BatsFactorizedReduce, BatsUnit
+from baselines.bnas import BnasUnit
+from baselines.dcp_nas import DcpConvolution, DcpFactorizedReduce, DcpUnit
 from operations import BinaryUnit, FactorizedReduce, SearchPreprocess, SourceOperations
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 MODES = ("default", *CUDA_GRAPH_MODES, "max-autotune-no-cudagraphs")
 
-REGIONS = (BinaryUnit, FactorizedReduce, SearchPreprocess, SourceOperations)
+REGIONS = (
+    *(BinaryUnit, FactorizedReduce, SearchPreprocess, SourceOperations),
+    *(BnasUnit, BatsUnit, BatsFactorizedReduce, DcpUnit, DcpFactorizedReduce, DcpConvolution, BasicBlock),
+)
 """The units of cells. All of a class share their graphs, which take the parameters as inputs. Whole cells
 compile longer and run no faster (docs/performance.md)."""
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from binary_ops import BinaryConv2d
 from distributed import float_buffers
-from model import Network
 
 BITS_PER_OP = 64
 """1-bit multiply-accumulates that count as one operation (Liu et al., Bi-Real Net, ECCV 2018)."""
@@ -32,6 +31,8 @@ class Cost:
     avg_pool_elements: int
     binary_bytes: int
     float_bytes: int
+    one_sided_macs: int = 0
+    """Of the float MACs, those with 1-bit weights or 1-bit activations, but not both."""
 
     @property
     def convolution_ops(self) -> float:
@@ -44,22 +45,30 @@ class Cost:
         return self.convolution_ops + 2 * self.bn_elements + self.prelu_elements + self.avg_pool_elements
 
 
-def measure_cost(model: Network, image_size: int) -> Cost:
+def measure_cost(model: nn.Module, image_size: int) -> Cost:
     """Count one forward pass of an image (3, image_size, image_size), on torch's meta device: no arithmetic.
 
     A MAC is binary where weights and activations both have one bit, so in a W1A1 network.
     """
     model = copy.deepcopy(model).to("meta").eval()
     model.auxiliary_head = None
+    bits = {m: (m.weight_bits, m.activation_bits) for m in model.modules() if isinstance(m, BinaryConv2d)}
+    for layer in bits:  # nothing is computed: no signs are needed
+        layer.weight_bits = layer.activation_bits = 32
     counts = dict.fromkeys(
-        ("binary_macs", "float_macs", "bn_elements", "prelu_elements", "avg_pool_elements"), 0
+        (
+            *("binary_macs", "float_macs", "one_sided_macs"),
+            *("bn_elements", "prelu_elements", "avg_pool_elements"),
+        ),
+        0,
     )
 
     def count(layer: nn.Module, _inputs, output: torch.Tensor) -> None:
         elements = output[0].numel()
         if isinstance(layer, nn.Conv2d):
-            binary = isinstance(layer, BinaryConv2d) and layer.weight_bits == layer.activation_bits == 1
-            counts["binary_macs" if binary else "float_macs"] += elements * layer.weight[0].numel()
+            macs = elements * layer.weight[0].numel()
+            counts["binary_macs" if bits.get(layer) == (1, 1) else "float_macs"] += macs
+            counts["one_sided_macs"] += macs if set(bits.get(layer, ())) == {1, 32} else 0
         elif isinstance(layer, nn.Linear):
             counts["float_macs"] += elements * layer.in_features
         elif isinstance(layer, nn.BatchNorm2d):
@@ -75,12 +84,12 @@ def measure_cost(model: Network, image_size: int) -> Cost:
     with torch.no_grad():
         model(torch.empty(1, 3, image_size, image_size, device="meta"))
 
-    if model.config.family == "imagenet":  # the original's global mean is an AvgPool2d layer there: counted
+    if model.config.family == "imagenet" and model.config.counts_global_mean:
         counts["avg_pool_elements"] += model.classifier.in_features
 
-    binary_layers = [m for m in model.modules() if isinstance(m, BinaryConv2d) and m.weight_bits == 1]
+    binary_layers = [layer for layer, (weight_bits, _) in bits.items() if weight_bits == 1]
     binary_weights = sum(layer.weight.numel() for layer in binary_layers)
-    scales = sum(layer.out_channels for layer in binary_layers)
+    scales = sum(layer.filter_scales for layer in binary_layers)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     statistics = sum(buffer.numel() for buffer in float_buffers(model).values())
     return Cost(

@@ -234,13 +234,24 @@ class _Reader(Dataset):
     number of workers does not matter; else the shorter side becomes `resize`, and the centre is cut out.
     """
 
-    def __init__(self, files: ImageFiles, size: int, *, resize: int = 0, seed: int | None = None):
+    def __init__(
+        self,
+        files: ImageFiles,
+        size: int,
+        *,
+        resize: int = 0,
+        seed: int | None = None,
+        color_jitter: bool = False,
+    ):
         # Arrays, since forked workers share their pages; a list's would be copied, one reference count after
         # another: a quarter of a gigabyte in each worker for ImageNet.
         self.paths = np.array([os.fsencode(path) for path in files.paths])
         self.labels = torch.tensor(files.labels)
         self.size, self.resize, self.seed = size, resize, seed
-        self.augment = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+        colors = [v2.ColorJitter(0.4, 0.4, 0.4, 0.2)] if color_jitter else []
+        self.augment = v2.Compose(
+            [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *colors]
+        )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -580,18 +591,20 @@ def imagenet_loaders(
     seed: int,
     image_size: int = 224,
     share: Share = Share(),
+    color_jitter: bool = False,
 ) -> tuple[FileLoader, FileLoader, tuple[str, ...]]:
     """Training and validation loader of ImageNet, or of any folders like it, and the classes' names.
 
     `train` and `val` are in `root`, or in its ILSVRC2012 or ImageNet-ILSVRC2012. Training:
-    RandomResizedCrop(image_size), flip, Lighting 0.1. Validation: the centre of the image resized to 256/224
+    RandomResizedCrop(image_size), flip, Lighting 0.1 or `color_jitter` (brightness, contrast and saturation
+    0.4, hue 0.2). Validation: the centre of the image resized to 256/224
     of `image_size`. `workers` processes for each of the two loaders.
 
     Raises InputError for a missing `train` or `val`, an empty class, classes that differ between them, and an
     unreadable file among TRIED of each.
     """
     files = _list_images(_imagenet_folders(root)[0])
-    reader = _Reader(files, image_size, seed=seed)
+    reader = _Reader(files, image_size, seed=seed, color_jitter=color_jitter)
     reader.try_some()
     placed = {"device": device, "workers": workers, "share": share}
     train_loader = FileLoader(
@@ -600,7 +613,7 @@ def imagenet_loaders(
         normalize=STATISTICS["imagenet"],
         shuffle=True,
         seed=seed,
-        lighting_std=0.1,
+        lighting_std=0.0 if color_jitter else 0.1,
         **placed,
     )
     val_loader, classes = imagenet_val_loader(root, batch_size, image_size=image_size, **placed)

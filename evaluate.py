@@ -5,6 +5,7 @@ python evaluate.py runs/eval-EXP-stage2-TIME/best.pt     # or a checkpoint file
 python evaluate.py runs/eval-*-stage?-*                  # several, in one table
 python evaluate.py RUN --data DIR                        # where the images are now
 python evaluate.py runs/eval-EXP-stage2-TIME --packed    # and as packed bits: do the two agree?
+python evaluate.py --costs                               # what the rows of the published tables cost
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ if __name__ == "__main__":  # torch takes seconds to import
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import options
 from augment import Normalize
-from checkpoint import load_checkpoint
+from baselines import NOT_PUBLIC, ROWS, Config, Published, check_packable, label, make_config, trained_network
+from checkpoint import load_checkpoint, network_config
 from cost import Cost, measure_cost
 from data import BatchLoader, Loader, imagenet_val_loader, load_set
 from distributed import World, setup
 from engine import Precision, choose_precision, evaluate
 from genotypes import describe
-from model import ModelConfig, Network, trained_network
+from model import build_model
 from packed import PackedNetwork
 from packed.lowering import lower
 from utils import InputError, human, run_main
@@ -38,7 +42,10 @@ from utils import InputError, human, run_main
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
     parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="a checkpoint file or a run's folder"
+        "checkpoints", nargs="*", metavar="CHECKPOINT", help="a checkpoint file or a run's folder"
+    )
+    parser.add_argument(
+        "--costs", action="store_true", help="count the published networks; needs no checkpoint"
     )
     parser.add_argument("--data", help="where the images are; default: where they were in training")
     parser.add_argument("--batch_size", type=options.integer(1), default=256)
@@ -51,12 +58,19 @@ def parser() -> options.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.costs:
+        print("\n".join(cost_table()))
+        return
+    if not args.checkpoints:
+        raise InputError("give checkpoints or run folders, or --costs")
     world = setup(args.device)
     precision = choose_precision(args.precision, world.device, tf32=args.tf32)
     checkpoints = [(path, load_checkpoint(path)) for path in args.checkpoints]
     loaders: dict[str, Loader] = {}
     rows = []
     for path, checkpoint in checkpoints:
+        if args.packed:
+            check_packable(checkpoint)
         model = trained_network(checkpoint)
         data = checkpoint["data"]
         key = json.dumps(data)
@@ -71,14 +85,14 @@ def main(args: argparse.Namespace) -> None:
 
 
 def evaluate_with_bar(
-    model: Network, loader: Loader, world: World, precision: Precision, *, label: str
+    model: nn.Module, loader: Loader, world: World, precision: Precision, *, label: str
 ) -> dict[str, float]:
     with tqdm(total=len(loader), desc=label, leave=False, disable=not sys.stderr.isatty()) as bar:
         return evaluate(model, loader, world=world, precision=precision, after_step=lambda *_: bar.update())
 
 
 @torch.no_grad()
-def compare_packed(path: str, model: Network, loader: Loader, data: dict) -> None:
+def compare_packed(path: str, model: nn.Module, loader: Loader, data: dict) -> None:
     """Print the packed network's top-1, and on how many images it names the class that the float form names.
 
     Raises InputError on a network that is not W1A1.
@@ -124,12 +138,12 @@ def print_table(rows: list[tuple[str, dict, dict, Cost]]) -> None:
     columns = "checkpoint,set,stage,epochs,top-1 %,top-5 %,params,OPs,OPs conv,1-bit,float"
     lines = [tuple(columns.split(","))]
     for path, checkpoint, means, cost in rows:
-        config = checkpoint["config"]
+        config = network_config(checkpoint)
         lines.append(
             (
                 path,
                 checkpoint["data"]["set"],
-                f"{checkpoint['kind']} W{config['weight_bits']}A{config['activation_bits']}",
+                f"{checkpoint['kind']} W{config.weight_bits}A{config.activation_bits}",
                 str(checkpoint["epoch"]),
                 f"{means['top1']:.2f}",
                 f"{means['top5']:.2f}",
@@ -151,11 +165,62 @@ def print_table(rows: list[tuple[str, dict, dict, Cost]]) -> None:
     print(
         "`conv` without the last three. 1-bit and float: bytes of the weights, stored a bit and 32 bits each."
     )
-    genotypes = {
-        describe(ModelConfig.from_dict(checkpoint["config"]).genotype) for _, checkpoint, _, _ in rows
-    }
-    for genotype in sorted(genotypes):
-        print(f"\ngenotype\n{genotype}")
+    for network in sorted({described(network_config(checkpoint)) for _, checkpoint, _, _ in rows}):
+        print(f"\n{network}")
+
+
+def described(config: Config) -> str:
+    """The name of a network, and its genotype."""
+    lines = ["genotype", describe(config.genotype)] if hasattr(config, "genotype") else []
+    return "\n".join([label(config), *lines])
+
+
+SETS = {"cifar10": ("CIFAR-10", "cifar", 32, 10), "imagenet": ("ImageNet", "imagenet", 224, 1000)}
+
+
+def cost_table() -> Iterator[str]:
+    """Markdown: what the rows of the published tables cost by this program's count, beside their figures.
+
+    BNAS twice where it is published: as its code runs, and as intended.
+    """
+    columns = (
+        "images,network,params,binary MACs,float MACs,OPs,OPs of conv and linear,stored,"
+        "published params,published OPs"
+    )
+    yield "| " + " | ".join(columns.split(",")) + " |"
+    yield "|---|---|" + "---:|" * (columns.count(",") - 1)
+    for name, (title, family, size, classes) in SETS.items():
+        for arch, row in ROWS.items():
+            published = row.published.get(name)
+            if family not in row.sizes:
+                continue
+            variants = ("as_run", "intended") if row.system == "bnas" and published else (None,)
+            for variant in variants:
+                with torch.device("meta"):
+                    config = make_config(arch, family=family, num_classes=classes, variant=variant)
+                    cost = measure_cost(build_model(config), size)
+                note = f", {variant.replace('_', ' ')}" if variant else ""
+                yield cost_line(title, label(config) + note, cost, published)
+        for network, published in NOT_PUBLIC.items():
+            yield cost_line(title, network, None, published.get(name))
+
+
+def cost_line(images: str, network: str, cost: Cost | None, published: Published | None) -> str:
+    numbers = ["-"] * 6
+    if cost is not None:
+        numbers = [
+            f"{cost.parameters:,}",
+            *(f"{value:.3e}".replace("e+0", "e") for value in (cost.binary_macs, cost.float_macs)),
+            *(f"{value / 1e8:.3f}e8" for value in (cost.ops, cost.convolution_ops)),
+            f"{(cost.binary_bytes + cost.float_bytes) / 2**20:.2f} MiB",
+        ]
+    theirs = ["", ""]
+    if published is not None:
+        theirs = [
+            f"{published.params}M" if published.params else "",
+            f"{published.ops}e8" if published.ops else "",
+        ]
+    return "| " + " | ".join((images, network, *numbers, *theirs)) + " |"
 
 
 if __name__ == "__main__":

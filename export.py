@@ -22,9 +22,9 @@ import argparse
 from pathlib import Path
 
 import options
+from baselines import check_packable, trained_network
 from checkpoint import load_checkpoint, resolve_checkpoint
 from folders import readable_classes
-from model import trained_network
 from packed import PackedFileError, Program, parse_program, program_bytes, read_program
 from packed.exchange import onnx_bytes, pt2_bytes
 from packed.lowering import lower
@@ -79,6 +79,7 @@ def read_packed(path: Path) -> Program:
 def lowered(path: Path) -> tuple[Program, str]:
     """The program of a checkpoint's network, and what it saves."""
     checkpoint = load_checkpoint(path)
+    check_packable(checkpoint)
     model = trained_network(checkpoint)
     data = checkpoint["data"]
     program = lower(model, {**data, "classes": readable_classes(data["classes"], Path(data["root"]))})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,26 @@ PRIMITIVES = (
 )
 """The candidate operations, in the order of a row of alpha. `none` is left out, and separable convolutions
 are replaced by binary ones: the search space made simple and suited to binary networks (EBNAS, section 3)."""
+
+OPERATIONS = {
+    "ebnas": PRIMITIVES,
+    "bnas": ("none", *PRIMITIVES[1:]),
+    "bats": (
+        *("none", *PRIMITIVES[:3], "sep_conv_3x3", "sep_conv_5x5", "sep_conv_7x7"),
+        *("dil_conv_3x3", "dil_conv_5x5"),
+    ),
+    "dcp": (*PRIMITIVES[:3], "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"),
+}
+"""What each system's cells are made of, by their own names. A `sep_conv` of BATS is one grouped convolution,
+of DCP-NAS two depthwise separable ones."""
+
+CONVOLUTION_PREFIXES = {  # (plain, dilated)
+    "ebnas": ("bin_conv", "bin_dil_conv"),
+    "bnas": ("bin_conv", "bin_dil_conv"),
+    "bats": ("sep_conv", "dil_conv"),
+    "dcp": ("sep_conv", "dil_conv"),
+}
+"""What the systems call their plain and their dilated convolutions."""
 
 NODES = 4
 """Intermediate nodes of a cell. Node i may read states 0 .. 1 + i, and its own state is 2 + i."""
@@ -46,33 +67,66 @@ class Genotype(NamedTuple):
     reduce_concat: tuple[int, ...]
 
 
+def _cell_pairs(text: str) -> tuple[tuple[str, int], ...]:
+    """`conv 1, max 0 | ...` as `describe` prints it -> pairs."""
+    return tuple((name, int(source)) for name, source in (pair.split() for pair in re.split(r"[,|]", text)))
+
+
+def _genotype(normal: str, reduce: str) -> Genotype:
+    every = tuple(range(2, 2 + NODES))
+    return Genotype(_cell_pairs(normal), every, _cell_pairs(reduce), every)
+
+
+BNAS_ZEROISE = _genotype(
+    "none 1, bin_dil_conv_3x3 0 | bin_conv_3x3 1, none 2 | none 2, none 3 | none 3, none 4",
+    "max_pool_3x3 0, none 1 | max_pool_3x3 0, none 2 | none 3, none 2 | none 3, none 4",
+)
+"""`latest_cell_zeroise` of BNAS's code, of its networks A and C: half of the nodes are zero."""
+
+BNAS_LATEST = _genotype(
+    "bin_conv_3x3 1, bin_dil_conv_3x3 0 | bin_conv_3x3 1, bin_conv_3x3 2 | "
+    "bin_conv_3x3 2, bin_dil_conv_3x3 1 | bin_dil_conv_3x3 1, bin_conv_3x3 0",
+    "max_pool_3x3 0, max_pool_3x3 1 | max_pool_3x3 0, bin_conv_3x3 2 | max_pool_3x3 0, bin_dil_conv_3x3 3 | "
+    "max_pool_3x3 0, bin_dil_conv_3x3 4",
+)
+"""`latest_cell` of BNAS's code, of its networks D to H."""
+
+BATS_SECOND_HAND = _genotype(
+    "sep_conv_5x5 0, dil_conv_5x5 1 | max_pool_3x3 0, max_pool_3x3 2 | sep_conv_5x5 0, dil_conv_5x5 2 | "
+    "sep_conv_3x3 0, dil_conv_5x5 1",
+    "max_pool_3x3 0, sep_conv_3x3 1 | sep_conv_5x5 0, avg_pool_3x3 1 | sep_conv_5x5 1, max_pool_3x3 3 | "
+    "sep_conv_5x5 0, sep_conv_5x5 1",
+)
+"""A third party's reading of the cell in BATS's paper; BATS's own code has none."""
+
+DCP_NAS_L = _genotype(
+    "sep_conv_5x5 1, max_pool_3x3 0 | dil_conv_3x3 2, skip_connect 0 | sep_conv_3x3 3, avg_pool_3x3 1 | "
+    "dil_conv_3x3 4, avg_pool_3x3 3",
+    "max_pool_3x3 0, sep_conv_3x3 1 | dil_conv_3x3 1, sep_conv_3x3 0 | max_pool_3x3 1, dil_conv_5x5 2 | "
+    "dil_conv_5x5 2, sep_conv_5x5 1",
+)
+"""`DDPNAS_MCN_2` of DCP-NAS's code."""
+
 GENOTYPES = {
-    "EBNAS": Genotype(
-        normal=(
-            ("bin_conv_3x3", 0),
-            ("max_pool_3x3", 1),
-            ("max_pool_3x3", 0),
-            ("max_pool_3x3", 1),
-            ("bin_conv_3x3", 1),
-            ("bin_conv_5x5", 0),
-            ("max_pool_3x3", 0),
-            ("bin_dil_conv_3x3", 1),
-        ),
-        normal_concat=(2, 3, 4, 5),
-        reduce=(
-            ("bin_conv_5x5", 0),
-            ("bin_conv_5x5", 1),
-            ("bin_conv_3x3", 1),
-            ("bin_dil_conv_5x5", 2),
-            ("bin_dil_conv_5x5", 2),
-            ("bin_conv_3x3", 1),
-            ("max_pool_3x3", 0),
-            ("bin_conv_3x3", 1),
-        ),
-        reduce_concat=(2, 3, 4, 5),
+    "EBNAS": _genotype(
+        "bin_conv_3x3 0, max_pool_3x3 1 | max_pool_3x3 0, max_pool_3x3 1 | bin_conv_3x3 1, bin_conv_5x5 0 | "
+        "max_pool_3x3 0, bin_dil_conv_3x3 1",
+        "bin_conv_5x5 0, bin_conv_5x5 1 | bin_conv_3x3 1, bin_dil_conv_5x5 2 | bin_dil_conv_5x5 2, "
+        "bin_conv_3x3 1 | max_pool_3x3 0, bin_conv_3x3 1",
     ),
+    "BNAS-A": BNAS_ZEROISE,
+    "BNAS-C": BNAS_ZEROISE,
+    "BNAS-D": BNAS_LATEST,
+    "BNAS-E": BNAS_LATEST,
+    "BNAS-F": BNAS_LATEST,
+    "BNAS-G": BNAS_LATEST,
+    "BNAS-H": BNAS_LATEST,
+    "BATS": BATS_SECOND_HAND,
+    "BATS-2x": BATS_SECOND_HAND,
+    "DCP-NAS-L": DCP_NAS_L,
 }
-"""The named genotypes. `EBNAS` is the cell published with the paper."""
+"""The named genotypes, in the order in which messages list them. `EBNAS` is the cell published with the
+paper, the others are those of its baselines (docs/rows.md)."""
 
 
 RANDOM = "random:"
@@ -95,39 +149,67 @@ def random_genotype(seed: int) -> Genotype:
     return Genotype(cell(), concat, cell(), concat)
 
 
-def get_genotype(name: str) -> Genotype:
+def get_genotype(name: str, system: str | None = None) -> Genotype:
     """The genotype registered as `name`, a random one (`random:SEED`), or that in the JSON file or search run
     folder of that path.
 
-    Raises InputError: unknown name (the known ones are listed), or a file that holds no valid genotype.
+    For a `system` its convolutions are renamed to that system's. Without one a file is EBNAS's.
+    Raises InputError: unknown name (the known ones are listed), a file that holds no valid genotype, or an
+    operation that the system does not have.
     """
     if name in GENOTYPES:
-        return GENOTYPES[name]
+        genotype = GENOTYPES[name]
+        return genotype if system is None else translated(genotype, system, origin=name)
     if name.startswith(RANDOM):
         seed = name.removeprefix(RANDOM)
         if not seed.isdecimal():
             raise InputError(f"genotype {name!r}: {RANDOM} takes a seed, a whole number from 0")
-        return random_genotype(int(seed))
+        genotype = random_genotype(int(seed))
+        return genotype if system is None else translated(genotype, system, origin=name)
     path = Path(name)
     if path.is_dir():
         path = path / "genotype.json"
         if not path.is_file():
             raise InputError(f"no genotype.json in {name}: give the folder of a search run")
     if not path.is_file():
-        known = ", ".join(sorted(GENOTYPES))
         raise InputError(
-            f"unknown genotype {name!r}: choose from {known}, or give {RANDOM}SEED, a genotype file or a "
-            "search's folder"
+            f"unknown genotype {name!r}: choose from {', '.join(GENOTYPES)}, or give {RANDOM}SEED, a "
+            "genotype file or a search's folder"
         )
     try:
         fields = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"genotype file {path} is not JSON: {error}") from None
-    return genotype_from_dict(fields, origin=str(path))
+    if system is None:
+        return genotype_from_dict(fields, origin=str(path))
+    known = tuple(dict.fromkeys(name for names in OPERATIONS.values() for name in names))
+    return translated(genotype_from_dict(fields, origin=str(path), known=known), system, origin=str(path))
 
 
-def genotype_from_dict(fields: Any, *, origin: str = "genotype") -> Genotype:
-    """A validated Genotype from its JSON form; keys beyond the four fields are ignored.
+def translated(genotype: Genotype, system: str, *, origin: str = "genotype") -> Genotype:
+    """`genotype` with plain and dilated convolutions called as `system` calls them: `sep_conv_3x3` of BATS is
+    `bin_conv_3x3` of BNAS. Raises InputError where the system lacks an operation."""
+    ours = CONVOLUTION_PREFIXES[system]
+    renamed = {
+        theirs: own
+        for prefixes in CONVOLUTION_PREFIXES.values()
+        for theirs, own in zip(prefixes, ours, strict=True)
+    }
+    cells = {}
+    for kind in ("normal", "reduce"):
+        pairs = []
+        for operation, source in getattr(genotype, kind):
+            prefix, _, size = operation.rpartition("_")
+            pairs.append((f"{renamed[prefix]}_{size}" if prefix in renamed else operation, source))
+        cells[kind] = _checked_pairs(pairs, f"{origin}: field {kind!r}", OPERATIONS[system])
+    return genotype._replace(**cells)
+
+
+def genotype_from_dict(
+    fields: Any, *, origin: str = "genotype", known: tuple[str, ...] = PRIMITIVES
+) -> Genotype:
+    """A validated Genotype of the operations `known` from its JSON form; keys beyond the four fields are
+    ignored.
 
     Raises InputError that names the field: one is missing, not of its type, an unknown operation, an input
     state that does not exist where it is read, or a wrong number of pairs.
@@ -141,7 +223,7 @@ def genotype_from_dict(fields: Any, *, origin: str = "genotype") -> Genotype:
             raise InputError(f"{origin}: field {field!r} is missing")
     cells: dict[str, Any] = {}
     for kind in ("normal", "reduce"):
-        cells[kind] = _checked_pairs(fields[kind], f"{origin}: field {kind!r}")
+        cells[kind] = _checked_pairs(fields[kind], f"{origin}: field {kind!r}", known)
         cells[f"{kind}_concat"] = _checked_concat(
             fields[f"{kind}_concat"], f"{origin}: field '{kind}_concat'"
         )
@@ -168,17 +250,15 @@ def describe(genotype: Genotype) -> str:
     return "\n".join(lines)
 
 
-def _checked_pairs(pairs: Any, where: str) -> tuple[tuple[str, int], ...]:
+def _checked_pairs(pairs: Any, where: str, known: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
     if not isinstance(pairs, list | tuple) or len(pairs) != 2 * NODES:
         raise InputError(f"{where} must list {2 * NODES} [operation, input] pairs, two for each node")
     for position, pair in enumerate(pairs):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise InputError(f"{where}[{position}] is {pair!r}, not an [operation, input] pair")
         operation, source = pair
-        if operation not in PRIMITIVES:
-            raise InputError(
-                f"{where}[{position}]: unknown operation {operation!r}; choose from {PRIMITIVES}"
-            )
+        if operation not in known:
+            raise InputError(f"{where}[{position}]: unknown operation {operation!r}; choose from {known}")
         states = 2 + position // 2
         if type(source) is not int or not 0 <= source < states:
             raise InputError(

@@ -21,9 +21,10 @@ def ebnas(source: str | Path | None = None, *, arch: str = "EBNAS", **config) ->
         latent weights and cannot be trained. Its `program` has classes, mean, std and image_size.
     Raises utils.InputError, or packed.PackedFileError, for what is no network.
     """
+    from baselines import trained_network
     from checkpoint import load_checkpoint
     from genotypes import get_genotype
-    from model import ModelConfig, build_model, trained_network
+    from model import ModelConfig, build_model
     from packed import read_program
     from packed.float_form import FloatForm
 

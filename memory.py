@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from baselines import Config
 from data import Batch
 from engine import Precision, parts_of, training_loss
 from genotypes import GENOTYPES
@@ -32,7 +33,7 @@ CARDS = (8, 12, 16, 24, 80)
 class Step:
     """A training step of one process on `images` images, as the scripts make it: in `accumulate` parts."""
 
-    config: ModelConfig | SearchConfig
+    config: Config | SearchConfig
     image_size: int
     images: int = 256
     precision: str = "fp32"
@@ -56,7 +57,7 @@ class Step:
 def count_bytes(step: Step) -> int:
     """Parameters, Adam's two moments, and the most that tensors hold at one time in the forward and backward
     passes, gradients among them; of the search, of both kinds of step together."""
-    build = build_model if isinstance(step.config, ModelConfig) else Supernet
+    build = Supernet if isinstance(step.config, SearchConfig) else build_model
     precision = Precision(step.precision, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]), FakeTensorMode(), Allocations() as allocations:
         model = build(step.config)

@@ -1,11 +1,14 @@
-"""The derived networks of a genotype, for CIFAR-sized and ImageNet-sized images."""
+"""The derived networks of a genotype, for CIFAR-sized and ImageNet-sized images: what all systems share
+(`Cell`, `CellNetwork`), and EBNAS's own (`Network`). The other systems are in baselines/.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +16,7 @@ from torch.nn import functional as F
 
 from binary_ops import ACTIVATIONS, WEIGHT_BINARIZATIONS, BinaryConv2d, effective_weights
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict, reduction_cells
-from operations import BinaryUnit, FactorizedReduce, Pool, drop_path, make_operation
+from operations import BinaryUnit, FactorizedReduce, Pool, Zero, drop_path, make_operation
 from utils import InputError, check_count, nearest_multiples
 
 FAMILIES = ("cifar", "imagenet")
@@ -26,6 +29,9 @@ class ModelConfig:
     `bits` per stage: stage 1 is W1A32 (weight_bits 1, activation_bits 32), or W32A1; stage 2 is W1A1.
     Raises InputError on values that make no network.
     """
+
+    system: ClassVar[str] = "ebnas"
+    counts_global_mean: ClassVar[bool] = True  # on ImageNet, where the original has it as an AvgPool2d
 
     genotype: Genotype
     family: str = "cifar"
@@ -71,6 +77,9 @@ class ModelConfig:
     def reductions(self) -> tuple[int, int]:
         return reduction_cells(self.layers)
 
+    def check_image_size(self, size: int) -> None:
+        """Any size will do."""
+
     def to_dict(self) -> dict:
         return {**dataclasses.asdict(self), "genotype": genotype_to_dict(self.genotype)}
 
@@ -78,42 +87,33 @@ class ModelConfig:
     def from_dict(cls, fields: dict) -> ModelConfig:
         return cls(**{**fields, "genotype": genotype_from_dict(fields["genotype"])})
 
+    def build(self) -> Network:
+        return Network(self)
+
 
 class Cell(nn.Module):
-    """One cell: s0 (n, c_older, h', w'), s1 (n, c_newer, h, w) -> (n, 4 * channels, h or ceil(h/2), ...)."""
+    """One cell: s0 (n, c_older, h', w'), s1 (n, c_newer, h, w) -> (n, 4 * channels, h or ceil(h/2), ...).
+
+    The walk through a genotype; what it is made of is given: two `preprocess` modules, of the older and of
+    the newer input, and the operations, two a node, with the states (`sources`) that they read. Of the states
+    those of `concat` are concatenated.
+    """
 
     def __init__(
         self,
-        config: ModelConfig,
-        c_older: int,
-        c_newer: int,
-        channels: int,
+        preprocess: tuple[nn.Module, nn.Module],
+        operations: Iterable[nn.Module],
         *,
-        reduction: bool,
-        reduction_before: bool,
+        sources: Iterable[int],
+        concat: tuple[int, ...],
+        channels: int,
     ):
         super().__init__()
-        kind = {"bits": config.bits, "activation": config.activation}
-        self.preprocess0 = (
-            FactorizedReduce(c_older, channels, **kind)
-            if reduction_before
-            else BinaryUnit(c_older, channels, 1, **kind)
-        )
-        self.preprocess1 = BinaryUnit(c_newer, channels, 1, **kind)
-        pairs = config.genotype.reduce if reduction else config.genotype.normal
-        self.concat = config.genotype.reduce_concat if reduction else config.genotype.normal_concat
-        self.sources = tuple(source for _, source in pairs)
-        self.operations = nn.ModuleList(
-            make_operation(
-                name,
-                channels,
-                2 if reduction and source < 2 else 1,
-                groups=config.groups,
-                **kind,
-            )
-            for name, source in pairs
-        )
-        self.out_channels = channels * len(self.concat)
+        self.preprocess0, self.preprocess1 = preprocess
+        self.concat = concat
+        self.sources = tuple(sources)
+        self.operations = nn.ModuleList(operations)
+        self.out_channels = channels * len(concat)
 
     def forward(
         self,
@@ -135,7 +135,7 @@ class Cell(nn.Module):
                     y = maxima[source] = maxima[source] if source in maxima else operation(states[source])
                 else:
                     y = _operated(operation, states[source], weights)
-                if keep is not None and not isinstance(operation, nn.Identity):
+                if keep is not None and not isinstance(operation, nn.Identity | Zero):
                     y = drop_path(y, keep)
                 terms.append(y)
             states.append(terms[0] + terms[1])
@@ -160,7 +160,11 @@ class AuxiliaryHead(nn.Module):
     def __init__(self, channels: int, num_classes: int, *, stride: int):
         super().__init__()
         self.stride = stride
-        self.features = nn.Sequential(
+        self.features = self.make_features(channels)
+        self.classifier = nn.Linear(768, num_classes)
+
+    def make_features(self, channels: int) -> nn.Sequential:
+        return nn.Sequential(
             nn.Conv2d(channels, 128, 1, bias=False),
             nn.BatchNorm2d(128),
             nn.ReLU(),
@@ -168,7 +172,6 @@ class AuxiliaryHead(nn.Module):
             nn.BatchNorm2d(768),
             nn.ReLU(),
         )
-        self.classifier = nn.Linear(768, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[2:]) >= 5 + self.stride:
@@ -178,22 +181,27 @@ class AuxiliaryHead(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-def _conv_bn_relu(
+def conv_bn_relu(
     c_in: int, c_out: int, *, stride: int, groups: int = 1, last_relu: bool = True
 ) -> list[nn.Module]:
+    """A full-precision 3x3 convolution of a stem, (n, c_in, h, w) -> (n, c_out, ceil(h / stride), ...)."""
     layers = [nn.Conv2d(c_in, c_out, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(c_out)]
     return [*layers, nn.ReLU()] if last_relu else layers
 
 
-class Network(nn.Module):
-    """A derived network: images (n, 3, h, w) -> logits (n, classes), auxiliary logits or None.
+class CellNetwork(nn.Module):
+    """A network of cells: images (n, 3, h, w) -> logits (n, classes), auxiliary logits or None.
 
     Auxiliary logits are given in training mode only, where the configuration asks for the head. Images of
-    16 x 16 and more (`cifar`), or 32 x 32 and more (`imagenet`), odd sizes too. `drop_path_prob` is set by
-    the training loop, epoch by epoch, and acts in training mode.
+    16 x 16 and more (`cifar`), or 32 x 32 and more (`imagenet`). `drop_path_prob` is set by the training
+    loop, epoch by epoch, and acts in training mode. A system says what its stems, preprocessing, operations
+    and auxiliary head are.
     """
 
-    def __init__(self, config: ModelConfig):
+    cell_type = Cell
+    auxiliary_head_type = AuxiliaryHead
+
+    def __init__(self, config: Any):
         super().__init__()
         self.config = config
         self.register_buffer("keep", torch.ones(()), persistent=False)
@@ -201,14 +209,11 @@ class Network(nn.Module):
         channels = config.init_channels
         if config.family == "cifar":
             c_older = c_newer = 3 * channels
-            self.stem = nn.Sequential(*_conv_bn_relu(3, c_newer, stride=1))
+            self.stem = nn.Sequential(*self.cifar_stem(channels))
         else:
             c_older = c_newer = channels
-            self.stem0 = nn.Sequential(
-                *_conv_bn_relu(3, channels // 2, stride=2),
-                *_conv_bn_relu(channels // 2, channels, stride=2, groups=4),
-            )
-            self.stem1 = nn.Sequential(*_conv_bn_relu(channels, channels, stride=2, groups=2))
+            stem0, stem1 = self.imagenet_stems(channels)
+            self.stem0, self.stem1 = nn.Sequential(*stem0), nn.Sequential(*stem1)
 
         # ImageNet: stem1 halves the size of the older input, as a reduction cell would
         reduction_before = config.family == "imagenet"
@@ -217,20 +222,60 @@ class Network(nn.Module):
         for index in range(config.layers):
             reduction = index in config.reductions
             channels *= 2 if reduction else 1
-            cell = Cell(
-                config,
-                c_older,
-                c_newer,
-                channels,
-                reduction=reduction,
-                reduction_before=reduction_before,
+            cell = self.make_cell(
+                c_older, c_newer, channels, reduction=reduction, reduction_before=reduction_before
             )
             self.cells.append(cell)
             c_older, c_newer, reduction_before = c_newer, cell.out_channels, reduction
             if config.auxiliary and index == config.reductions[1]:
                 stride = 3 if config.family == "cifar" else 2
-                self.auxiliary_head = AuxiliaryHead(c_newer, config.num_classes, stride=stride)
+                self.auxiliary_head = self.auxiliary_head_type(c_newer, config.num_classes, stride=stride)
         self.classifier = nn.Linear(c_newer, config.num_classes)
+
+    # What a system is made of
+
+    def cifar_stem(self, channels: int) -> list[nn.Module]:
+        """Layers (n, 3, h, w) -> (n, 3 * channels, h, w)."""
+        return conv_bn_relu(3, 3 * channels, stride=1)
+
+    def imagenet_stems(self, channels: int) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Layers (n, 3, h, w) -> (n, channels, h/4, w/4), the older input; and from these on to
+        (n, channels, h/8, w/8)."""
+        raise NotImplementedError
+
+    def preprocess(self, c_in: int, channels: int) -> nn.Module:
+        """(n, c_in, h, w) -> (n, channels, h, w)."""
+        raise NotImplementedError
+
+    def reduce(self, c_in: int, channels: int) -> nn.Module:
+        """Preprocessing of an older input of twice the size: (n, c_in, h, w) -> (n, channels, h/2, w/2)."""
+        raise NotImplementedError
+
+    def operation(self, name: str, channels: int, stride: int) -> nn.Module:
+        """(n, channels, h, w) -> (n, channels, ceil(h / stride), ...)."""
+        raise NotImplementedError
+
+    def make_cell(
+        self, c_older: int, c_newer: int, channels: int, *, reduction: bool, reduction_before: bool
+    ) -> Cell:
+        genotype = self.config.genotype
+        pairs = genotype.reduce if reduction else genotype.normal
+        preprocess0 = self.reduce if reduction_before else self.preprocess
+        return self.cell_type(
+            (preprocess0(c_older, channels), self.preprocess(c_newer, channels)),
+            [self.operation(name, channels, 2 if reduction and source < 2 else 1) for name, source in pairs],
+            sources=(source for _, source in pairs),
+            concat=genotype.reduce_concat if reduction else genotype.normal_concat,
+            channels=channels,
+        )
+
+    def binarized_weights(self) -> Mapping[BinaryConv2d, Tensor] | None:
+        """The effective weights of all convolutions, where it pays to compute them together."""
+        return None
+
+    def register_update_rule(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have `optimizer` do, before each step, what the system does to latent weights and their gradients
+        beyond autograd: nothing, unless the system says so."""
 
     @property
     def drop_path_prob(self) -> float:
@@ -248,9 +293,7 @@ class Network(nn.Module):
         else:
             s0 = self.stem0(x)
             s1 = self.stem1(s0)
-        weights = None
-        if torch.is_grad_enabled():
-            weights = effective_weights(m for m in self.modules() if isinstance(m, BinaryConv2d))
+        weights = self.binarized_weights() if torch.is_grad_enabled() else None
         auxiliary_logits = None
         keep = self.keep if self.training and self.drops_paths else None
         for index, cell in enumerate(self.cells):
@@ -260,18 +303,37 @@ class Network(nn.Module):
         return self.classifier(s1.mean((2, 3))), auxiliary_logits
 
 
-def build_model(config: ModelConfig) -> Network:
+class Network(CellNetwork):
+    """EBNAS's derived network; odd image sizes too."""
+
+    config: ModelConfig
+
+    @property
+    def unit_settings(self) -> dict[str, Any]:
+        return {"bits": self.config.bits, "activation": self.config.activation}
+
+    def imagenet_stems(self, channels: int) -> tuple[list[nn.Module], list[nn.Module]]:
+        return (
+            [
+                *conv_bn_relu(3, channels // 2, stride=2),
+                *conv_bn_relu(channels // 2, channels, stride=2, groups=4),
+            ],
+            conv_bn_relu(channels, channels, stride=2, groups=2),
+        )
+
+    def preprocess(self, c_in: int, channels: int) -> nn.Module:
+        return BinaryUnit(c_in, channels, 1, **self.unit_settings)
+
+    def reduce(self, c_in: int, channels: int) -> nn.Module:
+        return FactorizedReduce(c_in, channels, **self.unit_settings)
+
+    def operation(self, name: str, channels: int, stride: int) -> nn.Module:
+        return make_operation(name, channels, stride, groups=self.config.groups, **self.unit_settings)
+
+    def binarized_weights(self) -> Mapping[BinaryConv2d, Tensor]:
+        return effective_weights(m for m in self.modules() if isinstance(m, BinaryConv2d))
+
+
+def build_model(config: Any) -> nn.Module:
     """The network of a configuration, freshly initialised from torch's global random state, on the CPU."""
-    return Network(config)
-
-
-def trained_network(checkpoint: dict) -> Network:
-    """The network of a stage-1 or stage-2 checkpoint, rebuilt from it alone: on the CPU, evaluation mode.
-
-    Raises InputError on a search's checkpoint, which holds a supernet.
-    """
-    if checkpoint["kind"] == "search":
-        raise InputError("this is a search's checkpoint: train its genotype first, with train.py --arch")
-    model = build_model(ModelConfig.from_dict(checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()
+    return config.build()

@@ -160,6 +160,19 @@ class Pool(nn.Module):
         return self.pool(x)
 
 
+class Zero(nn.Module):
+    """`none`: zeros of the size that other operations give, (n, c, h, w) -> (n, c, ceil(h / stride), ...); no
+    gradient passes."""
+
+    def __init__(self, stride: int):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return x.new_zeros(()).expand(n, c, -(-h // self.stride), -(-w // self.stride))
+
+
 def make_operation(
     name: str, channels: int, stride: int, *, groups: int, bits: dict, activation: str = "prelu"
 ) -> nn.Module:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from genotypes import OPERATIONS
 from utils import InputError
 
 LARGE = 1e30
@@ -250,11 +251,28 @@ def add_network_flags(
     flag(
         "--arch",
         default="EBNAS",
-        help="a registered genotype, random:SEED, a genotype file, or a search run's folder",
+        help="a row of the published tables (docs/rows.md), random:SEED, a genotype file, or a search run's "
+        "folder",
     )
-    flag("--init_channels", type=integer(1, 10_000), default=init_channels)
-    flag("--layers", type=integer(3, 1_000), default=layers, help="number of cells")
-    flag("--groups", type=integer(1, 10_000), default=14, help="groups of the cells' convolutions")
+    flag(
+        "--family", choices=tuple(OPERATIONS), help="whose blocks to build the genotype in; default: its own"
+    )
+    flag(
+        "--recipe",
+        choices=("ebnas", "own"),
+        default="ebnas",
+        help="EBNAS's training, the same for every row, or the system's own: its flags are then the defaults",
+    )
+    flag("--variant", help="of BNAS as_run or intended, of BATS learned or mean; default: the first")
+    of_row = "default: that of --arch, of EBNAS"
+    flag("--init_channels", type=integer(1, 10_000), default=init_channels, help=f"{of_row} {init_channels}")
+    flag("--layers", type=integer(3, 1_000), default=layers, help=f"number of cells; {of_row} {layers}")
+    flag(
+        "--groups",
+        type=integer(1, 10_000),
+        default=14,
+        help=f"groups of the cells' convolutions, in EBNAS and BATS; {of_row} 14",
+    )
     flag("--auxiliary", action="store_true", help="train with the auxiliary head")
     flag("--auxiliary_weight", type=non_negative_float, default=0.4)
     parser.needs("auxiliary_weight", "auxiliary")

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
+from baselines import Config, label, make_config, settings_of, system_of, usual_size
 from checkpoint import LIVE, load_checkpoint, network_config, resolve_checkpoint
 from compilation import compile_regions
-from data import Batch
+from data import Batch, Loader
 from figures import draw_curves
-from genotypes import get_genotype
-from model import ModelConfig, Network, build_model
+from model import build_model
+from recipes import Recipe, get_recipe
 from runs import Run, newest_checkpoint, read_args, read_metrics
 from session import Session
 from teacher import DistillationLoss, Teacher, find_teacher
@@ -31,10 +32,56 @@ from weights import clip_latent_weights, decaying_groups, moving_average
 STAGE1_BITS = {"w1a32": (1, 32), "w32a1": (32, 1), "w32a32": (32, 32)}
 """Bits of weights and of activations in stage 1; stage 2 is W1A1."""
 
+STAGE1 = {"ebnas": ("w1a32", "w32a1", "w32a32"), "bats": ("w32a1", "w1a32"), "dcp": ("w32a1",)}
+"""What each system's stage 1 can be, the usual one first. Those that are not here have a single stage."""
+
+ONLY_STAGE_BITS = {"bnas": (1, 1), "resnet": (32, 32)}
+
+NETWORK_FLAGS = (
+    *("init_channels", "layers", "groups", "auxiliary", "weight_binarization", "variant", "activation"),
+)
+
 AUXILIARY = "auxiliary_head."
 
 
+def settle(args: argparse.Namespace, *, family: str) -> argparse.Namespace:
+    """The flags, with what --arch and --recipe say where the user has said nothing.
+
+    Raises InputError on flags that the network has no use for. A run that is named to be resumed has its own.
+    """
+    if args.resume not in (None, "auto"):
+        return args
+    system = system_of(args.arch, args.family)
+    for name in NETWORK_FLAGS:
+        if name in args.given and name not in settings_of(system):
+            raise InputError(f"{args.arch} has no use for --{name}; leave it out")
+    if system not in STAGE1:
+        which = "has no stages: it trains in full precision" if system == "resnet" else "trains in one stage"
+        for name in ("binary", "stage1", "pretrained", "from_scratch", "stage1_weight_decay"):
+            if name in args.given:
+                raise InputError(f"{args.arch} {which}; leave --{name} out")
+    settled = argparse.Namespace(**vars(args))
+    if {"init_channels", "layers"} - args.given:
+        for name, value in usual_size(args.arch, args.family, family)._asdict().items():
+            if value is not None and name not in args.given:
+                setattr(settled, name, value)
+    if system in STAGE1:
+        if "stage1" not in args.given:
+            settled.stage1 = STAGE1[system][0]
+        if settled.stage1 not in STAGE1[system]:
+            raise InputError(f"--stage1 {settled.stage1}: that of {args.arch} is {', '.join(STAGE1[system])}")
+    recipe = get_recipe(args.recipe, system, family)
+    for name, value in recipe.flags.items():
+        if name not in args.given:
+            setattr(settled, name, value)
+    if args.resume is None:  # what makes no network is said before any data is read
+        config_of(settled, family=family, num_classes=1)
+    return settled
+
+
 def stage(args: argparse.Namespace) -> str:
+    if system_of(args.arch, args.family) not in STAGE1:
+        return "single"
     return "stage2" if args.binary else "stage1"
 
 
@@ -42,30 +89,27 @@ def run_name(args: argparse.Namespace) -> str:
     return f"eval-{args.save}-{stage(args)}"
 
 
-def config_of(args: argparse.Namespace, *, family: str, num_classes: int) -> ModelConfig:
-    """The network of the stage that the flags ask for. Raises InputError as ModelConfig does."""
-    weight_bits, activation_bits = (1, 1) if args.binary else STAGE1_BITS[args.stage1]
-    return ModelConfig(
-        genotype=get_genotype(args.arch),
+def config_of(args: argparse.Namespace, *, family: str, num_classes: int) -> Config:
+    """The network of the stage that the flags ask for. Raises InputError as its configuration does."""
+    system = system_of(args.arch, args.family)
+    stage1 = ONLY_STAGE_BITS[system] if system not in STAGE1 else STAGE1_BITS[args.stage1]
+    weight_bits, activation_bits = (1, 1) if args.binary else stage1
+    known = settings_of(system)
+    return make_config(
+        args.arch,
+        args.family,
         family=family,
-        init_channels=args.init_channels,
-        layers=args.layers,
-        groups=args.groups,
         num_classes=num_classes,
-        auxiliary=args.auxiliary,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
-        weight_binarization=args.weight_binarization,
-        activation=args.activation,
+        **{name: getattr(args, name) for name in NETWORK_FLAGS if name in known},
     )
 
 
 # The start of stage 2
 
 
-def find_start(
-    args: argparse.Namespace, config: ModelConfig, data: dict[str, Any]
-) -> tuple[Path, dict] | None:
+def find_start(args: argparse.Namespace, config: Config, data: dict[str, Any]) -> tuple[Path, dict] | None:
     """The stage-1 checkpoint that this run starts from; None for stage 1 itself and for --from_scratch.
 
     --pretrained names it; else it is the newest finished stage-1 run of the same set, genotype and size.
@@ -115,12 +159,19 @@ def find_start(
     return found
 
 
-def _differences(checkpoint: dict, config: ModelConfig, data: dict[str, Any]) -> list[str]:
+def _differences(checkpoint: dict, config: Config, data: dict[str, Any]) -> list[str]:
     """What keeps stage 1's weights from fitting: `layers 8, not 16`. The bits differ by design, and the
     auxiliary head need not be in both."""
-    ours = {**config.to_dict(), **data}
-    theirs = {**network_config(checkpoint).to_dict(), **checkpoint["data"]}
-    names = ("family", "init_channels", "layers", "groups", "activation", "num_classes", "set", "image_size")
+    ours = {"system": config.system, **config.to_dict(), **data}
+    theirs = network_config(checkpoint)
+    theirs = {"system": theirs.system, **theirs.to_dict(), **checkpoint["data"]}
+    if ours["system"] != theirs["system"]:
+        return [f"system {theirs['system']}, not {ours['system']}"]
+    sizes = (
+        *("family", "variant", "init_channels", "layers", "groups", "activation"),
+        *("num_classes", "set", "image_size"),
+    )
+    names = [name for name in sizes if name in ours]
     differing = [f"{name} {theirs[name]}, not {ours[name]}" for name in names if theirs[name] != ours[name]]
     return differing + [f"other {name}" for name in ("classes", "genotype") if theirs[name] != ours[name]]
 
@@ -133,17 +184,19 @@ def _saw_holdout(theirs: dict, args: argparse.Namespace) -> bool:
 
 
 def _made_as_asked(checkpoint: dict, args: argparse.Namespace) -> bool:
-    """Whether stage 1 had the bits of --stage1, --stage1_weight_decay and the same --weight_binarization."""
+    """Whether stage 1 had the bits of --stage1, --stage1_weight_decay, --recipe and --weight_binarization."""
     theirs, flags = checkpoint["config"], checkpoint["args"]
     bits = (theirs["weight_bits"], theirs["activation_bits"])
+    binarization = theirs.get("weight_binarization", args.weight_binarization)
     return (
         bits == STAGE1_BITS[args.stage1]
-        and theirs["weight_binarization"] == args.weight_binarization
+        and binarization == args.weight_binarization
         and flags.get("stage1_weight_decay", 0.0) == args.stage1_weight_decay
+        and flags.get("recipe", "ebnas") == args.recipe
     )
 
 
-def load_start(model: Network, weights: dict[str, torch.Tensor]) -> None:
+def load_start(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Load stage 1's weights; of the auxiliary head where both have one, else the model's stay."""
     ours = model.state_dict()
     kept = {name for name in ours if name.startswith(AUXILIARY) and name not in weights}
@@ -157,22 +210,28 @@ def load_start(model: Network, weights: dict[str, torch.Tensor]) -> None:
 class Training:
     """What a training script trains, and with what; `header` and `stateful` are for Session.start."""
 
-    model: Network
+    model: nn.Module
     criterion: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
+    recipe: Recipe
     header: dict[str, Any]
     start: str  # where its weights come from, in words
     teacher: Teacher | None = None
-    average: Network | None = None  # of `model` over the steps, with --ema
+    average: nn.Module | None = None  # of `model` over the steps, with --ema
+
+    def end_epoch(self) -> None:
+        """Step the schedule, where it goes by epochs."""
+        if not self.recipe.by_step:
+            self.scheduler.step()
 
     @property
-    def network(self) -> Network:
+    def network(self) -> nn.Module:
         """What is evaluated, and is a checkpoint's network."""
         return self.average or self.model
 
     @property
-    def networks(self) -> tuple[Network, ...]:
+    def networks(self) -> tuple[nn.Module, ...]:
         return (self.model, self.average) if self.average else (self.model,)
 
     @property
@@ -190,8 +249,9 @@ class Training:
         }
 
 
-def build(session: Session, *, family: str, data: dict[str, Any], warmup: int) -> Training:
-    """This run's network on its device, in stage 2 with stage 1's weights; its loss, Adam and schedule."""
+def build(session: Session, loader: Loader, *, family: str, data: dict[str, Any], warmup: int) -> Training:
+    """This run's network on its device, in stage 2 with stage 1's weights; its loss, optimiser and schedule
+    for the batches of `loader`."""
     args, world = session.args, session.world
     check_beyond(args)
     if session.checkpoint:  # whatever has become of its genotype file since
@@ -200,6 +260,7 @@ def build(session: Session, *, family: str, data: dict[str, Any], warmup: int) -
         config = config_of(args, family=family, num_classes=len(data["classes"]))
         found = find_start(args, config, data)
         start = str(found[0]) if found else "random weights"
+    config.check_image_size(data["image_size"])
     criterion, teacher = nn.CrossEntropyLoss(label_smoothing=args.label_smooth), None
     if args.teacher:
         teacher = find_teacher(args.teacher, data, world)
@@ -221,9 +282,19 @@ def build(session: Session, *, family: str, data: dict[str, Any], warmup: int) -
     decay, parameters = args.weight_decay, model.parameters()
     if args.stage1_weight_decay and not args.binary:
         parameters = decaying_groups(model, args.stage1_weight_decay)
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, weight_decay=decay, fused=True)
+    recipe = recipe_of(args, family)
+    optimizer = recipe.optimizer(parameters, lr=args.learning_rate, weight_decay=decay)
+    model.register_update_rule(optimizer)
     if args.clip_weights:
         clip_latent_weights(model, optimizer)
+    # a run that goes on where an epoch's steps were done, in another process, takes the schedule's first
+    warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
+    if recipe.schedule is None:
+        scheduler = make_scheduler(optimizer, args, warmup=warmup)
+    else:
+        scheduler = recipe.schedule(optimizer, args.epochs, len(loader))
+    if recipe.by_step:
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
     average = moving_average(model, optimizer, args.ema) if args.ema else None  # of what is clipped
     if args.compile:
         compile_regions(model, mode=args.compile_mode)
@@ -231,12 +302,17 @@ def build(session: Session, *, family: str, data: dict[str, Any], warmup: int) -
         model,
         criterion,
         optimizer,
-        make_scheduler(optimizer, args, warmup=warmup),
+        scheduler,
+        recipe,
         {"kind": stage(args), "config": config.to_dict(), "data": data},
         start,
         teacher,
         average,
     )
+
+
+def recipe_of(args: argparse.Namespace, family: str) -> Recipe:
+    return get_recipe(args.recipe, system_of(args.arch, args.family), family)
 
 
 def check_beyond(args: argparse.Namespace) -> None:
@@ -264,8 +340,6 @@ def _place(network: nn.Module, device: torch.device) -> None:
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, *, warmup: int) -> LRScheduler:
     """By epoch: `warmup` epochs of linear rise from 1/warmup, then a cosine to `learning_rate_min`."""
-    # a run that goes on where an epoch's steps were done, in another process, takes the schedule's first
-    warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
     cosine = CosineAnnealingLR(optimizer, max(args.epochs - warmup, 1), eta_min=args.learning_rate_min)
     if not warmup:
         return cosine
@@ -281,9 +355,10 @@ def log_start(run: Run, args: argparse.Namespace, training: Training) -> None:
     config = training.model.config
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     run.log(
-        f"{stage(args)}: W{config.weight_bits}A{config.activation_bits}, {human(parameters)} parameters, "
-        f"starting from {training.start}"
+        f"{label(config)}, {stage(args)}: W{config.weight_bits}A{config.activation_bits}, "
+        f"{human(parameters)} parameters, starting from {training.start}"
     )
+    run.log(f"recipe {args.recipe}: {training.recipe.words}")
 
 
 def epoch_record(train: dict, valid: dict, learning_rate: float) -> dict:
@@ -325,7 +400,7 @@ def finish(session: Session, *, held_out: str, test: dict[str, float] | None = N
     except (InputError, LookupError, OSError) as error:  # the run is done all the same
         run.log(f"cannot look back on the run: {one_line(error)}")
     run.log(f"best epoch {best['epoch']}: {held_out} top-1 {best['score']:.2f} %, {note}")
-    if session.args.binary:
+    if stage(session.args) != "stage1":
         run.log(f"next: python evaluate.py {run.folder}")
     else:
         run.log(f"next: {command} --binary --pretrained {shlex.quote(str(run.folder))}")

@@ -39,6 +39,7 @@ import torch
 from tqdm import tqdm
 
 import options
+from baselines import trained_network
 from checkpoint import load_checkpoint
 from comparison.measure import machine
 from cost import measure_cost
@@ -48,7 +49,6 @@ from evidence.store import Store
 from evidence.studies import SCALES, STUDIES
 from figures import draw_study
 from genotypes import genotype_from_dict, save_genotype
-from model import trained_network
 from runs import RESULT, RUNS, read_args, read_metrics, read_result
 from utils import RunFailed, run_main, write_atomically
 
@@ -149,6 +149,9 @@ class Runner:
             process.wait()
 
     def _run_chain(self, study: Study, end: Job, bar: tqdm) -> None:
+        # of a stage that another starts from, or learns from, the weights must be here, not the figures alone
+        values = (value for job in end.chain for value in job.flags.values() if isinstance(value, FolderOf))
+        needed = {value.job.key for value in values if value.job.script == "train.py"}
         for job in dict.fromkeys(end.chain):
             if self.ended.is_set():
                 return
@@ -156,16 +159,11 @@ class Runner:
             with open(RUNS / f".study-{job.key}", "a") as lock:  # other shards may need the same job
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 records = self.store.records()
-                if not self._is_done(job, records):
+                if job.key not in records or (job.key in needed and not run_folder(job)):
                     record = self._run(job, records)
                     self.store.keep(study, {job.key: record})
                     tqdm.write(f"{study.name}: {title(record)}", file=sys.stdout)
             bar.update()
-
-    def _is_done(self, job: Job, records: Mapping[str, dict]) -> bool:
-        """Of a first stage its weights must be here, too, where its second stage is not done."""
-        figures_suffice = job.script == "train_search.py" or job.flags.get("binary")
-        return job.key in records and bool(figures_suffice or run_folder(job))
 
     def _run(self, job: Job, records: Mapping[str, dict]) -> dict[str, Any]:
         """Run a job, or go on with it; its record. Raises RunFailed with the last line that it wrote."""

@@ -13,10 +13,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baselines import trained_network
 from checkpoint import load_checkpoint
 from data import Batch
 from distributed import World
-from model import trained_network
 from utils import InputError, one_line
 
 

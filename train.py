@@ -20,11 +20,11 @@ import argparse
 import options
 import stages
 from augment import Augmentation
+from baselines import trained_network
 from checkpoint import BEST, load_checkpoint
 from data import SETS, BatchLoader, ImageSet, holdout_split
 from distributed import World, setup
 from engine import evaluate, train_one_epoch
-from model import trained_network
 from session import Session, loader_settings, prepare_data
 from utils import run_main
 
@@ -49,18 +49,19 @@ def parser() -> options.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    args = stages.settle(args, family="cifar")
     world = setup(args.device, args.gpu)
     session = Session(args, parser=parser(), script="train", name=stages.run_name, world=world)
     args, precision = session.args, session.precision
     train_set, test_set, data = prepare_data(session, test=True)
     train_loader, valid_loader, test_loader = make_loaders(args, train_set, test_set, data, world)
-    training = stages.build(session, family="cifar", data=data, warmup=0)
-    model, scheduler = training.model, training.scheduler
+    training = stages.build(session, train_loader, family="cifar", data=data, warmup=0)
+    model = training.model
 
     with session.start(model=training.network, stateful=training.stateful, **training.header) as run:
         stages.log_start(run, args, training)
         for epoch in session.epochs():
-            learning_rate = scheduler.get_last_lr()[0]
+            learning_rate = training.scheduler.get_last_lr()[0]
             run.log(f"epoch {epoch} lr {learning_rate:e}")
             model.drop_path_prob = args.drop_path_prob * epoch / args.epochs
             train = train_one_epoch(
@@ -77,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
                 accumulate=args.accumulate,
                 after_step=session.training(train_loader),
             )
-            scheduler.step()
+            training.end_epoch()
             for network in training.networks:
                 world.average_buffers(network)
             valid = evaluate(

@@ -43,6 +43,7 @@ def parser() -> options.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    args = stages.settle(args, family="imagenet")
     world = setup(args.device, args.gpu)
     session = Session(args, parser=parser(), script="train_imagenet", name=stages.run_name, world=world)
     args, precision = session.args, session.precision
@@ -56,18 +57,19 @@ def main(args: argparse.Namespace) -> None:
         seed=args.seed,
         image_size=args.image_size,
         share=Share(world.rank, world.size),
+        color_jitter=stages.recipe_of(args, "imagenet").color_jitter,
     )
     data = session.own_images(
         describe_data("imagenet", args.tmp_data_dir, args.image_size, classes, STATISTICS["imagenet"])
     )
     warmup = args.warmup_epochs if args.batch_size > 256 else 0
-    training = stages.build(session, family="imagenet", data=data, warmup=warmup)
-    model, scheduler = training.model, training.scheduler
+    training = stages.build(session, train_loader, family="imagenet", data=data, warmup=warmup)
+    model = training.model
 
     with session.start(model=training.network, stateful=training.stateful, **training.header) as run:
         stages.log_start(run, args, training)
         for epoch in session.epochs():
-            learning_rate = scheduler.get_last_lr()[0]
+            learning_rate = training.scheduler.get_last_lr()[0]
             run.log(f"epoch {epoch} lr {learning_rate:e}")
             model.drop_path_prob = args.drop_path_prob * epoch / args.epochs
             train = train_one_epoch(
@@ -84,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
                 accumulate=args.accumulate,
                 after_step=session.training(train_loader),
             )
-            scheduler.step()
+            training.end_epoch()
             for network in training.networks:
                 world.average_buffers(network)
             valid = evaluate(

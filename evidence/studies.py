@@ -10,6 +10,9 @@ from evidence.plan import Arm, BestOf, FolderOf, Job, Study
 
 Flags = Mapping[str, Any]
 
+ONE_STAGE = ("BNAS-C", "ResNet18")
+"""Rows that train without a first stage: 1-bit from the start, and in full precision."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -30,6 +33,7 @@ class Scale:
     published: int
     seeds: int
     ema: float
+    rows: Mapping[str, Mapping[str, Flags]]
 
 
 SMALL_IMAGES = {"set": "folder", "image_size": 16, "train_images": 10_000, "batch_size": 64, "workers": 1}
@@ -48,6 +52,7 @@ SCALES = {
         published=2,
         seeds=2,
         ema=0.9,
+        rows={"parameters": {"BNAS-C": {"init_channels": 4, "groups": None}}},
     ),
     "small": Scale(
         images=SMALL_IMAGES,
@@ -65,6 +70,20 @@ SCALES = {
         published=5,
         seeds=3,
         ema=0.99,
+        # EBNAS: 102 k parameters, 0.98 M OPs. BATS's width jumps, and ResNet18's least is 8 (176 k, 2.26 M)
+        rows={
+            "parameters": {
+                "BNAS-C": {"init_channels": 8},
+                "BATS": {"init_channels": 12, "groups": 12},
+                "DCP-NAS-L": {"init_channels": 12},
+                "ResNet18": {"init_channels": 8, "layers": None},
+            },
+            "OPs": {
+                "BNAS-C": {"init_channels": 6},
+                "BATS": {"init_channels": 16, "groups": 4},
+                "DCP-NAS-L": {"init_channels": 4},
+            },
+        },
     ),
     "full": Scale(  # the published settings
         images={"set": "cifar10"},
@@ -79,6 +98,21 @@ SCALES = {
         published=5,
         seeds=3,
         ema=0.9999,
+        # EBNAS: 10.0 M parameters, 6.88e7 OPs
+        rows={
+            "parameters": {
+                "BNAS-C": {"init_channels": 52, "auxiliary": None},
+                "BATS": {"init_channels": 60},
+                "DCP-NAS-L": {"init_channels": 96, "auxiliary": None},
+                "ResNet18": {"init_channels": 60, "auxiliary": None},
+            },
+            "OPs": {
+                "BNAS-C": {"init_channels": 26, "auxiliary": None},
+                "BATS": {"init_channels": 72},
+                "DCP-NAS-L": {"init_channels": 22, "auxiliary": None},
+                "ResNet18": {"init_channels": 22, "auxiliary": None},
+            },
+        },
     ),
 }
 
@@ -218,7 +252,34 @@ def beyond(scale: Scale) -> Study:
     )
 
 
+def rows(scale: Scale) -> Study:
+    """The systems of the tables under one recipe, at EBNAS's number of parameters and at its OPs; each with
+    the stages that it has, at equal epochs in all."""
+
+    def job(row: str, seed: int, size: Flags) -> Job:
+        if row in ONE_STAGE:
+            epochs = scale.stage1_epochs + scale.stage2_epochs
+            flags = {**scale.images, **scale.network, "seed": seed, "arch": row, "epochs": epochs}
+            return Job("train.py", {**flags, **size})
+        return network_job(scale, seed, row, **size)
+
+    return Study(
+        "rows",
+        "How do the systems of the tables compare, under one recipe and at one size?",
+        (
+            arm("EBNAS", scale.seeds, lambda seed: network_job(scale, seed)),
+            *(
+                arm(
+                    f"{row}, equal {what}", scale.seeds, lambda seed, row=row, size=size: job(row, seed, size)
+                )
+                for what, sizes in scale.rows.items()
+                for row, size in sizes.items()
+            ),
+        ),
+    )
+
+
 STUDIES: dict[str, Callable[[Scale], Study]] = {
-    study.__name__: study for study in (resolution, search, regularisers, stages, beyond, sampling)
+    study.__name__: study for study in (resolution, search, regularisers, stages, rows, beyond, sampling)
 }
 """In the order in which they are worth running."""

@@ -14,6 +14,10 @@
    Zero padding.  A bit has two values and the padding is a third. Each tap has a mask plane, 0xff where it
    lies inside the image: dot = valid - 2 * popcount((x ^ w) & mask), valid = the number of weights inside.
 
+   Threads.  Those that share an image all walk through its units. A unit is cut into chunks; who is free
+   takes the next one from a counter, and waits at the unit's end until all are done. Nobody is waited for
+   who has not begun: threads that come late, or never, cost nothing but their help.
+
    All below the line "one path" is compiled once per instruction set, by this file including itself with
    PATH defined, and run_network() is told which one to use. There is no global state, and no allocation. */
 
@@ -27,6 +31,15 @@
 #define INFINITY __builtin_inff()
 #define memcpy __builtin_memcpy
 #define memset __builtin_memset
+#endif
+#if defined(_WIN32)
+void __stdcall Sleep(unsigned long milliseconds); /* its header has a FLOAT, too */
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT
+#if !defined(__wasm__)
+#include <time.h>
+#endif
 #endif
 
 enum { BINARY, FLOAT, POOL, LINEAR };
@@ -44,6 +57,7 @@ struct unit {
     int64_t height_in, width_in, height_out, width_out;
     int64_t add;              /* add to the target instead of writing it */
     int64_t flag;             /* POOL: average instead of maximum; FLOAT: ReLU */
+    int64_t chunks;           /* in how many parts threads share the work; 1: it is not worth it */
     int64_t terms;            /* BINARY: bytes of weights per filter */
     int64_t slack;            /* BINARY: how far a tap may read outside the planes, in bytes */
     const struct term *term;  /* BINARY: [term] */
@@ -57,14 +71,53 @@ struct unit {
     const float *bias, *slope;
 };
 
+/* Of one phase of a unit, of which it has up to two: the chunks that have been taken, from the first on in
+   the lower 16 bits and from the last on in the upper ones; and the chunks that are done. */
+struct counter {
+    uint32_t taken;
+    int32_t done;
+};
+
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t padded(int64_t n) { return (n + 63) & ~(int64_t)63; }
+
+/* Of a group's channels at a pixel. */
+static inline int64_t group_bytes(const struct unit *u) { return (u->channels_in / u->groups + 7) / 8; }
+
+/* From a group's byte planes to the next one's. The slack between them keeps taps that reach out of a group
+   from what another thread writes. */
+static inline int64_t group_stride(const struct unit *u)
+{
+    return group_bytes(u) * u->stride * u->stride * padded(u->height_out * u->width_out) + u->slack;
+}
 
 /* How many of a group's filters are convolved at once, where `left` are left. */
 static inline int64_t block_size(int64_t left, int64_t at_once)
 {
     const int64_t size = least(left, at_once);
     return size >= 8 ? 8 : size >= 6 ? 6 : size >= 4 ? 4 : size >= 2 ? 2 : 1;
+}
+
+/* Spins for some 20 microseconds, then sleeps between looks, for another program may want the core. Returns
+   how often it slept. */
+static int64_t wait_for(const int32_t *done, int64_t chunks)
+{
+    int64_t turn = 0, spins = 1000;
+    for (; __atomic_load_n(done, __ATOMIC_ACQUIRE) < chunks; turn++)
+        if (turn < spins) {
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#elif defined(__aarch64__)
+            __asm__ volatile("yield");
+#endif
+        } else {
+#if defined(_WIN32)
+            Sleep(1);
+#elif !defined(__wasm__)
+            nanosleep(&(struct timespec){0, 20000}, 0);
+#endif
+        }
+    return turn > spins ? turn - spins : 0;
 }
 
 #define INLINE static inline __attribute__((always_inline))
@@ -143,7 +196,7 @@ TARGET_END
 enum { PLAIN_C, PATH_AVX2, PATH_AVX512, PATH_V128 };
 
 /* The best path that this processor and its operating system can run. */
-int best_path(void)
+EXPORT int best_path(void)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -159,8 +212,8 @@ int best_path(void)
 }
 
 /* bytes [group][filter][term] -> the path's order and form, [group][block of filters][term][filter]. */
-void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64_t filters, int64_t terms,
-                    uint32_t *encoded)
+EXPORT void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64_t filters, int64_t terms,
+                           uint32_t *encoded)
 {
     int64_t at_once = 4;
     if (path == PATH_AVX512)
@@ -180,27 +233,34 @@ void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64_t filt
         }
 }
 
-/* Runs n units on what the arena holds. */
-void run_units(int path, const struct unit *units, int64_t n, float *arena)
+/* One thread's part of n units on what the arena holds. The threads share units, arena and counters, 2 * n
+   zeros; `own` is how far in the arena, in floats, a thread's scratch memory lies behind that of the first.
+   Returns how often it slept to wait for another thread. */
+EXPORT int64_t share_units(int path, const struct unit *units, int64_t n, float *arena, int64_t own,
+                           struct counter *counters)
 {
     (void)path; /* where there is but one */
 #if defined(__x86_64__)
     if (path == PATH_AVX512)
-        run_avx512(units, n, arena);
-    else if (path == PATH_AVX2)
-        run_avx2(units, n, arena);
-    else
+        return run_avx512(units, n, arena, own, counters);
+    if (path == PATH_AVX2)
+        return run_avx2(units, n, arena, own, counters);
 #elif defined(V128_FILTERS)
     if (path == PATH_V128)
-        run_v128(units, n, arena);
-    else
+        return run_v128(units, n, arena, own, counters);
 #endif
-        run_c(units, n, arena);
+    return run_c(units, n, arena, own, counters);
+}
+
+/* Runs n units on what the arena holds. */
+EXPORT void run_units(int path, const struct unit *units, int64_t n, float *arena)
+{
+    share_units(path, units, n, arena, 0, 0);
 }
 
 /* images [count][channels][pixels] -> logits [count][channels_out of the last unit]. */
-void run_network(int path, const struct unit *units, int64_t n, float *arena, const float *images,
-                 int64_t count, int64_t channels, int64_t pixels, float *logits)
+EXPORT void run_network(int path, const struct unit *units, int64_t n, float *arena, const float *images,
+                        int64_t count, int64_t channels, int64_t pixels, float *logits)
 {
     const struct unit *last = units + n - 1;
     for (int64_t i = 0; i < count; i++) {
@@ -436,6 +496,31 @@ INLINE FN(bytes) FN(pack)(const float *x, int64_t plane, const float *threshold,
 
 typedef float FN(floats) __attribute__((vector_size(4 * FLOATS), aligned(4), may_alias));
 
+/* Does items first to end of a phase; `own` is where this thread's scratch memory is. */
+typedef void FN(part)(const struct unit *u, float *arena, float *own, int64_t first, int64_t end);
+
+/* Does what other threads leave of a phase, and waits until all of it is done. The first thread begins at
+   the first chunk and the others at the last: they mostly find in their caches what they wrote before. */
+static int64_t FN(share)(FN(part) *part, int64_t items, const struct unit *u, float *arena, float *own,
+                         struct counter *counter)
+{
+    if (counter == 0) {
+        part(u, arena, own, 0, items);
+        return 0;
+    }
+    const int from_last = own != arena + u->scratch;
+    for (;;) {
+        const uint32_t taken = __atomic_fetch_add(&counter->taken, from_last ? 1 << 16 : 1, __ATOMIC_RELAXED);
+        const int64_t lower = taken & 0xffff, upper = taken >> 16;
+        if (lower + upper >= u->chunks)
+            break;
+        const int64_t i = from_last ? u->chunks - 1 - upper : lower;
+        part(u, arena, own, items * i / u->chunks, items * (i + 1) / u->chunks);
+        __atomic_fetch_add(&counter->done, 1, __ATOMIC_RELEASE);
+    }
+    return wait_for(&counter->done, u->chunks);
+}
+
 static void FN(split_bytes)(const struct unit *u, const uint8_t *restrict whole, uint8_t *restrict phases,
                             int64_t plane_out)
 {
@@ -447,26 +532,31 @@ static void FN(split_bytes)(const struct unit *u, const uint8_t *restrict whole,
         }
 }
 
-/* Signs of the source as byte planes, [group][byte of 8 channels][phase][pixel]: bit = (x >= threshold). */
-static void FN(pack_signs)(const struct unit *u, const float *source, uint8_t *planes, uint8_t *whole)
+/* Signs of the source as byte planes, [group][byte of 8 channels][phase][pixel]: bit = (x >= threshold).
+   An item is such a byte. */
+static void FN(pack_signs)(const struct unit *u, float *arena, float *own, int64_t first, int64_t end)
 {
     const int64_t plane_in = padded(u->height_in * u->width_in);
     const int64_t plane_out = padded(u->height_out * u->width_out);
-    const int64_t channels = u->channels_in / u->groups;
-    for (int64_t g = 0; g < u->groups; g++)
-        for (int64_t c = 0; c < channels; c += 8, planes += u->stride * u->stride * plane_out) {
-            const float *x = source + (g * channels + c) * plane_in;
-            const float *threshold = u->threshold + g * channels + c;
-            uint8_t *to = u->stride == 1 ? planes : whole;
-            if (channels - c >= 8)
-                for (int64_t p = 0; p < plane_in; p += LANES)
-                    FN(store)(to + p, FN(pack)(x + p, plane_in, threshold, 8));
-            else
-                for (int64_t p = 0; p < plane_in; p += LANES)
-                    FN(store)(to + p, FN(pack)(x + p, plane_in, threshold, (int)(channels - c)));
-            if (u->stride == 2)
-                FN(split_bytes)(u, whole, planes, plane_out);
-        }
+    const int64_t channels = u->channels_in / u->groups, bytes = group_bytes(u);
+    const int64_t size = u->stride * u->stride * plane_out;
+    uint8_t *planes = (uint8_t *)(arena + u->scratch) + u->slack;
+    uint8_t *whole = (uint8_t *)own + u->slack + u->groups * group_stride(u);
+    for (; first < end; first++) {
+        const int64_t g = first / bytes, byte = first % bytes, left = channels - 8 * byte;
+        const float *x = arena + u->source + (g * channels + 8 * byte) * plane_in;
+        const float *threshold = u->threshold + g * channels + 8 * byte;
+        uint8_t *plane = planes + g * group_stride(u) + byte * size;
+        uint8_t *to = u->stride == 1 ? plane : whole;
+        if (left >= 8)
+            for (int64_t p = 0; p < plane_in; p += LANES)
+                FN(store)(to + p, FN(pack)(x + p, plane_in, threshold, 8));
+        else
+            for (int64_t p = 0; p < plane_in; p += LANES)
+                FN(store)(to + p, FN(pack)(x + p, plane_in, threshold, (int)left));
+        if (u->stride == 2)
+            FN(split_bytes)(u, whole, plane, plane_out);
+    }
 }
 
 /* For LANES pixels and `filters` filters: how many bits differ under the masks. */
@@ -523,40 +613,67 @@ static NOINLINE void FN(finish_filters)(int filters, const struct unit *u, int64
 }
 
 INLINE void FN(convolve_filters)(const int filters, const struct unit *u, const uint8_t *planes,
-                                 const uint32_t *w, int64_t first, float *arena)
+                                 const uint32_t *w, int64_t first, int64_t p, int64_t end, float *arena)
 {
-    for (int64_t p = 0, plane = padded(u->height_out * u->width_out); p < plane; p += LANES) {
+    for (; p < end; p += LANES) {
         uint16_t count[FILTERS][LANES];
         FN(count_differing)(filters, u, planes + p, u->masks + p, w, count);
         FN(finish_filters)(filters, u, first, p, (const uint16_t(*)[LANES])count, arena);
     }
 }
 
-static void FN(convolve_binary)(const struct unit *u, float *arena)
+/* The signs are packed. An item is LANES pixels of a block of filters, in the order [group][block][pixel]. */
+static void FN(convolve_packed)(const struct unit *u, float *arena, float *own, int64_t begin, int64_t end)
 {
-    const int64_t plane = padded(u->height_out * u->width_out) * u->stride * u->stride;
-    const int64_t group_bytes = (u->channels_in / u->groups + 7) / 8 * plane;
-    uint8_t *planes = (uint8_t *)(arena + u->scratch) + u->slack;
-    FN(pack_signs)(u, arena + u->source, planes, planes + u->groups * group_bytes + u->slack);
-
+    (void)own;
+    const int64_t plane = padded(u->height_out * u->width_out), items = plane / LANES;
     const int64_t filters = u->channels_out / u->groups;
+    const uint8_t *planes = (uint8_t *)(arena + u->scratch) + u->slack;
     const uint32_t *w = u->bits;
-    for (int64_t g = 0; g < u->groups; g++, planes += group_bytes)
-        for (int64_t first = 0, size; first < filters; first += size, w += size * u->terms) {
+    int64_t c = 0;
+    for (int64_t g = 0; g < u->groups; g++, planes += group_stride(u))
+        for (int64_t first = 0, size; first < filters; first += size, c += size, w += size * u->terms) {
             size = block_size(filters - first, FILTERS);
-            const int64_t c = g * filters + first;
-            switch (size) {
-            case 1: FN(convolve_filters)(1, u, planes, w, c, arena); break;
-            case 2: FN(convolve_filters)(2, u, planes, w, c, arena); break;
-            case 4: FN(convolve_filters)(4, u, planes, w, c, arena); break;
+            const int64_t from = begin > 0 ? begin * LANES : 0, to = least(end, items) * LANES;
+            begin -= items, end -= items;
+            switch (from < to ? size : 0) {
+            case 1: FN(convolve_filters)(1, u, planes, w, c, from, to, arena); break;
+            case 2: FN(convolve_filters)(2, u, planes, w, c, from, to, arena); break;
+            case 4: FN(convolve_filters)(4, u, planes, w, c, from, to, arena); break;
 #if FILTERS >= 6
-            case 6: FN(convolve_filters)(6, u, planes, w, c, arena); break;
+            case 6: FN(convolve_filters)(6, u, planes, w, c, from, to, arena); break;
 #endif
 #if FILTERS == 8
-            case 8: FN(convolve_filters)(8, u, planes, w, c, arena); break;
+            case 8: FN(convolve_filters)(8, u, planes, w, c, from, to, arena); break;
 #endif
             }
         }
+}
+
+/* Of a group, the items of convolve_packed. */
+static int64_t FN(group_items)(const struct unit *u)
+{
+    int64_t blocks = 0, left = u->channels_out / u->groups;
+    for (; left > 0; blocks++)
+        left -= block_size(left, FILTERS);
+    return blocks * padded(u->height_out * u->width_out) / LANES;
+}
+
+/* An item is a group. */
+static void FN(convolve_groups)(const struct unit *u, float *arena, float *own, int64_t first, int64_t end)
+{
+    const int64_t items = FN(group_items)(u);
+    FN(pack_signs)(u, arena, own, first * group_bytes(u), end * group_bytes(u));
+    FN(convolve_packed)(u, arena, own, first * items, end * items);
+}
+
+static int64_t FN(convolve_binary)(const struct unit *u, float *arena, float *own, struct counter *counters)
+{
+    if (counters == 0 || u->groups >= least(u->chunks, 8))
+        return FN(share)(FN(convolve_groups), u->groups, u, arena, own, counters);
+    /* too few groups to share: all signs first, then blocks of filters */
+    return FN(share)(FN(pack_signs), u->groups * group_bytes(u), u, arena, own, counters) +
+           FN(share)(FN(convolve_packed), u->groups * FN(group_items)(u), u, arena, own, counters + 1);
 }
 
 /* The padded source of one group, each channel split into stride * stride phases of height * width floats. */
@@ -578,8 +695,8 @@ static void FN(split_phases)(const struct unit *u, const float *source, float *p
 }
 
 /* Four filters at a time over vectors of pixels. Rows of output are as long as the phases' rows; what lies
-   past the image is dropped as the result is copied out. */
-static void FN(convolve_float)(const struct unit *u, float *arena)
+   past the image is dropped as the result is copied out. An item is four filters of one group. */
+static void FN(convolve_float)(const struct unit *u, float *arena, float *own, int64_t item, int64_t end)
 {
     enum { VECTORS = FLOATS == 16 ? 4 : 2, WIDTH = VECTORS * FLOATS };
     const int64_t s = u->stride, k = u->kernel, channels = u->channels_in / u->groups;
@@ -588,12 +705,14 @@ static void FN(convolve_float)(const struct unit *u, float *arena)
     const int64_t plane_in = padded(u->height_in * u->width_in);
     const int64_t plane_out = padded(u->height_out * u->width_out);
     const int64_t row_length = padded(u->height_out * width);
-    float *phases = arena + u->scratch, *rows = phases + padded(channels * s * s * height * width) + 128;
-    const float *weight = u->weight;
+    float *phases = own, *rows = phases + padded(channels * s * s * height * width) + 128;
+    const float *weight = u->weight + item * 4 * channels * k * k;
 
-    for (int64_t g = 0; g < u->groups; g++) {
+    for (const int64_t blocks = (filters + 3) / 4; item < end;) {
+        const int64_t g = item / blocks;
         FN(split_phases)(u, arena + u->source + g * channels * plane_in, phases, height, width);
-        for (int64_t first = 0; first < filters; first += 4, weight += 4 * channels * k * k) {
+        for (; item < least(end, (g + 1) * blocks); item++, weight += 4 * channels * k * k) {
+            const int64_t first = item % blocks * 4;
             for (int64_t q = 0; q < row_length; q += WIDTH) {
                 FN(floats) sum[4][VECTORS] = {{{0}}};
                 const float *w = weight;
@@ -632,16 +751,19 @@ INLINE float FN(combine)(const int average, float a, float b) { return average ?
    other one. Above and below a plane lie margins; a neighbour across the left or right border is overruled
    by its entry in weight [kernel][pixel]: a limit of -inf for a maximum, a factor of 0 for an average. */
 INLINE void FN(pool_windows)(const int k, const int average, const int add, const struct unit *u,
-                             float *arena)
+                             float *arena, float *own, int64_t first, int64_t end)
 {
     const int64_t pixels = u->height_in * u->width_in, plane = padded(pixels), width = u->width_in;
     const int64_t margin = padded(width) + 64, before = u->padding;
-    float *restrict x = arena + u->scratch + margin, *restrict rows = x + plane + 2 * margin;
+    float *restrict x = own + margin, *restrict rows = x + plane + 2 * margin;
     float *restrict pooled = rows + plane + margin;
-    for (int64_t p = -margin; p < plane + margin; p++)
-        x[p] = rows[p] = average ? 0 : -INFINITY;
+    const float outside = average ? 0 : -INFINITY;
+    for (int64_t p = 0; p < margin; p++)
+        x[p - margin] = rows[p - margin] = x[plane + p] = rows[plane + p] = outside;
+    for (int64_t p = pixels; p < plane; p++)
+        x[p] = outside;
 
-    for (int64_t c = 0; c < u->channels_in; c++) {
+    for (int64_t c = first; c < end; c++) {
         memcpy(x, arena + u->source + c * plane, pixels * sizeof(float));
         for (int64_t p = 0; p < plane; p++) {
             float y = x[p - before * width];
@@ -652,7 +774,7 @@ INLINE void FN(pool_windows)(const int k, const int average, const int add, cons
         float *restrict target = arena + u->target + c * padded(u->height_out * u->width_out);
         float *restrict to = u->stride == 1 ? target : pooled;
         for (int64_t p = 0; p < plane; p++) {
-            float y = average ? 0 : -INFINITY;
+            float y = outside;
             for (int i = 0; i < k; i++) {
                 const float next = rows[p + i - before], inside = u->weight[i * plane + p];
                 y = FN(combine)(average, y, average ? next * inside : next < inside ? next : inside);
@@ -668,16 +790,17 @@ INLINE void FN(pool_windows)(const int k, const int average, const int add, cons
     }
 }
 
-static void FN(pool)(const struct unit *u, float *arena)
+/* An item is a channel. */
+static void FN(pool)(const struct unit *u, float *arena, float *own, int64_t c, int64_t end)
 {
     switch (u->kernel * 4 + u->flag * 2 + u->add) {
-    case 4: FN(pool_windows)(1, 0, 0, u, arena); break;
-    case 5: FN(pool_windows)(1, 0, 1, u, arena); break;
-    case 10: FN(pool_windows)(2, 1, 0, u, arena); break;
-    case 12: FN(pool_windows)(3, 0, 0, u, arena); break;
-    case 13: FN(pool_windows)(3, 0, 1, u, arena); break;
-    case 14: FN(pool_windows)(3, 1, 0, u, arena); break;
-    case 15: FN(pool_windows)(3, 1, 1, u, arena); break;
+    case 4: FN(pool_windows)(1, 0, 0, u, arena, own, c, end); break;
+    case 5: FN(pool_windows)(1, 0, 1, u, arena, own, c, end); break;
+    case 10: FN(pool_windows)(2, 1, 0, u, arena, own, c, end); break;
+    case 12: FN(pool_windows)(3, 0, 0, u, arena, own, c, end); break;
+    case 13: FN(pool_windows)(3, 0, 1, u, arena, own, c, end); break;
+    case 14: FN(pool_windows)(3, 1, 0, u, arena, own, c, end); break;
+    case 15: FN(pool_windows)(3, 1, 1, u, arena, own, c, end); break;
     }
 }
 
@@ -689,12 +812,14 @@ INLINE float FN(total)(FN(floats) v)
     return sum;
 }
 
-/* Mean over space, then a matrix; its rows are padded with zeros to a multiple of 64. */
-static void FN(classify)(const struct unit *u, float *arena)
+/* Mean over space, then a matrix; its rows are padded with zeros to a multiple of 64. All is one item. */
+static void FN(classify)(const struct unit *u, float *arena, float *own, int64_t item, int64_t end)
 {
+    if (item == end)
+        return;
     const int64_t pixels = u->height_in * u->width_in, plane = padded(pixels);
     const int64_t length = padded(u->channels_in);
-    float *means = arena + u->scratch;
+    float *means = own;
     memset(means, 0, length * sizeof(float));
     for (int64_t c = 0; c < u->channels_in; c++) {
         const float *x = arena + u->source + c * plane;
@@ -718,15 +843,22 @@ static void FN(classify)(const struct unit *u, float *arena)
     }
 }
 
-static void FN(run)(const struct unit *units, int64_t n, float *arena)
+static int64_t FN(run)(const struct unit *units, int64_t n, float *arena, int64_t own,
+                       struct counter *counters)
 {
-    for (const struct unit *u = units; u < units + n; u++)
+    int64_t slept = 0;
+    for (const struct unit *u = units; u < units + n; u++) {
+        float *scratch = arena + u->scratch + own;
+        struct counter *counter = counters ? counters + 2 * (u - units) : 0;
+        const int64_t blocks = u->op == FLOAT ? u->groups * ((u->channels_out / u->groups + 3) / 4) : 0;
         switch (u->op) {
-        case BINARY: FN(convolve_binary)(u, arena); break;
-        case FLOAT: FN(convolve_float)(u, arena); break;
-        case POOL: FN(pool)(u, arena); break;
-        case LINEAR: FN(classify)(u, arena); break;
+        case BINARY: slept += FN(convolve_binary)(u, arena, scratch, counter); break;
+        case FLOAT: slept += FN(share)(FN(convolve_float), blocks, u, arena, scratch, counter); break;
+        case POOL: slept += FN(share)(FN(pool), u->channels_in, u, arena, scratch, counter); break;
+        case LINEAR: slept += FN(share)(FN(classify), 1, u, arena, scratch, counter); break;
         }
+    }
+    return slept;
 }
 
 #undef LANES

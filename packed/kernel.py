@@ -22,10 +22,12 @@ from .program import Program, Step, View
 
 KERNELS = ("c", "avx2", "avx512", "neon")  # the C file's paths, by number
 LARGEST_IMAGE = 1 << 24  # pixels
+CHUNK = 4_000  # of a step's work (see `_work`): what threads take at once
+LEAST_SHARED = 1_000_000  # work of an image in steps of two chunks or more: with less, one thread computes it
 LARGEST_PLAN = 1 << 31  # bytes of buffers, scratch memory and constants, for one image at a time
 
 _SOURCE = Path(__file__).with_name("binary_cpu.c")
-_FLAGS = ("-O3", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-fno-trapping-math", "-shared", *(() if os.name == "nt" else ("-fPIC",)))
 
 
 class _Unit(ctypes.Structure):
@@ -35,7 +37,7 @@ class _Unit(ctypes.Structure):
         *("op", "source", "target", "residual", "scratch"),
         *("channels_in", "channels_out", "groups", "kernel", "stride", "padding"),
         *("height_in", "width_in", "height_out", "width_out"),
-        *("add", "flag", "terms", "slack"),
+        *("add", "flag", "chunks", "terms", "slack"),
     )
     _pointers = ("term", "masks", "valid", "threshold", "bits", "weight", "scale", "bias", "slope")
     _fields_ = [(name, ctypes.c_int64) for name in _integers]
@@ -74,7 +76,7 @@ def compile_kernel(folder: Path) -> Path:
     descriptor, aside = tempfile.mkstemp(dir=folder, suffix=".tmp")
     os.close(descriptor)
     try:
-        command = [compiler, *flags, "-o", aside, str(_SOURCE), "-lm"]
+        command = [compiler, *flags, "-o", aside, str(_SOURCE)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise NoCompiler(f"{compiler} failed: {' '.join(done.stderr.split())[-300:]}")
@@ -103,6 +105,8 @@ def library() -> ctypes.CDLL:
     library.encode_weights.restype = None
     library.run_units.argtypes = [ctypes.c_int, pointer, number, pointer]
     library.run_units.restype = None
+    library.share_units.argtypes = [*library.run_units.argtypes, number, pointer]
+    library.share_units.restype = number
     library.run_network.argtypes = [*library.run_units.argtypes, pointer, number, number, number, pointer]
     library.run_network.restype = None
     return library
@@ -206,8 +210,22 @@ def _borders(kernel: int, padding: int, average: bool, height: int, width: int):
     return {"weight": inside, "scale": scale}
 
 
+def _work(unit: _Unit) -> int:
+    """About how many nanoseconds a unit takes a core with AVX2."""
+    vectors = _padded(unit.height_out * unit.width_out) // 64
+    if unit.op == _OPS.index("binary"):
+        packing = unit.channels_in * unit.stride**2 * 6
+        return vectors * (unit.channels_out * (unit.terms + 16) + packing)
+    if unit.op == _OPS.index("float"):
+        return vectors * unit.channels_out * unit.channels_in // unit.groups * unit.kernel**2 * 3
+    return vectors * unit.channels_in * unit.stride**2 * 40
+
+
 class Plan:
-    """A program laid out for one image size: the C file's units and the size of their arena (in floats)."""
+    """A program laid out for one image size: the C file's units and the size of their arena (in floats).
+
+    `shared`: whether threads gain by sharing one image.
+    """
 
     def __init__(self, program: Program, weights: list[dict[str, np.ndarray]], height: int, width: int):
         self.sizes = []  # (channels, height, width) of each buffer
@@ -221,7 +239,12 @@ class Plan:
             needs = self._fill(unit, step, tensors)
             floats.append(needs[0])
             constants.append(needs[1])
-        self.result = self.units[-1].target = scratch + _padded(max(floats))
+        self.scratch = _padded(max(floats))
+        self.result = self.units[-1].target = scratch + self.scratch
+        work = [_work(unit) for unit in self.units[:-1]]
+        for unit, each in zip(self.units, [*work, 0], strict=True):
+            unit.chunks = min(max(each // CHUNK, 1), 16)
+        self.shared = sum(each for each in work if each >= 2 * CHUNK) >= LEAST_SHARED
         self.floats = self.result + _padded(len(program.classes)) + 64
         size = 4 * self.floats + sum(each.bytes for each in set(constants) if each)
         if height * width > LARGEST_IMAGE or size > LARGEST_PLAN:
@@ -250,9 +273,9 @@ class Plan:
             offsets[buffer], end = start, max(end, start + size)
         return offsets, end
 
-    def new_arena(self) -> np.ndarray:
+    def new_arena(self, threads: int = 1) -> np.ndarray:
         """Memory for one image, float32; zeros, so that what lies beside pixels is never a slow number."""
-        memory = np.zeros(self.floats + 16, np.float32)
+        memory = np.zeros(self.floats + (threads - 1) * self.scratch + 16, np.float32)
         return memory[-memory.ctypes.data % 64 // 4 :]
 
     def channels_of(self, arena: np.ndarray, view: View) -> np.ndarray:
@@ -260,6 +283,11 @@ class Plan:
         _, height, width = self.sizes[view.buffer]
         planes = arena[self._address(view) :][: view.channels * _padded(height * width)]
         return planes.reshape(view.channels, -1)[:, : height * width]
+
+    def scratch_of(self, thread: int) -> int:
+        """Where the scratch memory of a thread lies in an arena, in floats after that of thread 0."""
+        behind = self.floats - self.units[0].scratch
+        return behind + (thread - 1) * self.scratch if thread else 0
 
     def _address(self, view: View) -> int:
         _, height, width = self.sizes[view.buffer]
@@ -296,8 +324,8 @@ class Plan:
         plane_out = _padded(unit.height_out * unit.width_out)
         arguments = (step.kernel, step.stride, step.dilation, step.padding, channels, *size)
         taps = _Constants(_taps, arguments, (step.kernel**2 + 2) * plane_out + 8 * unit.terms)
-        planes = step.groups * -(-channels // 8) * step.stride**2 * plane_out
-        return (planes + 2 * unit.slack + plane) // 4, taps
+        planes = step.groups * (-(-channels // 8) * step.stride**2 * plane_out + unit.slack)
+        return (planes + unit.slack + plane) // 4, taps
 
 
 def _point(unit: _Unit, arrays: dict[str, np.ndarray]) -> None:

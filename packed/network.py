@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,12 +16,15 @@ import numpy as np
 from .kernel import KERNELS, Plan, choose_kernel, kernel_weights, library
 from .program import LARGEST_PIXEL, Program, View, read_program
 
+MOST_SHARING = 4  # threads of one image: to wake one takes some 15 microseconds
+
 
 class PackedNetwork:
     """A packed network. Calls from several Python threads at once are safe, as are forks between calls.
 
     `classes`, `image_size`, `config` (of the exported network), `kernel` (the path that runs). `threads`
-    images of a batch run at once; by default as many as this process may use cores.
+    images of a batch run at once, and up to four threads share a single image that is large enough; by
+    default as many as this process may use cores.
     """
 
     def __init__(self, program: Program, *, threads: int | None = None, kernel: str | None = None):
@@ -32,6 +36,7 @@ class PackedNetwork:
         self.kernel = choose_kernel(kernel)
         self._plans: dict[tuple[int, int], tuple[Plan, deque]] = {}
         self._lock = threading.Lock()
+        self._helpers = _Helpers(min(self.threads, MOST_SHARING) - 1)
         if self.kernel == "torch":
             from .float_form import FloatForm  # imports torch
 
@@ -67,6 +72,9 @@ class PackedNetwork:
             return self._float_form.logits(images)
         plan, arenas = self._plan(*images.shape[2:])
         logits = np.empty((len(images), len(self.classes)), np.float32)
+        if len(images) == 1 and plan.shared and self._helpers.ready():
+            self._run_shared(plan, arenas, images[0], logits[0])
+            return logits
         each = -(-len(images) // self.threads) or 1
         parts = [slice(start, start + each) for start in range(0, len(images), each)]
         with ThreadPoolExecutor(self.threads) as pool:  # starts a thread a job; the first part needs none
@@ -87,15 +95,33 @@ class PackedNetwork:
 
     def _run(self, plan: Plan, arenas: deque[np.ndarray], images: np.ndarray, logits: np.ndarray) -> None:
         """Fill `logits` in one call of the kernel, with an arena that no other call has meanwhile."""
-        try:
-            arena = arenas.pop()
-        except IndexError:
-            arena = plan.new_arena()
+        arena = self._arena(plan, arenas)
         count, channels, height, width = images.shape
         program = (self._path, plan.units, len(plan.units), arena.ctypes.data)
         sizes = (count, channels, height * width)
         library().run_network(*program, images.ctypes.data, *sizes, logits.ctypes.data)
         arenas.append(arena)
+
+    def _run_shared(self, plan: Plan, arenas: deque, image: np.ndarray, logits: np.ndarray) -> None:
+        """The same for one image and its logits, by all threads: this one, and the helpers as they come."""
+        arena = self._arena(plan, arenas)
+        plan.channels_of(arena, View(0, 0, len(image)))[:] = image.reshape(len(image), -1)
+        counters = np.zeros(4 * len(plan.units), np.int32)
+
+        def share(thread: int) -> int:
+            # a helper that is late may find all done, and another image in the arena: it touches neither
+            program = (self._path, plan.units, len(plan.units), arena.ctypes.data)
+            return library().share_units(*program, plan.scratch_of(thread), counters.ctypes.data)
+
+        self._helpers.run(share)
+        logits[:] = arena[plan.result :][: len(logits)]
+        arenas.append(arena)
+
+    def _arena(self, plan: Plan, arenas: deque) -> np.ndarray:
+        try:
+            return arenas.pop()
+        except IndexError:
+            return plan.new_arena(self._helpers.count + 1 if plan.shared else 1)
 
     def trace(self, image: np.ndarray) -> list[np.ndarray]:
         """What every step wrote, (channels, h, w), for one image (3, h, w): to look into a network."""
@@ -114,6 +140,38 @@ class PackedNetwork:
                 planes = plan.channels_of(arena, step.target)
                 outputs.append(planes.reshape(-1, unit.height_out, unit.width_out).copy())
         return outputs
+
+
+class _Helpers:
+    """Threads that sleep until there is an image to share.
+
+    Where other programs take the cores, a helper that is interrupted keeps the others waiting for its chunk:
+    after an image with long waits, the next ones are computed without help.
+    """
+
+    LONG = 8  # sleeps: about half a millisecond
+
+    def __init__(self, count: int):
+        self.count = count
+        self._pool: ThreadPoolExecutor | None = None
+        self._process, self._jobs, self._alone = 0, [], 0
+
+    def ready(self) -> bool:
+        """Whether to ask them for the next image: there are some, and all idle."""
+        if self._process != os.getpid():  # the first image, or the first after a fork
+            self._pool, self._process, self._jobs = None, os.getpid(), []
+        self._alone = max(self._alone - 1, 0)
+        return self.count > 0 and self._alone == 0 and all(job.done() for job in self._jobs)
+
+    def run(self, job: Callable[[int], int]) -> None:
+        """job(0) here and job(1) to job(count) on the threads: each does what the others leave.
+
+        A job returns how often it slept to wait. When job(0) has ended, the rest may not even have begun.
+        """
+        self._pool = self._pool or ThreadPoolExecutor(self.count)
+        self._jobs = [self._pool.submit(job, thread) for thread in range(1, self.count + 1)]
+        if job(0) > self.LONG:
+            self._alone = 30
 
 
 def _usable_cores() -> int:

@@ -29,8 +29,8 @@ static void multiply(const float *x, const float *w, float *y, int depth, int fi
 }
 
 /* One group's windows, [channel, tap][pixel]. */
-static void im2col(const float *x, float *columns, int channels, int kernel, int stride, int dilation, int padding,
-                   int height, int width, int pixels)
+static void im2col(const float *x, float *columns, int channels, int kernel, int stride, int dilation,
+                   int padding, int height, int width, int pixels)
 {
     const int wide = (width + stride - 1) / stride, high = (height + stride - 1) / stride;
     for (int c = 0; c < channels; c++, x += height * width)
@@ -55,17 +55,17 @@ int main(void)
         const int channels = c_in / groups, filters = (c_out / groups + 3) & ~3;
         const int depth = channels * kernel * kernel;
         float *x = calloc((size_t)c_in * height * width, 4), *columns = calloc((size_t)depth * pixels, 4);
-        float *w = calloc((size_t)groups * filters * depth, 4), *y = calloc((size_t)groups * filters * pixels, 4);
+        float *w = calloc((size_t)groups * filters * depth, 4);
+        float *y = calloc((size_t)groups * filters * pixels, 4);
         while (n--)
             for (int g = 0; g < groups; g++) {
                 const float *source = x + (long)g * channels * height * width;
-                const float *columns_or_pixels = columns;
-                if (kernel == 1 && stride == 1 && height * width == pixels)
-                    columns_or_pixels = source; /* they are the windows already */
-                else
-                    im2col(source, columns, channels, kernel, stride, dilation, padding, height, width, pixels);
-                multiply(columns_or_pixels, w + (long)g * filters * depth, y + (long)g * filters * pixels, depth,
-                         filters, pixels);
+                const int windows = kernel == 1 && stride == 1 && height * width == pixels; /* already */
+                if (!windows)
+                    im2col(source, columns, channels, kernel, stride, dilation, padding, height, width,
+                           pixels);
+                multiply(windows ? source : columns, w + (long)g * filters * depth,
+                         y + (long)g * filters * pixels, depth, filters, pixels);
             }
         free(x), free(columns), free(w), free(y);
     }

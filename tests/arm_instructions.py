@@ -19,7 +19,7 @@ import numpy as np
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-import arm_kernel  # noqa: E402
+import kernel_process  # noqa: E402
 
 from genotypes import get_genotype  # noqa: E402
 from model import ModelConfig, build_model  # noqa: E402
@@ -29,16 +29,16 @@ from packed.kernel import _OPS, Plan  # noqa: E402
 
 
 def main(path: str | None = None) -> None:
-    if reason := arm_kernel.missing():
+    if reason := kernel_process.missing():
         raise SystemExit(reason)
     program = read_program(path) if path else published()
     with tempfile.TemporaryDirectory() as folder:
         plugin, driver, floats = (Path(folder) / name for name in ("counter.so", "driver", "floats"))
         build = ("gcc", "-shared", "-fPIC", "-O2", "-Wl,--unresolved-symbols=ignore-all")
         subprocess.run([*build, TESTS / "arm_counter.c", "-o", plugin], check=True)
-        arm_kernel.build(driver, *arm_kernel.DRIVER)
-        arm_kernel.build(floats, TESTS / "arm_float.c")
-        arm_kernel.install(arm_kernel.ArmLibrary(driver))
+        kernel_process.build(driver, *kernel_process.DRIVER)
+        kernel_process.build(floats, TESTS / "arm_float.c")
+        kernel_process.install(kernel_process.Library(driver))
         counts = {
             f"{name}, {kernel}": packed_count(program, driver, plugin, kernel, ops)
             for name, ops in (("whole network", _OPS), ("1-bit units", ("binary", "linear")))
@@ -75,7 +75,7 @@ def packed_count(program: Program, driver: Path, plugin: Path, kernel: str, ops:
     images, logits = np.zeros((2, 3, size, size), np.float32), np.zeros((2, len(program.classes)), np.float32)
     totals = []
     for n in (1, 2):
-        counted = arm_kernel.ArmLibrary(driver, "-plugin", str(plugin), stderr=subprocess.PIPE)
+        counted = kernel_process.Library(driver, "-plugin", str(plugin), stderr=subprocess.PIPE)
         counted.sizes = packed_kernel.library().sizes
         sizes = (n, 3, size * size)
         pointers = (images.ctypes.data, *sizes, logits.ctypes.data)
@@ -95,7 +95,7 @@ def float_count(program: Program, floats: Path, plugin: Path) -> int:
     totals = []
     for n in (1, 2):
         text = "".join(f"{n} {' '.join(map(str, line))}\n" for line in lines)
-        command = [*arm_kernel.EMULATOR, "-plugin", plugin, floats]
+        command = [*kernel_process.EMULATOR, "-plugin", plugin, floats]
         done = subprocess.run(command, input=text, stderr=subprocess.PIPE, text=True, check=True)
         totals.append(int(done.stderr))
     return totals[1] - totals[0]

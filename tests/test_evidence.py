@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import train
+import train_search
 from evidence.plan import Arm, BestOf, FolderOf, Job, Study
 from evidence.report import report
 from evidence.statistics import Summary, difference, spread
 from evidence.store import Store
-from evidence.studies import SCALES, STUDIES
+from evidence.studies import ONE_STAGE, SCALES, STUDIES
+from stages import settle
+from study import command_line
 from utils import InputError
 
 FIRST = Job("train.py", {"seed": 0, "epochs": 1})
@@ -39,16 +43,39 @@ def test_arms_differ_in_what_they_say_alone(name, scale):
     keys = {
         flag for end in ends for flag, value in end.flags.items() if not isinstance(value, FolderOf | BestOf)
     }
-    differing = {flag for flag in keys if len({repr(end.flags.get(flag)) for end in ends}) > 1}
-    beyond = {"activation", "teacher", "stage1_weight_decay", "ema", "clip_weights"}
+    differing = {flag for flag in keys if len({repr(end.flags.get(flag)) for end in ends}) > 1} - {"binary"}
+    beyond = {
+        "init_channels",
+        "groups",
+        "layers",
+        "auxiliary",
+        "activation",
+        "teacher",
+        "stage1_weight_decay",
+        "ema",
+        "clip_weights",
+    }
     assert differing <= {"seed", "arch", "stage1", "weight_binarization", "epochs", "from_scratch", *beyond}
     for end in ends:
-        assert end.flags["holdout"] > 0 and end.flags["binary"], "an epoch is chosen on training images"
+        assert end.flags["holdout"] > 0, "an epoch is chosen on training images"
+        assert end.flags.get("binary") or end.flags["arch"] in ONE_STAGE
         stages = [end, *([end.flags["pretrained"].job] if "pretrained" in end.flags else [])]
         assert (
             sum(job.flags["epochs"] for job in stages)
             == SCALES[scale].stage1_epochs + SCALES[scale].stage2_epochs
         )
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_run_is_one_that_its_script_takes(name, scale):
+    for job in {job.key: job for end in STUDIES[name](SCALES[scale]).jobs() for job in end.chain}.values():
+        known = {flag: value for flag, value in job.flags.items() if not isinstance(value, FolderOf | BestOf)}
+        if job.script == "train_search.py":
+            assert not train_search.parser().parse_args(command_line(known)).idle
+        else:
+            args = settle(train.parser().parse_args(command_line(known)), family="cifar")  # or it raises
+            assert not args.idle
 
 
 def test_differences_are_those_of_the_t_tests():

@@ -290,10 +290,10 @@ def test_an_error_in_a_thread_is_raised(kernel, models, monkeypatch):
     expected = net(images)
     new_arena, caller = Plan.new_arena, threading.current_thread()
 
-    def fail(plan):
+    def fail(plan, threads):
         if threading.current_thread() is not caller:
             raise MemoryError("no arena")
-        return new_arena(plan)
+        return new_arena(plan, threads)
 
     net._plans.clear()
     with monkeypatch.context() as patched:

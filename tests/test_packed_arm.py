@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import arm_kernel
+import kernel_process
 import pytest
 
 TESTS = Path(__file__).parent
@@ -13,11 +13,11 @@ TESTS = Path(__file__).parent
 
 def test_the_neon_path():
     """Counts to the last bit, random programs in every step, a file's logits: the tests of any path."""
-    if reason := arm_kernel.missing():
+    if reason := kernel_process.missing():
         pytest.skip(reason)
     files = (TESTS / name for name in ("test_packed_kernel.py", "test_packed_fuzz.py"))
     chosen = "neon and (is_exact or fused or random_programs) or format_1"
-    flags = ("-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-p", "arm_kernel")
+    flags = ("-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-p", "kernel_process")
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     environment.pop("EBNAS_CFLAGS", None)
     command = [sys.executable, "-m", "pytest", *flags, "-k", chosen, *files]

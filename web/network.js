@@ -5,10 +5,10 @@ const INTEGERS = [
   "op", "source", "target", "residual", "scratch",
   "channels_in", "channels_out", "groups", "kernel", "stride", "padding",
   "height_in", "width_in", "height_out", "width_out",
-  "add", "flag", "terms", "slack",
+  "add", "flag", "chunks", "terms", "slack",
 ]; // of `struct unit`, 8 bytes each; then come its pointers, 4 bytes each
 const POINTERS = ["term", "masks", "valid", "threshold", "bits", "weight", "scale", "bias", "slope"];
-const UNIT_BYTES = 192;
+const UNIT_BYTES = 200;
 
 const padded = (n) => Math.ceil(n / 64) * 64;
 const modulo = (a, n) => ((a % n) + n) % n;
@@ -194,8 +194,8 @@ class PackedNetwork {
           unit.terms = step.kernel ** 2 * Math.ceil(channels / 8);
           const { kernel, stride, dilation, padding } = step;
           Object.assign(unit, constant(taps, kernel, stride, dilation, padding, channels, unit.width_in));
-          const bytes = unit.groups * Math.ceil(channels / 8) * stride ** 2 * planes[step.target.buffer];
-          needs = (bytes + 2 * unit.slack + plane) / 4;
+          const bytes = Math.ceil(channels / 8) * stride ** 2 * planes[step.target.buffer] + unit.slack;
+          needs = (unit.groups * bytes + unit.slack + plane) / 4;
         }
       }
       largest = Math.max(largest, needs);

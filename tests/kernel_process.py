@@ -1,7 +1,8 @@
-"""The packed kernel of 64-bit ARM under qemu, in the place of this machine's: `pytest -p arm_kernel ...`.
+"""The packed kernel in a process of its own, in the place of this one's library: `pytest -p kernel_process`.
 
+It is ARM's kernel under qemu; or with EBNAS_MACHINE=native this machine's, for the thread sanitizer.
 Everything else of a test runs here: the program, its layout in memory, PyTorch. What the kernel is given goes
-through a pipe to arm_driver.c, what it computes comes back.
+through a pipe to kernel_process.c, what it computes comes back.
 """
 
 from __future__ import annotations
@@ -22,26 +23,28 @@ import packed.kernel
 import packed.network
 from packed.kernel import _FLAGS, _SOURCE, Plan, _Unit, available_kernels
 
-COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
+NATIVE = os.environ.get("EBNAS_MACHINE") == "native"
+COMPILER = "gcc" if NATIVE else "aarch64-linux-gnu-gcc"
+EMULATOR = () if NATIVE else ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
 PACKAGES = "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"  # Debian's
-DRIVER = (Path(__file__).with_name("arm_driver.c"), _SOURCE)
+DRIVER = (Path(__file__).with_name("kernel_process.c"), _SOURCE)
 
 
 def missing() -> str | None:
     """Why ARM code cannot be built and run here, or None."""
-    absent = [tool for tool in (COMPILER, EMULATOR[0]) if shutil.which(tool) is None]
+    absent = [tool for tool in (COMPILER, *EMULATOR[:1]) if shutil.which(tool) is None]
     return f"{' and '.join(absent)} not installed (Debian: apt-get install {PACKAGES})" if absent else None
 
 
 def build(program: Path, *sources: Path) -> None:
-    """A program for ARM, with the kernel's flags and $EBNAS_CFLAGS."""
+    """A program, with the kernel's flags and $EBNAS_CFLAGS."""
     flags = [*(flag for flag in _FLAGS if flag != "-shared"), "-Wall", "-Wextra", "-Werror"]
     flags += shlex.split(os.environ.get("EBNAS_CFLAGS", ""))
-    subprocess.run([COMPILER, *flags, *sources, "-o", program], check=True)
+    subprocess.run([COMPILER, *flags, *sources, "-o", program, "-lpthread"], check=True)
 
 
-class ArmLibrary:
-    """Stands for the loaded library: the same functions, run by the emulator."""
+class Library:
+    """Stands for the loaded library: the same functions, run by the process."""
 
     def __init__(self, program: Path, *flags: str, stderr: int | None = None):
         pipe = subprocess.PIPE
@@ -57,11 +60,11 @@ class ArmLibrary:
             self._process.stdin.flush()
             for address, size in answers:
                 answer = self._process.stdout.read(size)
-                assert len(answer) == size, f"the emulator ended with {self._process.wait()}"
+                assert len(answer) == size, f"the process ended with {self._process.wait()}"
                 ctypes.memmove(address, answer, size)
 
     def end(self) -> str:
-        """End the emulator; what it printed as an error, if that is kept."""
+        """End the process; what it printed as an error, if that is kept."""
         return self._process.communicate()[1].decode()
 
     def best_path(self) -> int:
@@ -76,6 +79,12 @@ class ArmLibrary:
 
     def run_units(self, path, units, n, arena) -> None:
         self._run(2, path, units, n, arena)
+
+    def share_units(self, path, units, n, arena, own, counters) -> int:
+        """The threads are those of the process: a thread of this one that helps has nothing to do."""
+        if own == 0:
+            self._run(4, path, units, n, arena)
+        return 0
 
     def run_network(self, path, units, n, arena, images, count, channels, pixels, logits) -> None:
         self._run(3, path, units, n, arena, images, count, channels, pixels, logits)
@@ -101,11 +110,12 @@ def pytest_configure() -> None:
         raise SystemExit(reason)
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder) / "driver", *DRIVER)
-        install(ArmLibrary(Path(folder) / "driver"))
-        assert available_kernels() == ("c", "neon")  # it runs: the file is no longer needed
+        install(Library(Path(folder) / "driver"))
+        kernels = available_kernels()  # it runs: the file is no longer needed
+    assert NATIVE or kernels == ("c", "neon")
 
 
-def install(library: ArmLibrary) -> None:
+def install(library: Library) -> None:
     """Replace this machine's library, and note the sizes of what is handed to it."""
     point, new_arena = packed.kernel._point, Plan.new_arena
 
@@ -113,7 +123,7 @@ def install(library: ArmLibrary) -> None:
         library.sizes |= {array.ctypes.data: array.nbytes for array in arrays.values()}
         point(unit, arrays)
 
-    def noted_arena(plan: Plan) -> np.ndarray:
+    def noted_arena(plan: Plan, threads: int = 1) -> np.ndarray:
         arena = new_arena(plan)
         library.sizes[arena.ctypes.data] = arena.nbytes
         return arena

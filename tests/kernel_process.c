@@ -1,22 +1,27 @@
-/* The packed kernel, called through pipes: arm_kernel.py runs it under an emulator. A request on the standard
-   input is a head, the units, the bytes of each array that they point to, the arena and the images; the
-   answer is the arena and the logits. It ends at the end of its input. */
+/* The packed kernel, called through pipes by kernel_process.py. A request on the standard input is a head,
+   the units, the bytes of each array that they point to, the arena and the images; the answer is the arena
+   and the logits. It ends at the end of its input. */
 
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
+struct counter;
 struct unit; /* WORDS words, of which those from FIRST_POINTER on are pointers */
-enum { WORDS = 28, FIRST_POINTER = 19 };
+enum { WORDS = 29, FIRST_POINTER = 20 };
 
 int best_path(void);
 void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64_t filters, int64_t terms,
                     uint32_t *encoded);
 void run_units(int path, const struct unit *units, int64_t n, float *arena);
+int64_t share_units(int path, const struct unit *units, int64_t n, float *arena, int64_t own,
+                    struct counter *counters);
 void run_network(int path, const struct unit *units, int64_t n, float *arena, const float *images,
                  int64_t count, int64_t channels, int64_t pixels, float *logits);
 
-enum { BEST_PATH, ENCODE_WEIGHTS, RUN_UNITS, RUN_NETWORK };
+enum { BEST_PATH, ENCODE_WEIGHTS, RUN_UNITS, RUN_NETWORK, SHARE_UNITS };
 struct head {
     int64_t function, path, n, arena, /* bytes */ count, channels, pixels, classes;
 };
@@ -46,6 +51,37 @@ static void encode(const struct head *head)
     free(encoded);
 }
 
+enum { THREADS = 3 };
+struct share {
+    const struct head *head;
+    const int64_t *units;
+    float *arena;
+    struct counter *counters;
+    int64_t own;
+};
+
+static void *share_of(void *argument)
+{
+    const struct share *s = argument;
+    share_units((int)s->head->path, (const struct unit *)s->units, s->head->n, s->arena, s->own, s->counters);
+    return NULL;
+}
+
+/* The scratch memory of thread i lies i arenas behind that of the first. */
+static void share(const struct head *head, const int64_t *units, float *arena)
+{
+    struct counter *counters = calloc(head->n, 4 * sizeof(int32_t));
+    struct share shares[THREADS];
+    pthread_t threads[THREADS];
+    for (int64_t i = 0; i < THREADS; i++) {
+        shares[i] = (struct share){head, units, arena, counters, i * head->arena / (int64_t)sizeof *arena};
+        pthread_create(threads + i, NULL, share_of, shares + i);
+    }
+    for (int i = 0; i < THREADS; i++)
+        pthread_join(threads[i], NULL);
+    free(counters);
+}
+
 static void run(const struct head *head)
 {
     int64_t *units = received(head->n * WORDS * sizeof *units);
@@ -57,7 +93,11 @@ static void run(const struct head *head)
     float *arena = received(head->arena);
     float *images = received(head->count * head->channels * head->pixels * sizeof *images);
     float *logits = calloc(head->count * head->classes + 1, sizeof *logits);
-    if (head->function == RUN_UNITS)
+    if (head->function == SHARE_UNITS) {
+        arena = realloc(arena, THREADS * head->arena);
+        memset((char *)arena + head->arena, 0, (THREADS - 1) * head->arena);
+        share(head, units, arena);
+    } else if (head->function == RUN_UNITS)
         run_units((int)head->path, (struct unit *)units, head->n, arena);
     else
         run_network((int)head->path, (struct unit *)units, head->n, arena, images, head->count,

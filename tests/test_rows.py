@@ -1,0 +1,81 @@
+"""The rows through the scripts: stages, resume, evaluation, and flags that do not fit, in small sizes."""
+
+import signal
+
+import pytest
+from conftest import TINY, receive
+
+from checkpoint import load_checkpoint
+from runs import read_metrics
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
+ONE_EPOCH = [*TINY, "--epochs", 1, "--batch_size", 64]
+CELLS = {
+    "BNAS-A": [*ONE_EPOCH, "--init_channels", 4],
+    "BATS": [*ONE_EPOCH, "--init_channels", 4, "--groups", 2, "--auxiliary"],
+    "DCP-NAS-L": [*ONE_EPOCH, "--init_channels", 4],
+}
+FLAGS = {**CELLS, "ResNet18": ["--batch_size", 64, "--epochs", 1, "--init_channels", 8]}
+STAGES = {
+    "BNAS-A": ["single"],
+    "ResNet18": ["single"],
+    "BATS": ["stage1", "stage2"],
+    "DCP-NAS-L": ["stage1", "stage2"],
+}
+
+
+@pytest.mark.parametrize("arch", FLAGS)
+def test_a_row_trains_in_its_stages_and_is_evaluated(scripts, data_flags, arch):
+    flags = [*data_flags, "--arch", arch, *FLAGS[arch]]
+    for stage in STAGES[arch]:
+        binary = ["--binary"] if stage == "stage2" else []
+        scripts.run("train.py", *flags, *binary)
+        (run,) = scripts.runs(f"eval-EXP-{stage}-*")
+        checkpoint = load_checkpoint(run)
+        assert checkpoint["kind"] == stage and checkpoint["finished"]
+    output = scripts.run("evaluate.py", run).stdout
+    assert f"{read_metrics(run)[-1]['valid_top1']:.2f}" in output
+    assert arch in output
+    if arch in ("BATS", "DCP-NAS-L"):
+        assert "stand-in" in output or "CP-NAS is not public" in output
+    assert "packed networks know" in scripts.run("export.py", run, code=2).stderr
+
+
+def test_what_goes_on_is_what_was_not_interrupted(scripts, data_flags, at_step):
+    """BNAS by its own recipe: its update rule and its schedule go with each step."""
+    flags = [*data_flags, "--arch", "BNAS-A", *FLAGS["BNAS-A"], "--recipe", "own"]
+    scripts.run("train.py", *flags, "--save", "whole")
+    at_step(1, receive(signal.SIGTERM))
+    scripts.run("train.py", *flags, "--save", "parts", code=143)
+    scripts.run("train.py", "--resume", scripts.runs("eval-parts-*")[0])
+    whole, parts = (load_checkpoint(scripts.runs(f"eval-{name}-*")[0]) for name in ("whole", "parts"))
+    assert whole["epoch"] == parts["epoch"] == 1
+    assert whole["state"]["scheduler"]["last_epoch"] == 2  # steps
+    assert "momentum_buffer" in whole["state"]["optimizer"]["state"][0]
+    assert all(tensor.equal(parts["model"][name]) for name, tensor in whole["model"].items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--arch", "ResNet18", "--binary"],
+            "ResNet18 has no stages: it trains in full precision; leave --binary out",
+        ),
+        (["--arch", "BNAS-A", "--binary"], "BNAS-A trains in one stage; leave --binary out"),
+        (["--arch", "BNAS-A", "--groups", 7], "BNAS-A has no use for --groups"),
+        (["--arch", "DCP-NAS-L", "--auxiliary"], "DCP-NAS-L has no use for --auxiliary"),
+        (["--arch", "ResNet18", "--layers", 7], "ResNet18 has no use for --layers"),
+        (["--arch", "ResNet18", "--family", "bats"], "is made of no cells"),
+        (["--arch", "BATS", "--weight_binarization", "balanced"], "has no use for --weight_binarization"),
+        (["--arch", "BATS", "--variant", "as_run"], "choose from ('learned', 'mean')"),
+        (["--arch", "DCP-NAS-L", "--stage1", "w1a32"], "that of DCP-NAS-L is w32a1"),
+        (["--arch", "BATS", "--recipe", "own"], "that of bats is not public; use --recipe ebnas"),
+        (["--arch", "BNAS-H"], "BNAS-H has no published size for cifar images"),
+        (["--arch", "BNAS-A", "--image_size", 18, "--batch_size", 64], "shortcuts halve even sizes only"),
+        (["--arch", "CP-NAS"], "unknown genotype 'CP-NAS': choose from EBNAS, BNAS-A"),
+    ],
+)
+def test_flags_that_do_not_fit(fails, data_flags, flags, message):
+    assert message in fails("train.py", *data_flags, *flags)
