@@ -48,22 +48,28 @@ def parser() -> options.Parser:
 def main(args: argparse.Namespace) -> None:
     packed = args.network.endswith(".ebnas")
     path = Path(args.network) if packed else resolve_checkpoint(args.network)
-    if args.web:
-        if args.web.exists() and not args.web.is_dir():
-            raise InputError(f"{args.web} is not a folder; give another name")
-        args.web.mkdir(parents=True, exist_ok=True)
-    others = [args.web and args.web / "index.html", args.onnx, args.pt2]
+    others = (args.web, args.onnx, args.pt2)
     if packed and not any((args.output, *others)):
         raise InputError(f"{path} is exported already; give --web, --onnx or --pt2")
     output = args.output or (None if any(others) else path.with_name("model.ebnas"))
-    for each in filter(None, (output, *others)):
-        check_output(each, path)
+    named = [file for file in (output, args.onnx, args.pt2) if file]
+    if len(set(named)) < len(named):
+        raise InputError("two of --output, --onnx and --pt2 are the same file; give another name")
+    if args.web and not args.web.is_dir():
+        check_output(args.web)  # what a file could be made of, a folder can
+        if args.web.exists():
+            raise InputError(f"{args.web} is not a folder; give another name")
+    for file in [*named, args.web / "index.html"] if args.web and args.web.is_dir() else named:
+        check_output(file, path)
 
     program, saved = (read_packed(path), "") if packed else lowered(path)
     content = program_bytes(program)
-    makers = {args.onnx: onnx_form, args.pt2: pt2_bytes, others[0]: lambda _: page(content)}
-    for file, make in [*makers.items(), (output, lambda _: content)]:
-        if file is not None:
+    makers = [(args.onnx, onnx_form), (args.pt2, pt2_bytes), (output, lambda _: content)]
+    if args.web:
+        args.web.mkdir(exist_ok=True)
+        makers.append((args.web / "index.html", lambda _: page(content)))
+    for file, make in makers:
+        if file:
             made = make(program)
             write_atomically(file, made)
             print(f"{file}: {len(made):,} bytes{saved if file == output else ''}")

@@ -47,7 +47,9 @@ def readable_classes(classes: list[str], root: Path) -> list[str]:
     places = (root, *root.absolute().parents[:3], root / "ILSVRC2012", root / "ImageNet-ILSVRC2012")
     for file in (place / name for place in places for name in SYNSETS):
         if file.is_file():
-            names = dict(line.split(" ", 1) for line in file.read_text().splitlines() if " " in line)
+            names = dict(
+                line.split(" ", 1) for line in file.read_text("utf-8", "replace").splitlines() if " " in line
+            )
             return [names.get(name, name).strip() for name in classes]
     if len(classes) == 1000 and (classes[0], classes[-1]) == ("n01440764", "n15075141"):
         try:

@@ -89,4 +89,7 @@ def test_what_cannot_be_exported(fails, tmp_path):
     assert "give --web, --onnx or --pt2" in fails("export.py", SHAPES)
     (tmp_path / "file").touch()
     assert "is not a folder" in fails("export.py", SHAPES, "--web", "file")
+    assert "there is no folder" in fails("export.py", SHAPES, "--web", "absent/page")
+    assert "not a regular file" in fails("export.py", SHAPES, "--onnx", "/dev/null")
+    assert "the same file" in fails("export.py", SHAPES, "--onnx", "a", "--pt2", "a")
     assert "there is no folder" in fails("export.py", SHAPES, "--pt2", "absent/a.pt2")
