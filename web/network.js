@@ -96,6 +96,8 @@ class PackedNetwork {
   /** From the bytes of an .ebnas file and of kernel.wasm. Rejects with a sentence. */
   static async load(bytes, kernel) {
     const network = parseFile(bytes);
+    const channels = network.mean.length;
+    if (channels !== 3) throw new Error(`This network is of images with ${channels} channels; pictures have 3.`);
     let instance;
     try {
       ({ instance } = await WebAssembly.instantiate(kernel));
