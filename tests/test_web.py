@@ -207,9 +207,7 @@ def test_a_broken_file_is_answered_with_a_sentence(visit, tmp_path):
         assert draw(tab, DRAWINGS["star"]) == "star"  # by the network of before
     (tmp_path / "text.png").write_text("no picture")
     tab.set_input_files("#file", tmp_path / "text.png")
-    tab.wait_for_function(
-        "document.getElementById('message').innerText.includes('text.png is not a picture')"
-    )
+    tab.wait_for_selector("#message:text('text.png is not a picture')")
     assert visit(damaged).inner_text("#message").startswith("This model file is damaged")
 
 
