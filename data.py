@@ -282,7 +282,7 @@ class _Reader(Dataset):
         return images, self.labels[indices], unreadable
 
     def _augmented(self, path: str) -> Tensor:
-        """RandomResizedCrop, a flip and perhaps colours. With `jpeg_draft` a JPEG is decoded at 1/2, 1/4 or 1/8
+        """RandomResizedCrop, a flip, perhaps colours. With `jpeg_draft` a JPEG is decoded at 1/2, 1/4 or 1/8
         of its size where the crop, which is the same, still has `size` pixels each way."""
         if not self.jpeg_draft:
             return self.after_crop(self.crop(_pixels(path)))
