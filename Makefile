@@ -2,6 +2,7 @@
 # make test     all tests but those of test-sanitizers
 # make test-sanitizers  every path of the packed kernel, compiled with address and undefined-behaviour sanitizers
 # make test-arm the packed kernel of 64-bit ARM, NEON and plain C, under qemu: the tests of a path, and sanitizers
+# make wasm     the packed kernel for the browser, web/kernel.wasm: needs clang and lld
 # make lint     ruff
 # PYTHON=...    use the environment of that interpreter, instead of setting one up in .venv
 
@@ -17,7 +18,7 @@ SHAPES := --set shapes --image_size 16 --save demo --seed 0 --layers 3 --learnin
 SEARCH := $(SHAPES) --batch_size 100 --init_channels 8 --arch_learning_rate 1e-2
 NETWORK := $(SHAPES) --batch_size 50 --init_channels 14 --drop_path_prob 0
 
-.PHONY: demo test test-sanitizers test-arm lint clean
+.PHONY: demo test test-sanitizers test-arm wasm lint clean
 
 # two threads, which sleep while they wait: spinning, they would stall where other programs want the cores
 demo: export OMP_NUM_THREADS = 2
@@ -49,6 +50,13 @@ test-arm: $(SETUP)
 	$(PYTHON) $(ARM) $(FILES) -k "($(CHOSEN) or the_float_form or disturb or 2000) and not sanitizers"
 	EBNAS_CFLAGS="$(SANITIZE)" ASAN_OPTIONS=detect_leaks=0 \
 		$(PYTHON) $(ARM) $(FILES) -k "($(CHOSEN)) and not sanitizers"
+
+# the committed file is what clang and lld 14 give; __FILE__, which the source includes, is found by -I
+WASM := web/kernel.wasm
+wasm:
+	clang --target=wasm32 -O3 -ffreestanding -nostdlib -msimd128 -mbulk-memory -I. -Wl,--no-entry,--strip-all \
+	    -Wl,--export=best_path,--export=encode_weights,--export=run_network,--export=__heap_base \
+	    -o $(WASM) packed/binary_cpu.c
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .

@@ -27,6 +27,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,17 +47,18 @@ from augment import Augmentation, Normalize
 from baselines import make_config, settings_of, system_of
 from binary_ops import WEIGHT_BINARIZATIONS
 from comparison.engines import RIVALS, Logits, float_network, make_runner
-from comparison.measure import CLOCKS, MEMORY, Case, machine, measure
+from comparison.measure import CLOCKS, MEMORY, Case, measure
 from comparison.original_network import original_network
 from comparison.original_search import OriginalSupernet
 from compilation import compile_regions
 from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
-from engine import Precision, choose_precision, optimize, training_loss
+from engine import Precision, choose_precision, in_memory_format, optimize, training_loss
 from model import FAMILIES, CellNetwork, build_model
 from model_search import SearchConfig, Supernet
 from packed import PackedNetwork, Program, available_kernels, load, program_bytes
 from packed.lowering import lower
+from runs import machine
 from utils import InputError, one_line, run_main
 
 IMAGES = {"cifar": (32, 10), "imagenet": (224, 1000)}
@@ -82,6 +84,8 @@ def parser() -> options.Parser:
             continue
         flag("--compile", action="store_true", help="torch.compile of our form")
         options.add_device_flags(benchmark)
+        options.add_layout_flags(benchmark)
+        parser.idle |= benchmark.idle
     return parser
 
 
@@ -90,6 +94,9 @@ def main(args: argparse.Namespace) -> None:
         print("\n".join(memory.table()))
         return
     world = setup(args.device)
+    print_head(args, world.device)
+    for line in args.idle:
+        print(line)
     torch.manual_seed(0)
     _, cases = BENCHMARKS[args.benchmark]
     with cases(args, world) as to_time:
@@ -102,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
             # what compiled code and other engines do is not dispatched
             count=args.benchmark != "infer" and not args.compile,
         )
-    print_table(rows, args, world.device)
+    print_table(rows, world.device)
     print(json.dumps({"settings": options.as_dict(args), "machine": machine(world.device), "rows": rows}))
 
 
@@ -122,9 +129,10 @@ def search_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]
     """a weight step, and an architecture step with a weight step: ours, and the original's"""
     ours = Supernet(SearchConfig(args.init_channels, args.layers)).to(world.device)
     original = OriginalSupernet(copy.deepcopy(ours))
+    in_memory_format(ours, args.memory_format, auto="contiguous")
     if args.compile:
         compile_regions(ours)
-    precision = choose_precision(args.precision, world.device, tf32=args.tf32)
+    precision = precision_of(args, world.device)
     batch = random_batch(args.batch_size, args.image_size, 10, world.device)
     architect = Architect(
         ours, learning_rate=6e-4, weight_decay=1e-3, path_reg_weight=1.5, edge_reg_weight=0.8
@@ -202,11 +210,11 @@ def add_train_flags(parser: options.Parser) -> None:
 
 @contextmanager
 def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
-    """a training step: of our network as it is trained, and EBNAS's original's (weight_binarization plain)"""
+    """a training step: of our network as it is trained; of EBNAS's original (weight_binarization plain)"""
     ours, batch = network_and_batch(args, args.family, world.device)
     original = original_network(ours) if ours.config.system == "ebnas" else None
     ours = as_trained(ours, args, world.device)
-    precision = choose_precision(args.precision, world.device, tf32=args.tf32)
+    precision = precision_of(args, world.device)
     our_step = training_step(ours, list(ours.parameters()), batch, precision, world)
     if original is None:
         yield [Case("training", our_step, args.batch_size)]
@@ -222,34 +230,49 @@ def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
 
 def add_data_flags(parser: options.Parser) -> None:
     add_network_flags(parser)
-    parser.add_argument(
-        "--images", type=options.integer(1), default=256, help="JPEG files of 500 x 375 that are made"
-    )
+    parser.add_argument("--images", type=options.integer(1), default=256, help="JPEG files that are made")
+    parser.add_argument("--width", type=options.integer(16, 10_000), default=500, help="theirs; height: 3/4")
     options.add_worker_flag(parser)
 
 
 @contextmanager
 def data_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
     """the loaders of CIFAR and of ImageNet, and beside each a training step of its network"""
-    precision = choose_precision(args.precision, world.device, tf32=args.tf32)
+    precision = precision_of(args, world.device)
     steps = {}
     for family in FAMILIES:
         model, batch = network_and_batch(args, family, world.device)
         model = as_trained(model, args, world.device)
         steps[family] = training_step(model, list(model.parameters()), batch, precision, world)
     with tempfile.TemporaryDirectory() as folder:
-        make_jpegs(Path(folder), args.images)
-        imagenet, _, _ = imagenet_loaders(
-            folder, args.batch_size, device=world.device, workers=args.workers, seed=0
+        make_jpegs(Path(folder), args.images, args.width)
+        settings = {"device": world.device, "workers": args.workers, "seed": 0}
+        whole, draft = (
+            imagenet_loaders(folder, args.batch_size, jpeg_draft=draft, **settings)[0]
+            for draft in (False, True)
         )
-        loaders = {"cifar": cifar_loader(args.batch_size, world.device), "imagenet": imagenet}
+        print(f"--jpeg_draft: {difference(whole, draft)}")
+        loaders = {"cifar": cifar_loader(args.batch_size, world.device), "imagenet": whole}
         cases = []
         for family, loader in loaders.items():
             cases += [
                 Case(f"{family} loader", epochs_of(loader), loader.num_samples, f"{family} training"),
                 Case(f"{family} training", steps[family], args.batch_size),
             ]
+        cases.append(
+            Case("imagenet loader, --jpeg_draft", epochs_of(draft), draft.num_samples, "imagenet loader")
+        )
         yield cases
+
+
+def difference(one: Loader, other: Loader) -> str:
+    """How far apart the pixels of two loaders are, of an epoch, in levels of 255."""
+    pairs = zip(one.epoch(0), other.epoch(0), strict=True)
+    levels = 255 * torch.tensor(one.normalize.std, device=one.device).view(3, 1, 1)
+    apart = torch.cat([((a.images - b.images) * levels).flatten() for a, b in pairs])
+    mean, square = apart.abs().mean().item(), apart.square().mean().item()
+    psnr = 10 * math.log10(255**2 / square) if square else math.inf
+    return f"pixels differ by {mean:.2f} levels of 255, PSNR {psnr:.1f} dB"
 
 
 def add_infer_flags(parser: options.Parser) -> None:
@@ -362,9 +385,13 @@ def program_and_network(args: argparse.Namespace) -> tuple[Program, nn.Module, i
     return program, model, len(program_bytes(program))
 
 
+def precision_of(args: argparse.Namespace, device: torch.device) -> Precision:
+    return choose_precision(args.precision, device, tf32=args.tf32, cudnn_benchmark=args.cudnn_benchmark)
+
+
 def as_trained(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    if device.type == "cpu":
-        model.to(memory_format=torch.channels_last)
+    auto = "channels_last" if device.type == "cpu" else "contiguous"
+    in_memory_format(model, args.memory_format, auto=auto)
     if args.compile:
         compile_regions(model)
     return model
@@ -405,15 +432,16 @@ def cifar_loader(batch_size: int, device: torch.device) -> BatchLoader:
     )
 
 
-def make_jpegs(root: Path, n: int) -> None:
-    """ImageNet-like files, smooth noise of an average photograph's size: `n` in train, one in val."""
+def make_jpegs(root: Path, n: int, width: int) -> None:
+    """ImageNet-like files, smooth noise of a photograph's proportions: `n` in train, one in val."""
     rng = np.random.default_rng(0)
     for part, count in (("train", n), ("val", 1)):
         folder = root / part / "noise"
         folder.mkdir(parents=True)
         for index in range(count):
-            coarse = rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)
-            Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{index}.jpg")
+            coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
+            size = width, width * 3 // 4
+            coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{index}.jpg")
 
 
 def epochs_of(loader: Loader) -> Callable[[], None]:
@@ -427,13 +455,16 @@ def epochs_of(loader: Loader) -> Callable[[], None]:
     return epoch
 
 
-def print_table(rows: list[dict], args: argparse.Namespace, device: torch.device) -> None:
+def print_head(args: argparse.Namespace, device: torch.device) -> None:
     print(", ".join(f"{name} {value}" for name, value in machine(device).items()))
     settings = options.as_dict(args).items()
     print(
         ", ".join(f"{name} {value}" for name, value in settings if value is not None and value is not False)
     )
     print()
+
+
+def print_table(rows: list[dict], device: torch.device) -> None:
     column = MEMORY[device.type]
     columns = ["case", "median ms", "min", "max", "images/s"]
     columns += [f"{column} MiB", "operations", "ratio", f"{column} ratio"]

@@ -76,21 +76,23 @@ class Checkpointer:
 
         Raises RunFailed, and leaves the files as they are, where a parameter or a statistic is not finite.
         """
-        states = self.world.gather(random_state(self.world.device))
+        model = self.model.state_dict()
+        # what is not finite here, perhaps in this process's own BN statistics alone, ends the run everywhere
+        mine = random_state(self.world.device), not_finite(model)
+        states, names = zip(*self.world.gather(mine), strict=True)
+        if name := next(filter(None, names), None):
+            raise RunFailed(f"{name} is not finite at epoch {epoch}, step {step}; lower the learning rate")
         buffers = None
         if self.world.size > 1 and step:
             buffers = self.world.gather({name: buffer.cpu() for name, buffer in self._statistics().items()})
         if self.folder is None:
             return
-        model = self.model.state_dict()
-        if name := not_finite(model):
-            raise RunFailed(f"{name} is not finite at epoch {epoch}, step {step}; lower the learning rate")
         content = {
             "format": FORMAT,
             **self.header,
             "model": model,
             "state": {name: thing.state_dict() for name, thing in self.stateful.items()},
-            "random": states,
+            "random": list(states),
             "epoch": epoch,
             "step": step,
             "sums": sums,
@@ -301,6 +303,9 @@ def _check_model(checkpoint: dict) -> None:
         raise InputError(
             f"its network has {config.num_classes} classes, its data {len(checkpoint['data']['classes'])}"
         )
+    cells = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("cells.")}
+    if len(cells) != config.layers:  # said before a network of a thousand cells is made to be compared
+        raise InputError(f"its network has {config.layers} cells, its entry 'model' {len(cells)}")
     with torch.device("meta"):  # shapes only
         expected = build_network(config).state_dict()
     statistics = {name: like for name, like in expected.items() if "running_" in name}

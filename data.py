@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -33,7 +33,7 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 from tqdm import tqdm
 
 from augment import (
@@ -225,6 +225,11 @@ def _load_folder(root: str | Path, *, train: bool, image_size: int, workers: int
 # ---------------------------------------------------------------------------------------------------------
 
 
+def _pixels(path: str, reduction: Callable[[int, int], int] | None = None) -> Tensor:
+    """See read_rgb; uint8 (3, h, w)."""
+    return torch.from_numpy(read_rgb(path, reduction)).permute(2, 0, 1)
+
+
 class _Reader(Dataset):
     """Image files, decoded and cut to `size` a block at a time.
 
@@ -242,16 +247,17 @@ class _Reader(Dataset):
         resize: int = 0,
         seed: int | None = None,
         color_jitter: bool = False,
+        jpeg_draft: bool = False,
     ):
         # Arrays, since forked workers share their pages; a list's would be copied, one reference count after
         # another: a quarter of a gigabyte in each worker for ImageNet.
         self.paths = np.array([os.fsencode(path) for path in files.paths])
         self.labels = torch.tensor(files.labels)
         self.size, self.resize, self.seed = size, resize, seed
+        self.jpeg_draft = jpeg_draft
         colors = [v2.ColorJitter(0.4, 0.4, 0.4, 0.2)] if color_jitter else []
-        self.augment = v2.Compose(
-            [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *colors]
-        )
+        self.crop = v2.RandomResizedCrop(size, antialias=True)
+        self.after_crop = v2.Compose([v2.RandomHorizontalFlip(), *colors])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -266,16 +272,35 @@ class _Reader(Dataset):
                 try:
                     # Pillow decodes, torchvision crops and resizes: training images of 500 x 375 take 0.85 of
                     # the time of Pillow alone. torchvision's decoder would make it 0.65; it is deprecated.
-                    source = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)  # (3, h, w)
+                    if self.seed is None:
+                        image.copy_(self._centre(_pixels(path)))
+                    else:
+                        torch.default_generator.manual_seed(_mix("crop", self.seed, epoch, index))
+                        image.copy_(self._augmented(path))
                 except Exception as error:  # Pillow's parsers raise many types; the caller reports them
                     unreadable.append(f"{path} ({_reason(error)})")
-                    continue
-                if self.seed is None:
-                    image.copy_(self._centre(source))
-                else:
-                    torch.default_generator.manual_seed(_mix("crop", self.seed, epoch, index))
-                    image.copy_(self.augment(source))
         return images, self.labels[indices], unreadable
+
+    def _augmented(self, path: str) -> Tensor:
+        """RandomResizedCrop, a flip, perhaps colours. With `jpeg_draft` a JPEG is decoded at 1/2, 1/4 or 1/8
+        of its size where the crop, which is the same, still has `size` pixels each way."""
+        if not self.jpeg_draft:
+            return self.after_crop(self.crop(_pixels(path)))
+        whole = box = None
+
+        def reduction(*size: int) -> int:
+            nonlocal whole, box
+            whole, like = size, torch.empty(3, *size, device="meta")
+            # top, left, height, width
+            box = RandomResizedCrop.get_params(like, self.crop.scale, self.crop.ratio)
+            return min(box[2:]) // self.size
+
+        image = _pixels(path, reduction)
+        drawn = [n / full for n, full in zip(image.shape[1:], whole, strict=True)]
+        box = [round(n * scale) for n, scale in zip(box, 2 * drawn, strict=True)]
+        return self.after_crop(
+            v2.functional.resized_crop(image, *box, [self.size, self.size], antialias=True)
+        )
 
     def _centre(self, image: Tensor) -> Tensor:
         height, width = resized_shape(*image.shape[1:], self.resize)
@@ -526,6 +551,26 @@ class BatchLoader(Loader):
         return images, targets
 
 
+class _Upload:
+    """Copies tensors to a device. To a GPU on a stream of its own, from pinned memory: the copy of a batch
+    then does not queue behind the steps that the GPU has been given before."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        if self.stream is None:
+            return [tensor.to(self.device) for tensor in tensors]
+        with torch.cuda.stream(self.stream):
+            copies = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+        reader = torch.cuda.current_stream(self.device)
+        reader.wait_stream(self.stream)
+        for copy in copies:
+            copy.record_stream(reader)  # its memory is not given to another copy before it has been read
+        return copies
+
+
 class _EpochSampler(Sampler):
     """What the workers are to read in the epoch that is open. They outlive it, and so does their sampler."""
 
@@ -565,7 +610,7 @@ class FileLoader(Loader):
         self.device = torch.device(self.device)
         super().__post_init__()
         self.lighting_axes = self.lighting_std * LIGHTING_AXES.to(self.device)
-        self.sampler = _EpochSampler()
+        self.sampler, self.upload = _EpochSampler(), _Upload(self.device)
         pin = self.device.type == "cuda"
         self.loader = _data_loader(self.source, self.sampler, self.workers, keep=True, pin=pin)
 
@@ -576,9 +621,9 @@ class FileLoader(Loader):
             for step, (images, targets, unreadable) in enumerate(_read(self.loader), start):
                 _refuse(unreadable)
                 generator = self.generator.manual_seed(self._seed(epoch, step))
-                images = images.to(self.device, non_blocking=True).float().div_(255)
+                images, targets = self.upload(images, targets)
+                images = images.float().div_(255)
                 images = self.normalize_(lighting(images, self.lighting_axes, generator))
-                targets = targets.to(self.device, non_blocking=True)
                 yield Batch(images, targets, parts[step - start][1])
 
 
@@ -590,6 +635,7 @@ def imagenet_loaders(
     workers: int,
     seed: int,
     image_size: int = 224,
+    jpeg_draft: bool = False,
     share: Share = Share(),
     color_jitter: bool = False,
 ) -> tuple[FileLoader, FileLoader, tuple[str, ...]]:
@@ -597,14 +643,15 @@ def imagenet_loaders(
 
     `train` and `val` are in `root`, or in its ILSVRC2012 or ImageNet-ILSVRC2012. Training:
     RandomResizedCrop(image_size), flip, Lighting 0.1 or `color_jitter` (brightness, contrast and saturation
-    0.4, hue 0.2). Validation: the centre of the image resized to 256/224
-    of `image_size`. `workers` processes for each of the two loaders.
+    0.4, hue 0.2). Validation: the centre of the image resized to 256/224 of `image_size`. `workers` processes
+    for each of the two loaders. `jpeg_draft`: training images that are larger than needed are decoded
+    smaller, which is faster, with slightly other pixels.
 
     Raises InputError for a missing `train` or `val`, an empty class, classes that differ between them, and an
     unreadable file among TRIED of each.
     """
     files = _list_images(_imagenet_folders(root)[0])
-    reader = _Reader(files, image_size, seed=seed, color_jitter=color_jitter)
+    reader = _Reader(files, image_size, seed=seed, jpeg_draft=jpeg_draft, color_jitter=color_jitter)
     reader.try_some()
     placed = {"device": device, "workers": workers, "share": share}
     train_loader = FileLoader(

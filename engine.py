@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # data brings torchvision, which not every script needs
     from data import Batch, Loader
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
 
 
 class Precision:
@@ -38,15 +39,24 @@ class Precision:
         return torch.autocast(self.device.type, dtype)
 
 
-def choose_precision(name: str, device: torch.device, *, tf32: bool = False) -> Precision:
+def choose_precision(
+    name: str, device: torch.device, *, tf32: bool = False, cudnn_benchmark: bool = False
+) -> Precision:
     """Settle the arithmetic of this process.
 
     Without `tf32` a GPU computes fp32 convolutions and products in fp32 (torch's default rounds the inputs of
-    convolutions to TF32's 10 bits).
+    convolutions to TF32's 10 bits). With `cudnn_benchmark` cuDNN takes the algorithm that it finds fastest.
     """
+    torch.backends.cudnn.benchmark = cudnn_benchmark
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     return Precision(name, device)
+
+
+def in_memory_format(model: nn.Module, name: str, *, auto: str) -> nn.Module:
+    """`model` with its weights, and so what its convolutions give, in a memory format of MEMORY_FORMATS."""
+    name = auto if name == "auto" else name
+    return model.to(memory_format=torch.channels_last) if name == "channels_last" else model
 
 
 def as_compiled(batch: Batch, batch_size: int) -> AbstractContextManager:

@@ -63,6 +63,8 @@ def main(args: argparse.Namespace) -> None:
         return
     if not args.checkpoints:
         raise InputError("give checkpoints or run folders, or --costs")
+    for line in args.idle:
+        print(line)
     world = setup(args.device)
     precision = choose_precision(args.precision, world.device, tf32=args.tf32)
     checkpoints = [(path, load_checkpoint(path)) for path in args.checkpoints]

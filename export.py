@@ -2,8 +2,13 @@
 
     python export.py runs/eval-EXP-stage2-TIME             # its last checkpoint, to model.ebnas in the folder
     python export.py runs/eval-EXP-stage2-TIME/best.pt --output small.ebnas
+    python export.py runs/eval-EXP-stage2-TIME --web page  # page/index.html: the network in a browser
+    python export.py models/shapes.ebnas --onnx shapes.onnx --pt2 shapes.pt2
 
-The file is read by packed/, infer.py, benchmark.py infer and evaluate.py --packed.
+The .ebnas file is read by packed/, infer.py, benchmark.py infer and evaluate.py --packed; a page holds it and
+the same kernel. ONNX and .pt2 have no 1-bit arithmetic: they hold a float for each bit, many times the
+bytes, and run as float networks do. Given one of the last three, export.py writes no .ebnas file unless
+--output names it.
 """
 
 from __future__ import annotations
@@ -19,33 +24,85 @@ from pathlib import Path
 import options
 from baselines import trained_network
 from checkpoint import load_checkpoint, resolve_checkpoint
-from packed import PackedFileError, parse_program, program_bytes
+from folders import readable_classes
+from packed import PackedFileError, Program, parse_program, program_bytes, read_program
+from packed.exchange import onnx_bytes, pt2_bytes
 from packed.lowering import lower
 from utils import InputError, check_output, run_main, write_atomically
+from web import page
 
 
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint file or a run's folder, of stage 2")
-    parser.add_argument("--output", type=Path, help="default: model.ebnas beside the checkpoint")
+    flag = parser.add_argument
+    flag("network", help="a checkpoint file or a run's folder, of stage 2; or an .ebnas file")
+    flag("--output", type=Path, metavar="FILE", help="default: model.ebnas beside the checkpoint")
+    flag(
+        "--web", type=Path, metavar="DIR", help="a page, DIR/index.html, that needs no server and no network"
+    )
+    flag("--onnx", type=Path, metavar="FILE", help="for ONNX Runtime, OpenVINO and others, in float32")
+    flag("--pt2", type=Path, metavar="FILE", help="for torch.export.load, in float32")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    path = resolve_checkpoint(args.checkpoint)
-    output = args.output or path.with_name("model.ebnas")
-    check_output(output, path)
+    packed = args.network.endswith(".ebnas")
+    path = Path(args.network) if packed else resolve_checkpoint(args.network)
+    others = (args.web, args.onnx, args.pt2)
+    if packed and not any((args.output, *others)):
+        raise InputError(f"{path} is exported already; give --web, --onnx or --pt2")
+    output = args.output or (None if any(others) else path.with_name("model.ebnas"))
+    named = [file for file in (output, args.onnx, args.pt2) if file]
+    if len(set(named)) < len(named):
+        raise InputError("two of --output, --onnx and --pt2 are the same file; give another name")
+    if args.web and not args.web.is_dir():
+        check_output(args.web)  # what a file could be made of, a folder can
+        if args.web.exists():
+            raise InputError(f"{args.web} is not a folder; give another name")
+    for file in [*named, args.web / "index.html"] if args.web and args.web.is_dir() else named:
+        check_output(file, path)
+
+    program, saved = (read_packed(path), "") if packed else lowered(path)
+    content = program_bytes(program)
+    makers = [(args.onnx, onnx_form), (args.pt2, pt2_bytes), (output, lambda _: content)]
+    if args.web:
+        args.web.mkdir(exist_ok=True)
+        makers.append((args.web / "index.html", lambda _: page(content)))
+    for file, make in makers:
+        if file:
+            made = make(program)
+            write_atomically(file, made)
+            print(f"{file}: {len(made):,} bytes{saved if file == output else ''}")
+
+
+def read_packed(path: Path) -> Program:
+    try:
+        return read_program(path)
+    except PackedFileError as error:
+        raise InputError(str(error)) from None
+
+
+def lowered(path: Path) -> tuple[Program, str]:
+    """The program of a checkpoint's network, and what it saves."""
     checkpoint = load_checkpoint(path)
     model = trained_network(checkpoint)
-    content = program_bytes(lower(model, checkpoint["data"]))
+    data = checkpoint["data"]
+    program = lower(model, {**data, "classes": readable_classes(data["classes"], Path(data["root"]))})
+    content = program_bytes(program)
     try:
         parse_program(content)
     except PackedFileError as error:  # weights so large that they overflow, no classes, a std of 0
         raise InputError(f"{path} makes no packed network: {error}") from None
-    write_atomically(output, content)
     model.auxiliary_head = None  # of training only
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    print(f"{output}: {len(content):,} bytes, {weights / len(content):.1f} times fewer than float32 weights")
+    return program, f", {weights / len(content):.1f} times fewer than float32 weights"
+
+
+def onnx_form(program: Program) -> bytes:
+    try:
+        return onnx_bytes(program)
+    except ImportError as error:
+        raise InputError(f"--onnx needs two more packages (pip install onnx onnxscript): {error}") from None
 
 
 if __name__ == "__main__":

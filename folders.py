@@ -7,6 +7,7 @@ many links lead to it, and a pipe is no image.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 from utils import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+SYNSETS = ("LOC_synset_mapping.txt", "synset_words.txt")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,31 @@ class ImageFiles:
 def class_names(folder: Path) -> list[str]:
     """The names of the folders in `folder`, sorted. Raises InputError where there is none."""
     return [entry.name for entry in _class_folders(folder)]
+
+
+def readable_classes(classes: list[str], root: Path) -> list[str]:
+    """The classes, numbers of WordNet (n01440764) by their names (tench, Tinca tinca) where those are known.
+
+    ImageNet is distributed with one of two lists of them, LOC_synset_mapping.txt or synset_words.txt, in
+    `root` or a folder above or below it. Without one, all 1000 classes have torchvision's names, if that is
+    installed.
+    """
+    if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return classes
+    places = (root, *root.absolute().parents[:3], root / "ILSVRC2012", root / "ImageNet-ILSVRC2012")
+    for file in (place / name for place in places for name in SYNSETS):
+        if file.is_file():
+            names = dict(
+                line.split(" ", 1) for line in file.read_text("utf-8", "replace").splitlines() if " " in line
+            )
+            return [names.get(name, name).strip() for name in classes]
+    if len(classes) == 1000 and (classes[0], classes[-1]) == ("n01440764", "n15075141"):
+        try:
+            from torchvision.models import ResNet18_Weights
+        except ImportError:
+            return classes
+        return list(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+    return classes
 
 
 def list_images(folder: Path) -> ImageFiles:

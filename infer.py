@@ -1,8 +1,10 @@
 """Classify pictures with a packed 1-bit network; PyTorch is not needed.
 
-    python infer.py model.ebnas picture.jpg [...]                  # the five likeliest classes of each
+    python infer.py picture.jpg [...]                              # the five likeliest classes of each
+    python infer.py model.ebnas picture.jpg [...]                  # by a network of your own
     python infer.py model.ebnas pictures/ > predictions.csv        # a folder, searched through: a CSV
     python infer.py model.ebnas pictures/ --output predictions.csv
+    python infer.py --list                                         # the networks that come along, in models/
 
 A picture is turned upright, made RGB (transparent parts over white), its shorter side resized and the centre
 cut out, as in training. What a folder holds and Pillow cannot read is left out and named on stderr.
@@ -18,6 +20,7 @@ if __name__ == "__main__":  # NumPy takes a while to import
 import argparse
 import csv
 import io
+import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -34,12 +37,20 @@ from utils import InputError, RunFailed, check_output, one_line, printable, run_
 
 PICTURES = (*SUFFIXES, ".gif")
 BATCH = 64
+MODELS = Path(__file__).resolve().parent / "models"
+DEFAULTS = ("cifar10", "shapes")  # the first that is there
 
 
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    parser.add_argument("model", help="the .ebnas file (see export.py)")
-    parser.add_argument("pictures", nargs="+", type=Path, help="pictures, or one folder of pictures")
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        type=Path,
+        metavar="path",
+        help="an .ebnas file (see export.py; default: one of models/), then pictures, or one folder of them",
+    )
+    parser.add_argument("--list", action="store_true", help="list the networks of models/, and end")
     parser.add_argument(
         "--top", type=options.integer(1), default=5, help="how many classes to print per picture"
     )
@@ -54,15 +65,19 @@ def main(args: argparse.Namespace) -> None:
     warnings.showwarning = lambda message, *_: print(
         f"warning: {printable(one_line(message))}", file=sys.stderr
     )
-    folders = [path for path in args.pictures if path.is_dir()]
-    if folders and len(args.pictures) > 1:
+    if args.list:
+        print("\n".join(map(described, sorted(MODELS.glob("*.ebnas")))))
+        return
+    model, given = model_and_pictures(args.paths)
+    folders = [path for path in given if path.is_dir()]
+    if folders and len(given) > 1:
         raise InputError("give pictures, or one folder")
     if args.output and not folders:
         raise InputError("--output is for the CSV of a folder")
-    paths = pictures_in(folders[0]) if folders else args.pictures
+    paths = pictures_in(folders[0]) if folders else given
     if args.output:
-        check_output(args.output, args.model, *paths)
-    net = load_network(args.model, args.threads)
+        check_output(args.output, model, *paths)
+    net = load_network(model, args.threads)
     if folders:
         write_csv(net, folders[0], paths, args.output, top=args.top)
         return
@@ -74,7 +89,26 @@ def main(args: argparse.Namespace) -> None:
             print(f"  {probability:7.2%}  {name}")
 
 
-def load_network(path: str, threads: int | None) -> PackedNetwork:
+def model_and_pictures(paths: list[Path]) -> tuple[Path, list[Path]]:
+    """A network and pictures; where none was typed, the network that comes along, which is then named."""
+    if paths and paths[0].suffix != ".ebnas" and (len(paths) == 1 or paths[0].suffix.lower() in PICTURES):
+        files = [MODELS / f"{name}.ebnas" for name in DEFAULTS]
+        model = next(filter(Path.is_file, files), files[-1])
+        print(f"no network given: {described(model)}", file=sys.stderr)
+        return model, paths
+    if len(paths) < 2:
+        raise InputError("give a picture, or a folder of them; --list lists the networks that come along")
+    return paths[0], paths[1:]
+
+
+def described(model: Path) -> str:
+    """A network that comes along in a line: file, bytes, classes, accuracy."""
+    facts = json.loads(model.with_suffix(".json").read_text())
+    size = f"{model.stat().st_size / 1e3:.0f} kB"
+    return f"models/{model.name} ({size}): {facts['data']}, {facts['test_top1']} % on its test images"
+
+
+def load_network(path: Path, threads: int | None) -> PackedNetwork:
     """The network of a file. Raises InputError; RunFailed where there is neither a compiler nor PyTorch."""
     try:
         net = load(path, threads=threads)

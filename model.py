@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lean
 from binary_ops import ACTIVATIONS, WEIGHT_BINARIZATIONS, BinaryConv2d, effective_weights
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict, reduction_cells
 from operations import BinaryUnit, FactorizedReduce, Pool, Zero, drop_path, make_operation
@@ -294,6 +295,9 @@ class CellNetwork(nn.Module):
             s0 = self.stem0(x)
             s1 = self.stem1(s0)
         weights = self.binarized_weights() if torch.is_grad_enabled() else None
+        if weights is not None:  # the units then leave it to the network to count the batch
+            units = [m for m in self.modules() if isinstance(m, BinaryUnit | FactorizedReduce)]
+            lean.count_batches([bn for unit in units for bn in (unit.bn1, unit.bn2)])
         auxiliary_logits = None
         keep = self.keep if self.training and self.drops_paths else None
         for index, cell in enumerate(self.cells):

@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lean
 from binary_ops import binary_sign
 from genotypes import EDGES, NODES, PRIMITIVES, Genotype, reduction_cells
-from operations import SearchPreprocess, SourceOperations, coefficients
+from operations import (
+    SearchPreprocess,
+    SourceOperations,
+    Statistics,
+    coefficients,
+    joined_kernels,
+    update_running,
+)
 from utils import InputError, check_count, nearest_multiples
 
 EDGE_BIAS = (0.6931, 0.0, -0.4055)
@@ -82,6 +91,17 @@ def shuffled(first: Tensor, others: Tensor, groups: int) -> Tensor:
     return torch.cat([first.unsqueeze(2), others], 2).flatten(1, 2)
 
 
+def weighted(x: Tensor, weights: Tensor, total: Tensor | None = None) -> Tensor:
+    """x (n, c, h, w) times each of the weights (m, 1), added to `total` if given: (n, m, c, h, w)."""
+    if weights.requires_grad:  # in an architecture step, where a product would sum in another order
+        x, weights = x.unsqueeze(1), weights[:, :, None, None]
+        return weights * x if total is None else torch.addcmul(total, weights, x)
+    weights = weights.to(x.dtype).expand(len(x), -1, -1)
+    flat = x.flatten(1).unsqueeze(1)
+    product = torch.bmm(weights, flat) if total is None else torch.baddbmm(total.flatten(2), weights, flat)
+    return product.view(len(x), -1, *x.shape[1:])
+
+
 def edge_weights(beta: Tensor) -> Tensor:
     """beta (12,) -> the weights of a cell's 14 edges: 1 on the first node's two, else sigmoid(beta + b_n)."""
     by_node = beta.split([2 + node for node in range(1, NODES)])
@@ -98,7 +118,7 @@ class SearchCell(nn.Module):
     """A cell of the supernet: the signs of its two inputs, s0, s1 -> (n, 4 * channels, h', w').
 
     By source, for the m edges that leave it: `mixing` holds the `coefficients` of their weight times
-    softmax(alpha), `weights` (m, 1, 1, 1) their weights, for the channels that bypass the operations.
+    softmax(alpha), `weights` (m, 1) their weights, for the channels that bypass the operations.
     """
 
     def __init__(
@@ -115,26 +135,44 @@ class SearchCell(nn.Module):
             for source, edges in enumerate(LEAVING)
         )
 
+    @property
+    def counted(self) -> list[nn.BatchNorm2d]:
+        """The BNs that count their batches, as the original's do."""
+        return [
+            self.preprocess0.norm,
+            self.preprocess1.norm,
+            *(source.pool_norm for source in self.sources),
+        ]
+
     def forward(
-        self, s0: Tensor, s1: Tensor, mixing: list[tuple[Tensor, Tensor]], weights: list[Tensor]
+        self,
+        s0: Tensor,
+        s1: Tensor,
+        mixing: list[tuple[Tensor, Tensor]],
+        weights: list[Tensor],
+        kernels: Mapping[SourceOperations, Sequence[Tensor]],
+        statistics: dict[nn.BatchNorm2d, Statistics],
     ) -> Tensor:
+        """Adds to `statistics` those of the batch, in training."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for source, operations in enumerate(self.sources):
             sampled, rest = states[source].split([self.sampled, (self.k - 1) * self.sampled], 1)
             if stride_of(source, self.reduction) == 2:
                 rest = F.max_pool2d(rest, 2, 2, ceil_mode=True)
-            outputs = operations(sampled, *mixing[source])
-            rest = rest.unsqueeze(1)
+            outputs, of_batch = operations(sampled, *mixing[source], kernels[operations])
+            if of_batch is not None:
+                statistics[operations.norm] = of_batch
             # sums over the edges into the nodes still to come, (n, nodes, c / k or the rest of c, h', w')
             if source == 0:
-                mixed, bypassed = outputs, weights[source] * rest
-            else:
-                mixed = mixed + outputs
-                bypassed = torch.addcmul(bypassed, weights[source], rest)
-                # the first of these nodes now has all its edges
+                mixed, bypassed = outputs, weighted(rest, weights[source])
+                continue
+            mixed, bypassed = mixed + outputs, weighted(rest, weights[source], bypassed)
+            # the first of these nodes now has all its edges
+            first_mixed, first_bypassed = mixed, bypassed
+            if source < NODES:
                 first_mixed, mixed = mixed.split([1, NODES - source], 1)
                 first_bypassed, bypassed = bypassed.split([1, NODES - source], 1)
-                states.append(shuffled(first_mixed.squeeze(1), first_bypassed.squeeze(1), self.k))
+            states.append(shuffled(first_mixed.squeeze(1), first_bypassed.squeeze(1), self.k))
         return torch.cat(states[2:], 1)
 
 
@@ -195,16 +233,21 @@ class Supernet(nn.Module):
         ):
             of_edges = edge_weights(beta)[self.by_source].unsqueeze(1)  # (14, 1)
             of_operations = of_edges * alpha.softmax(1)[self.by_source]  # (14, 7)
-            weights[reduction] = of_edges[:, :, None, None].split(leaving)
+            weights[reduction] = of_edges.split(leaving)
             mixing[reduction] = [
                 coefficients(part, stride_of(source, reduction))
                 for source, part in enumerate(of_operations.split(leaving))
             ]
+        kernels = joined_kernels(source for cell in self.cells for source in cell.sources)
+        statistics: dict[nn.BatchNorm2d, Statistics] = {}
         x = self.stem(x)
         s0 = s1 = binary_sign(x)
         for cell in self.cells:
-            x = cell(s0, s1, mixing[cell.reduction], weights[cell.reduction])
+            x = cell(s0, s1, mixing[cell.reduction], weights[cell.reduction], kernels, statistics)
             s0, s1 = s1, binary_sign(x)
+        if statistics:
+            update_running(list(statistics), list(statistics.values()))
+        lean.count_batches(norm for cell in self.cells for norm in cell.counted)
         return self.classifier(x.mean((2, 3))), None
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ At stride 2 every operation gives ceil(size / 2), so that all edges of a node ag
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -87,12 +88,14 @@ class BinaryUnit(nn.Module):
         return (self.conv,)
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """`weight`: the convolution's effective one, where it has been computed already."""
+        """`weight`: the convolution's effective one, from a network that binarises those of all units, and
+        counts their batches, at once."""
         residual = None if self.shortcut is None else self.shortcut(x)
         if torch.is_grad_enabled():
-            weight = self.conv.effective_weight() if weight is None else weight
+            alone = weight is None
+            weight = self.conv.effective_weight() if alone else weight
             convolution = lean.Convolution.of(self.conv)
-            return lean.unit(x, residual, weight, convolution, self.bn1, self.bn2, self.prelu)
+            return lean.unit(x, residual, weight, convolution, self.bn1, self.bn2, self.prelu, count=alone)
         y = self.bn2(self.conv(self.bn1(x)))
         return self.prelu(y if residual is None else y + residual)
 
@@ -116,9 +119,9 @@ class FactorizedReduce(nn.Module):
         return self.conv_1, self.conv_2
 
     def forward(self, x: Tensor, *weights: Tensor) -> Tensor:
-        """`weights`: the convolutions' effective ones, where they have been computed already."""
+        """`weights`: the convolutions' effective ones, as for BinaryUnit."""
         if torch.is_grad_enabled():
-            return self._lean(x, weights or [conv.effective_weight() for conv in self.convolutions])
+            return self._lean(x, weights)
         x = self.bn1(x)
         y = torch.cat([self.conv_1(x), pad_to_half(self.conv_2(x[:, :, 1:, 1:]), x)], dim=1)
         return self.prelu(self.bn2(y))
@@ -126,11 +129,13 @@ class FactorizedReduce(nn.Module):
     def _lean(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """Both halves as one convolution of 2x2 kernels, which hold the first half's weight at (0, 0), the
         second's at (1, 1). At an odd size they are 3x3, with a border of zeros, to read beyond the edge."""
+        alone = len(weights) == 0
+        weights = weights or [conv.effective_weight() for conv in self.convolutions]
         odd = (x.shape[2] | x.shape[3]) % 2
         corners = ((odd, 1, odd, 1), (1 + odd, 0, 1 + odd, 0))
         halves = [F.pad(weight, pad) for weight, pad in zip(weights, corners, strict=True)]
         convolution = lean.Convolution.of(self.conv_1)._replace(padding=(odd, odd))
-        return lean.unit(x, None, torch.cat(halves), convolution, self.bn1, self.bn2, self.prelu)
+        return lean.unit(x, None, torch.cat(halves), convolution, self.bn1, self.bn2, self.prelu, count=alone)
 
 
 def pad_to_half(y: Tensor, x: Tensor) -> Tensor:
@@ -210,17 +215,19 @@ class _NormalizedMixture(Function):
 
     @staticmethod
     def forward(ctx, y, coefficient, mean, inverse_std, batch_statistics):
-        scale = _per_channel(coefficient) * inverse_std  # (p, m, c, 1, 1)
+        # (p, m, c, 1, 1), in this order also in memory, and so the gradient of y, which else is copied
+        scale = inverse_std * _per_channel(coefficient)
         mixed = torch.addcmul((mean * scale).sum(0).neg_(), y[:, 0], scale[0])
         for p in range(1, y.shape[1]):
             mixed.addcmul_(y[:, p], scale[p])
-        ctx.save_for_backward(y, coefficient, mean, inverse_std)
+        ctx.save_for_backward(y, scale, mean, inverse_std)
         ctx.batch_statistics = batch_statistics
         return mixed
 
     @staticmethod
     def backward(ctx, grad):
-        y, coefficient, mean, inverse_std = ctx.saved_tensors
+        y, scale, mean, inverse_std = ctx.saved_tensors
+        grad = grad.contiguous()  # the sums' last bits depend on the layout
         total = grad.sum((0, 3, 4), keepdim=True)[0]  # (m, c, 1, 1)
         grad = grad.unsqueeze(1)
         along = (grad * y).sum((0, 4, 5), keepdim=True)[0]
@@ -228,11 +235,10 @@ class _NormalizedMixture(Function):
         along = torch.addcmul(along, mean, total, value=-1).mul_(inverse_std)
         grad_y = grad_coefficient = None
         if ctx.needs_input_grad[0]:
-            scale = _per_channel(coefficient) * inverse_std
             if ctx.batch_statistics:
-                share = scale / -(grad.numel() // total.numel())
-                slope = share * inverse_std * along
-                offset = torch.addcmul(share * total, slope, mean, value=-1)
+                of_each = scale / -(grad.numel() // total.numel())  # of the pixels that give the statistics
+                slope = of_each * inverse_std * along
+                offset = torch.addcmul(of_each * total, slope, mean, value=-1)
                 grad_y = torch.addcmul(offset, y, slope).addcmul_(grad, scale)
             else:
                 grad_y = grad * scale
@@ -260,6 +266,10 @@ def coefficients(mixing: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     return convolving.t(), torch.cat([pooling, residual], 1)
 
 
+Statistics = tuple[Tensor, Tensor, int]
+"""Mean and biased variance (channels,) of a batch, and of how many values."""
+
+
 class SourceOperations(nn.Module):
     """Search form: the seven operations, mixed, on all m edges of a cell that leave one state.
 
@@ -285,52 +295,81 @@ class SourceOperations(nn.Module):
         self.pool_norm = nn.BatchNorm2d(2 * channels, affine=False)
         self.shortcut = nn.Identity() if stride == 1 else halving_pool()
 
-    def forward(self, x: Tensor, convolving: Tensor, sharing: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, convolving: Tensor, sharing: Tensor, kernels: Sequence[Tensor]
+    ) -> tuple[Tensor, Statistics | None]:
+        """`kernels`: see joined_kernels. Also the statistics of the batch in training, for update_running."""
         signs = binary_sign(x)
-        outputs = [self._convolved(signs, *pair) for pair in (self.convolutions[:2], self.convolutions[2:])]
+        pairs = zip(kernels, self.convolutions[1::2], strict=True)
+        outputs = [F.conv2d(signs, kernel, None, c.stride, c.padding, c.dilation) for kernel, c in pairs]
         if self.stride == 2:
             outputs.append(self._reduced(signs, len(sharing)))
         pools = [
             F.max_pool2d(x, 3, self.stride, 1),
             F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False),
         ]
-        pools = self.pool_norm(torch.cat(pools, 1))
-        mixed = self._normalized_mixture(torch.cat(outputs, 1), convolving)
+        pools = normalized(self.pool_norm, torch.cat(pools, 1))
+        mixed, statistics = self._normalized_mixture(torch.cat(outputs, 1), convolving)
         # what all edges share: both pools and the residual, (n, 3, c * h' * w')
         shared = torch.cat([pools, self.shortcut(x)], 1).unflatten(1, (3, -1)).flatten(2)
         # not matmul, which folds and copies `shared` where `sharing` needs a gradient
         sharing = sharing.to(shared.dtype).expand(len(x), -1, -1)
-        return mixed + torch.bmm(sharing, shared).view_as(mixed)
+        return mixed + torch.bmm(sharing, shared).view_as(mixed), statistics
 
-    def _normalized_mixture(self, y: Tensor, coefficient: Tensor) -> Tensor:
+    def _normalized_mixture(self, y: Tensor, coefficient: Tensor) -> tuple[Tensor, Statistics | None]:
         """BN, then the mixture of the convolutions: y (n, p * m * c, h, w), coefficient (p, m)."""
-        norm = self.norm
+        norm, statistics = self.norm, None
         if self.training:
             with torch.no_grad():
                 wide = torch.promote_types(y.dtype, torch.float32)  # in autocast too, as nn.BatchNorm2d
                 mean = y.mean((0, 2, 3), keepdim=True, dtype=wide)
                 var = (y - mean).square_().mean((0, 2, 3))  # on a CPU 8 times faster than torch.var_mean
                 mean = mean.flatten()
-                count = y.numel() / y.shape[1]
-                # momentum is fixed, so that batches need not be counted
-                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-                norm.running_var.lerp_(var.to(norm.running_var.dtype) * (count / (count - 1)), norm.momentum)
+                statistics = mean, var, y.numel() // y.shape[1]
         else:
             var, mean = norm.running_var, norm.running_mean
         layout = (*coefficient.shape, -1, 1, 1)
         y = y.unflatten(1, (*coefficient.shape, -1))
-        statistics = mean.view(layout), (var + norm.eps).rsqrt().view(layout)
-        return _NormalizedMixture.apply(y, coefficient, *statistics, self.training)
-
-    def _convolved(self, signs: Tensor, small: nn.Conv2d, large: nn.Conv2d) -> Tensor:
-        """3x3 and 5x5 of one dilation as one convolution, the 3x3 kernels with a border of zeros."""
-        weight = torch.cat([F.pad(small.weight, (1, 1, 1, 1)), large.weight])
-        return F.conv2d(signs, weight, None, large.stride, large.padding, large.dilation)
+        moments = mean.view(layout), (var + norm.eps).rsqrt().view(layout)
+        return _NormalizedMixture.apply(y, coefficient, *moments, self.training), statistics
 
     def _reduced(self, signs: Tensor, edges: int) -> Tensor:
         """The skip connection at stride 2, a factorised reduction before its BN: (n, m * c, h', w')."""
         halves = [half.unflatten(1, (edges, -1)) for half in reduced_halves(signs, self.skip)]
         return torch.cat(halves, 2).flatten(1, 2)
+
+
+def joined_kernels(sources: Iterable[SourceOperations]) -> dict[SourceOperations, Sequence[Tensor]]:
+    """By dilation, the kernels of a source's 3x3 and 5x5 convolutions as those of one, (2 * m * c, c, 5, 5),
+    the 3x3 ones with a border of zeros. Of all sources of one width at once, in few operations."""
+    joined, alike = {}, defaultdict(list)
+    for source in sources:
+        alike[source.convolutions[0].in_channels].append(source)
+    for group in alike.values():
+        small, large = ([c.weight for s in group for c in s.convolutions[size::2]] for size in (0, 1))
+        lengths = [len(weight) for weight in small]
+        small = F.pad(torch.cat(small), (1, 1, 1, 1)).split(lengths)
+        kernels = torch.cat([weight for pair in zip(small, large, strict=True) for weight in pair])
+        parts = iter(kernels.split([2 * length for length in lengths]))
+        joined |= dict(zip(group, zip(parts, parts, strict=True), strict=True))
+    return joined
+
+
+@torch.no_grad()
+def update_running(norms: Sequence[nn.BatchNorm2d], statistics: Sequence[Statistics]) -> None:
+    """Move the running statistics of BNs of one momentum towards those of their batches. Their batches are
+    not counted, for the momentum is fixed."""
+    means, variances, counts = zip(*statistics, strict=True)
+    unbiased = torch._foreach_mul(variances, [count / (count - 1) for count in counts])
+    momentum = norms[0].momentum
+    torch._foreach_lerp_([norm.running_mean for norm in norms], means, momentum)
+    torch._foreach_lerp_([norm.running_var for norm in norms], unbiased, momentum)
+
+
+def normalized(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """norm(x), but that the batch is not counted: the network does that for all (`lean.count_batches`)."""
+    running = norm.running_mean, norm.running_var
+    return F.batch_norm(x, *running, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps)
 
 
 def reduced_halves(signs: Tensor, convolutions: Iterable[nn.Conv2d]) -> list[Tensor]:
@@ -357,5 +396,5 @@ class SearchPreprocess(nn.Module):
 
     def forward(self, signs: Tensor) -> Tensor:
         if len(self.convolutions) == 2:
-            return self.norm(torch.cat(reduced_halves(signs, self.convolutions), 1))
-        return self.norm(self.convolutions[0](signs))
+            return normalized(self.norm, torch.cat(reduced_halves(signs, self.convolutions), 1))
+        return normalized(self.norm, self.convolutions[0](signs))

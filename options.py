@@ -93,7 +93,8 @@ class Parser(argparse.ArgumentParser):
         self.register("action", None, Store)
         self.register("action", "store", Store)
         self.register("action", "store_true", Switch)
-        self.idle: dict[str, tuple[str | None, str]] = {}  # flag: what it needs, why else it is idle
+        # flag: whether it is idle beside the others, and why
+        self.idle: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {}
 
     def error(self, message: str):
         # argparse: `argument --epochs: is 0; it must ...`
@@ -123,21 +124,37 @@ class Parser(argparse.ArgumentParser):
     def retire(self, name: str, reason: str) -> None:
         """Accept a flag of PC-DARTS that has no use in this script."""
         self.add_argument(f"--{name}", help=f"accepted, but without use: {reason}")
-        self.idle[name] = (None, reason)
+        self.idle[name] = (lambda _flags: True, reason)
 
     def needs(self, name: str, other: str) -> None:
         """Say that flag `name` has no use without `other`."""
-        self.idle[name] = (other, f"it needs --{other}")
+        self.idle[name] = (lambda flags: not getattr(flags, other), f"it needs --{other}")
+
+    def needs_gpu(self, name: str) -> None:
+        """Say that flag `name` has no use on a CPU."""
+        self.idle[name] = (lambda flags: not _on_gpu(flags), "it is for a GPU, and this runs on the CPU")
 
     def _idle_ones(self, flags: argparse.Namespace) -> list[str]:
         lines = [
             f"--{name} has no use here: {reason}"
-            for name, (other, reason) in self.idle.items()
-            if name in flags.given and (other is None or not getattr(flags, other))
+            for name, (is_idle, reason) in self.idle.items()
+            if name in flags.given and is_idle(flags)
         ]
-        if "gpu" in flags.given and "LOCAL_RANK" in os.environ:
-            lines.append("--gpu has no use here: under torchrun each process takes the GPU of its local rank")
+        if "LOCAL_RANK" in os.environ and _on_gpu(flags):
+            numbers = [f"--{name}" for name in ("gpu",) if name in flags.given]
+            if ":" in (flags.device or ""):
+                numbers.append(f"the number in --device {flags.device}")
+            reason = "has no use here: under torchrun each process takes the GPU of its local rank"
+            lines += [f"{number} {reason}" for number in numbers]
         return lines
+
+
+def _on_gpu(flags: argparse.Namespace) -> bool:
+    """Whether `distributed.setup` takes a GPU."""
+    import torch
+
+    device = getattr(flags, "device", "cpu")  # a script without the flag runs on the CPU
+    return (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
 
 
 def as_dict(args: argparse.Namespace) -> dict[str, Any]:
@@ -158,6 +175,27 @@ def add_device_flags(parser: Parser) -> None:
     )
     flag("--tf32", action="store_true", help="let a GPU round fp32 convolutions and products to TF32")
     flag("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    parser.needs_gpu("tf32")
+
+
+def add_layout_flags(parser: Parser) -> None:
+    """How convolutions are computed, where it changes their speed and no more than rounding."""
+    from engine import MEMORY_FORMATS
+
+    flag = parser.add_argument
+    flag(
+        "--memory_format",
+        choices=MEMORY_FORMATS,
+        default="auto",
+        help="of images; auto: channels_last in training on a CPU, where it is faster, else contiguous "
+        "(channels_last has not been measured on a GPU)",
+    )
+    flag(
+        "--cudnn_benchmark",
+        action="store_true",
+        help="let cuDNN try its algorithms on the first batch of a size: faster steps, less repeatable runs",
+    )
+    parser.needs_gpu("cudnn_benchmark")
 
 
 def add_worker_flag(parser: Parser) -> None:
@@ -218,7 +256,9 @@ def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
     )
     parser.needs("compile_mode", "compile")
     add_device_flags(parser)
+    add_layout_flags(parser)
     flag("--gpu", type=integer(0, 1024), default=0, help="number of the CUDA GPU")
+    parser.needs_gpu("gpu")
     parser.retire("momentum", "Adam is the optimiser, as in the original")
     parser.retire("model_path", "checkpoints are in the run's folder")
 
@@ -239,6 +279,7 @@ def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
     flag("--cutout", action="store_true")
     flag("--cutout_length", type=integer(1, 4096), default=16)
     parser.needs("cutout_length", "cutout")
+    parser.idle["data"] = (lambda flags: flags.set == "shapes", "--set shapes is drawn, and reads nothing")
 
 
 def add_network_flags(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from checkpoint import LAST, load_checkpoint, resolve_checkpoint
@@ -118,7 +120,7 @@ class Run:
             self._lock.close()
 
 
-def create_run(name: str, args: dict[str, Any]) -> Path:
+def create_run(name: str, args: dict[str, Any], device: torch.device) -> Path:
     """Make the folder runs/NAME-TIME (with a number behind it where that exists), with args.json in it.
 
     Raises InputError where `runs` is a file, OSError where it cannot be written.
@@ -133,7 +135,8 @@ def create_run(name: str, args: dict[str, Any]) -> Path:
         except FileExistsError:
             if not RUNS.is_dir():
                 raise InputError(f"cannot make the run folder {folder}: {RUNS} is a file") from None
-    record = {**args, "command": shlex.join(["python", *sys.argv]), "commit": code_commit()}
+    command = shlex.join(["python", *sys.argv])
+    record = {**args, "command": command, "commit": code_commit(), "machine": machine(device)}
     write_atomically(folder / ARGS, json.dumps(record, indent=1).encode())
     return folder
 
@@ -194,13 +197,41 @@ def _json_object(content: bytes, path: Path, *, first_line: int = 1) -> dict[str
 
 
 def code_commit() -> str | None:
-    """The git commit of this program's own folder, marked `-dirty` where files differ; None outside git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The git commit of this program's own folder, marked `-dirty` where files differ, those of results/ left
+    out; None outside git."""
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10)
+
     try:
-        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        commit = git("rev-parse", "HEAD")
+        dirty = git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)results").returncode
     except (OSError, subprocess.SubprocessError):
         return None
+    return f"{commit.stdout.strip()}{'-dirty' if dirty else ''}" if commit.returncode == 0 else None
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The hardware and the versions. `vectors`: the widest instructions of the processor that torch uses."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {
+        "device": name,
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or a processor without that line
+        return platform.processor() or platform.machine()
 
 
 # Finding runs

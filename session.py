@@ -36,14 +36,15 @@ from augment import Normalize
 from checkpoint import Checkpointer, load_checkpoint
 from compilation import CUDA_GRAPH_MODES
 from data import ImageSet, Share, channel_statistics, load_set
-from distributed import World, launch_name, restarted
+from distributed import Vote, World, launch_name, restarted
 from engine import AfterStep, Position, Sums, choose_precision
 from memory import GB, Step, free_bytes
 from runs import Run, create_run, find_launched, find_resumable
 from utils import InputError, RunFailed, is_out_of_memory, one_line, os_error_message
 
 STOP_FREQ = 8
-"""Steps between the moments at which several processes agree whether to stop."""
+"""Steps after which several processes ask one another whether to stop, and after as many more each reads the
+answer, so that nobody waits for it."""
 
 
 class Interrupted(Exception):
@@ -91,6 +92,7 @@ class Session:
     ):
         self.script, self.name, self.world = script, name, world
         self.stop = StopSignal()
+        self.vote: Vote | None = None  # that has been asked for, and not read
         path = world.broadcast(self._find(args) if world.is_main else None)
         self.folder = path.parent if path else None
         self.checkpoint = load_checkpoint(path) if path else None
@@ -101,7 +103,12 @@ class Session:
                 raise InputError(f"{path} is damaged: of its flags, {error}; use an earlier one") from None
         self.args = self._own_flags(args)
         check_parts(self.args, world)
-        self.precision = choose_precision(self.args.precision, world.device, tf32=self.args.tf32)
+        self.precision = choose_precision(
+            self.args.precision,
+            world.device,
+            tf32=self.args.tf32,
+            cudnn_benchmark=self.args.cudnn_benchmark,
+        )
         start = self.checkpoint or {"epoch": 0, "step": 0, "sums": None, "best": None}
         self.position = Position(start["epoch"], start["step"], start["sums"])
         self.best = start["best"]
@@ -132,7 +139,7 @@ class Session:
         args = options.as_dict(self.args)
         header = {"script": self.script, "args": args, **header}
         if self.folder is None:
-            folder = create_run(self.name(self.args), args) if self.world.is_main else None
+            folder = create_run(self.name(self.args), args, self.world.device) if self.world.is_main else None
             self.folder = self.world.broadcast(folder)
         folder = self.folder if self.world.is_main else None
         stateful = {**stateful, "scaler": self.precision.scaler}
@@ -279,11 +286,16 @@ class Session:
         return after_step
 
     def _stopping(self, step: int) -> bool:
-        """Whether a signal has come. All must learn of it at the same step, and asking costs time."""
-        return (self.world.size == 1 or step % STOP_FREQ == 0) and self._voted_to_stop()
+        """Whether a signal has come. All processes learn of it at the same step, within 2 * STOP_FREQ."""
+        if self.world.size == 1:
+            return self.stop.received > 0
+        if step % STOP_FREQ:
+            return False
+        asked, self.vote = self.vote, self.world.vote(self.stop.received > 0)
+        return asked is not None and self._voted_to_stop(asked)
 
-    def _voted_to_stop(self) -> bool:
-        stopping = self.world.any(self.stop.received > 0)
+    def _voted_to_stop(self, vote: Vote) -> bool:
+        stopping = vote.result()
         if stopping and not self.stop.received:  # another process was told
             self.stop.received = signal.SIGTERM
         return stopping
@@ -302,7 +314,8 @@ class Session:
         self.run.metrics({"epoch": epoch, **record})
         self.position = Position(epoch + 1)
         self._save(is_best=is_best)
-        if self._voted_to_stop():  # also: nobody goes on before the files are written
+        self.vote = None  # what it would have told, this one does
+        if self._voted_to_stop(self.world.vote(self.stop.received > 0)):  # also: all wait for the files
             raise Interrupted
 
     def finish(self) -> None:

@@ -31,7 +31,7 @@ from augment import Augmentation
 from compilation import compile_regions
 from data import SETS, Batch, BatchLoader, ImageSet, split_halves
 from distributed import World, setup
-from engine import evaluate, train_one_epoch
+from engine import evaluate, in_memory_format, train_one_epoch
 from figures import draw_curves, draw_genotype
 from genotypes import Genotype, describe, genotype_from_dict, genotype_to_dict, save_genotype
 from model_search import SearchConfig, Supernet
@@ -96,6 +96,7 @@ def main(args: argparse.Namespace) -> None:
         args.init_channels, args.layers, len(data["classes"]), k_normal=args.k_normal, k_reduce=args.k_reduce
     )
     model = Supernet(config).to(world.device)
+    in_memory_format(model, args.memory_format, auto="contiguous")  # channels-last is slower on a CPU
     if args.compile:
         compile_regions(model, mode=args.compile_mode)
     optimizer = torch.optim.Adam(

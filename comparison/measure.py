@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -145,25 +142,3 @@ class OperationCount(TorchDispatchMode):
         works = operation.namespace == "aten" and not operation.is_view
         self.operations += works and not operation.__name__.startswith(IDLE)
         return operation(*args, **(kwargs or {}))
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """The hardware and the versions. `vectors`: the widest instructions of the processor that torch uses."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {
-        "device": name,
-        "vectors": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor without that line
-        return platform.processor() or platform.machine()

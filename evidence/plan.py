@@ -1,11 +1,11 @@
-"""A study as a value: runs of the project's own scripts, in arms, and which arms are compared with which."""
+"""A study as a value: runs of the project's own scripts, in arms, and what is asked of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -61,18 +61,23 @@ class Job:
             elif isinstance(value, BestOf):
                 yield from value.jobs
 
+    @cached_property
+    def chain(self) -> tuple[Job, ...]:
+        """All that it needs, directly or not, and itself, each once, in an order in which they can run."""
+        jobs = {job.key: job for need in self.needs for job in need.chain}
+        return (*jobs.values(), self)
+
     @property
-    def chain(self) -> Iterator[Job]:
-        """All that it needs, directly or not, and itself, in an order in which they can run."""
-        for job in self.needs:
-            yield from job.chain
-        yield self
+    def starting_points(self) -> set[str]:
+        """The keys of the trained networks that jobs of the chain start from, or learn from: of these the
+        weights are needed, not the figures alone."""
+        values = (value for job in self.chain for value in job.flags.values() if isinstance(value, FolderOf))
+        return {value.job.key for value in values if value.job.script == "train.py"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in their seeds, or in the cells that are drawn, alone: by seed, the last of a chain,
-    whose test accuracy is compared."""
+    """By seed the last job of a chain, whose accuracy on the test images counts."""
 
     name: str
     jobs: Mapping[int, Job]
@@ -80,21 +85,30 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """Arms, the first of which is the `reference` of the others. Two arms of the same seeds are compared in
-    pairs where they are `paired`: where a seed makes all else equal."""
+    """Arms, and what is asked of them: `analysis`
+
+    - `differences`: of each arm from the first, the reference; in pairs of runs of one seed where the arms
+      are `paired`, that is, where a seed makes all else equal;
+    - `spread`: do arms differ by more than the runs of an arm do;
+    - `ranks`: do the runs of each arm rank as those of the reference.
+    """
 
     name: str
     question: str
     arms: tuple[Arm, ...]
+    analysis: str = "differences"
     paired: bool = True
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def reference(self) -> Arm:
         return self.arms[0]
 
-    def jobs(self) -> list[Job]:
+    def final_jobs(self) -> list[Job]:
         """The last jobs of all chains, the seeds of all arms before the next seeds: a study that is cut short
         has compared something."""
         seeds = sorted({seed for arm in self.arms for seed in arm.jobs})
         return [arm.jobs[seed] for seed in seeds for arm in self.arms if seed in arm.jobs]
+
+    def jobs(self) -> dict[str, Job]:
+        """All jobs by key."""
+        return {job.key: job for final in self.final_jobs() for job in final.chain}

@@ -3,113 +3,126 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from evidence.plan import Arm, Job, Study
-from evidence.statistics import Summary, difference, spread
+from evidence.plan import Arm, Study
+from evidence.statistics import Difference, Summary, difference, rank_correlation, spread
+from genotypes import PRIMITIVES
 
-SEARCH_FIGURES = ("valid_top1", "discrete_top1", "discrete_top1_new_statistics", "alpha_entropy")
+Records = Mapping[str, Mapping[str, Any]]
+Accuracies = Mapping[str, Mapping[int, float]]
 
 
-def test_accuracies(study: Study, content: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+def top1_by_arm(study: Study, records: Records) -> dict[str, dict[int, float]]:
     """By arm and seed: top-1 on the test images, in percent, of the finished runs."""
-    jobs = content["jobs"]
     return {
         arm.name: {
-            seed: jobs[job.key]["figures"]["test"]["top1"]
+            seed: records[job.key]["figures"]["test"]["top1"]
             for seed, job in arm.jobs.items()
-            if job.key in jobs
+            if job.key in records
         }
         for arm in study.arms
     }
 
 
 def report(study: Study, content: Mapping[str, Any]) -> str:
-    """The table of arms, what is decided, and the searches behind the arms where there are any."""
-    accuracies = test_accuracies(study, content)
-    reference = accuracies[study.reference.name]
-    wanted = sum(len(arm.jobs) for arm in study.arms)
-    done = sum(map(len, accuracies.values()))
+    """The table of the arms with what is asked of them, and the searches behind them where there are any."""
+    records = content["jobs"]
+    accuracies = top1_by_arm(study, records)
+    wanted, done = (sum(map(len, runs)) for runs in ((a.jobs for a in study.arms), accuracies.values()))
     lines = [
         f"## {study.name} ({content['scale']}): {study.question}",
         "",
-        f"{done} of {wanted} runs. Test top-1 in percent; the difference is from `{study.reference.name}`, "
-        "with its 95 % interval.",
+        f"{done} of {wanted} runs. Test top-1 in percent, of the epoch that was best on held-out training "
+        "images.",
         "",
+        *_table(_arm_rows(study, accuracies, records)),
     ]
-    rows = [["arm", "n", "mean", "std", "difference", "P(better)", "OPs", "kB", "minutes"]]
-    for arm in study.arms:
-        values = accuracies[arm.name]
-        if values:
-            is_reference = arm is study.reference
-            compared = None if is_reference else difference(values, reference, paired=study.paired)
-            rows.append([*_accuracy_cells(arm.name, values, compared), *_cost_cells(arm, content["jobs"])])
-    lines += _table(rows)
-    if study.name == "resolution" and (found := spread([list(v.values()) for v in accuracies.values()])):
+    if study.analysis == "spread" and (found := spread([list(v.values()) for v in accuracies.values()])):
         lines += [
             "",
-            f"Standard deviation between cells {found.cells:.2f}, between the seeds of a cell "
-            f"{found.seeds:.2f}; F = {found.f:.2f}, p = {found.p:.3f} that all cells are equal.",
+            f"Standard deviation between arms {found.cells:.2f}, between the runs of an arm "
+            f"{found.seeds:.2f}; F = {found.f:.2f}, p = {found.p:.3f} that all arms are equal.",
         ]
-    lines += _search_lines(study, content["jobs"])
+    if len(searches := _search_rows(study, records)) > 1:
+        lines += [
+            "",
+            "The searches: validation top-1 in percent, of the supernet, of what it is cut down to, and of "
+            "that with new BN statistics; entropy of softmax(alpha) in nats; how often each operation was "
+            "chosen, of 16.",
+            "",
+            *_table(searches),
+        ]
     return "\n".join(lines) + "\n"
 
 
-def _accuracy_cells(name: str, values: Mapping[int, float], compared) -> list[str]:
-    summary = Summary.of(list(values.values()))
-    cells = [name, str(summary.n), f"{summary.mean:.2f}", _number(summary.std)]
-    if compared is None:
-        return [*cells, "", ""]
-    words = f"{compared.mean:+.2f} [{compared.low:+.2f}, {compared.high:+.2f}]"
-    words += " (pairs)" if compared.paired else ""
-    return [*cells, words, f"{compared.better:.2f}"]
-
-
-def _cost_cells(arm: Arm, jobs: Mapping[str, dict]) -> list[str]:
-    """OPs and bytes of the trained networks, and the time of whole chains, each a mean."""
-    records = [jobs[job.key] for job in arm.jobs.values() if job.key in jobs]
-    ops = [record["cost"]["ops"] for record in records]
-    size = [record["cost"]["bytes"] for record in records]
-    minutes = [
-        sum(jobs[key]["seconds"] for key in {part.key for part in job.chain}) / 60
-        for job in arm.jobs.values()
-        if job.key in jobs
-    ]
-    return [f"{_mean(ops):.3g}", f"{_mean(size) / 1000:.1f}", f"{_mean(minutes):.1f}"]
-
-
-def _search_lines(study: Study, jobs: Mapping[str, dict]) -> list[str]:
-    """Of the arms with a search: the supernet's validation accuracy, and that of the network that it is cut
-    down to; what was found."""
-    rows = [
-        ["arm", "n", "supernet", "cut down", "with new BN statistics", "entropy of alpha", "skips", "pools"]
-    ]
+def _arm_rows(
+    study: Study, accuracies: Mapping[str, Mapping[int, float]], records: Records
+) -> list[list[str]]:
+    asked = {
+        "differences": [f"difference from {study.reference.name} [95 %]", "P(better)"],
+        "ranks": [f"Spearman's rho with {study.reference.name}"],
+        "spread": [],
+    }[study.analysis]
+    rows = [["arm", "n", "mean", "std", *asked, "params", "OPs", "kB", "minutes"]]
     for arm in study.arms:
-        searches = filter(None, map(_search_of, arm.jobs.values()))
-        found = [jobs[search.key]["figures"] for search in searches if search.key in jobs]
+        values, reference = accuracies[arm.name], accuracies[study.reference.name]
+        if not values:
+            continue
+        summary = Summary.of(list(values.values()))
+        answers = [""] * len(asked)
+        if arm is not study.reference and study.analysis == "differences":
+            answers = _difference_cells(difference(values, reference, paired=study.paired))
+        elif arm is not study.reference and study.analysis == "ranks":
+            rho, p, n = rank_correlation(values, reference)
+            answers = [f"{rho:.2f} (p = {p:.2f}, {n} cells)"]
+        cells = [arm.name, str(summary.n), f"{summary.mean:.2f}", _number(summary.std), *answers]
+        rows.append([*cells, *_cost_cells(arm, records)])
+    return rows
+
+
+def _difference_cells(found: Difference | None) -> list[str]:
+    if found is None:
+        return ["", ""]
+    pairs = f", {found.pairs} pairs" if found.pairs else ""
+    interval = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{pairs}: {found.verdict}"
+    return [interval, f"{found.better:.2f}"]
+
+
+def _cost_cells(arm: Arm, records: Records) -> list[str]:
+    """Parameters, OPs and stored kB of the trained networks; the minutes of whole chains, searches and trials
+    of candidates too. Each a mean."""
+    finals = [job for job in arm.jobs.values() if job.key in records]
+    costs = [records[job.key]["cost"] for job in finals]
+    minutes = [sum(records[j.key]["seconds"] for j in job.chain if j.key in records) / 60 for job in finals]
+    parameters, ops, size = (_mean(cost[name] for cost in costs) for name in ("parameters", "ops", "bytes"))
+    return [f"{parameters:,.0f}", f"{ops:.3g}", f"{size / 1000:.1f}", f"{_mean(minutes):.1f}"]
+
+
+def _search_rows(study: Study, records: Records) -> list[list[str]]:
+    figures = ("valid_top1", "discrete_top1", "discrete_top1_new_statistics", "alpha_entropy")
+    heads = ["supernet", "cut down", "new statistics", "entropy"]
+    names = [name.removeprefix("bin_").removesuffix("_3x3") for name in PRIMITIVES]
+    rows = [["arm", "n", "minutes", *heads, *names]]
+    for arm in study.arms:
+        searches = {job.key for final in arm.jobs.values() for job in final.chain if "search" in job.script}
+        found = [records[key] for key in sorted(searches) if key in records]
         if found:
-            columns = [[figures[name] for figures in found] for name in SEARCH_FIGURES]
-            counts = [
-                [sum(n for name, n in figures["operations"].items() if word in name) for figures in found]
-                for word in ("skip", "pool")
-            ]
-            cells = [_mean_and_std(column) for column in (*columns, *counts)]
-            rows.append([arm.name, str(len(found)), *cells])
-    if len(rows) == 1:
-        return []
-    return ["", "The searches: validation top-1 in percent; operations of both cells' 16.", "", *_table(rows)]
+            results = [record["figures"] for record in found]
+            cells = [_mean_and_std([result[name] for result in results]) for name in figures]
+            counts = [_mean(result["operations"].get(name, 0) for result in results) for name in PRIMITIVES]
+            minutes = _mean(record["seconds"] / 60 for record in found)
+            rows.append([arm.name, str(len(found)), f"{minutes:.1f}", *cells, *(f"{n:.1f}" for n in counts)])
+    return rows
 
 
-def _search_of(job: Job) -> Job | None:
-    return next((part for part in job.chain if part.script == "train_search.py"), None)
-
-
-def _mean(values: list[float]) -> float:
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
     return sum(values) / len(values)
 
 
-def _mean_and_std(values: list[float]) -> str:
+def _mean_and_std(values: Sequence[float]) -> str:
     summary = Summary.of(values)
     return f"{summary.mean:.2f} ± {_number(summary.std)}"
 
@@ -118,7 +131,7 @@ def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
-def _table(rows: list[list[str]]) -> list[str]:
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     head, *body = rows
     alignment = ["---", *("---:" for _ in head[1:])]
     return ["| " + " | ".join(row) + " |" for row in (head, alignment, *body)]

@@ -39,25 +39,31 @@ class Difference:
     low: float
     high: float
     better: float
-    paired: bool
+    pairs: int  # 0: the runs were not compared in pairs
 
     @property
-    def undecided(self) -> bool:
-        return not (self.low > 0 or self.high < 0)
+    def verdict(self) -> str:
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
 
 
 def difference(
     arm: Mapping[int, float], reference: Mapping[int, float], *, paired: bool
 ) -> Difference | None:
-    """By SciPy's t test: of pairs where both arms have the same seeds and these are to be `paired`, else
+    """By SciPy's t test: of the pairs of runs that have a seed in common where these are to be `paired`, else
     Welch's, which takes neither equal variances nor equal numbers. Not a bootstrap: with three to ten runs
     its intervals are too narrow. `better` is one minus the one-sided p: the posterior probability under a
-    flat prior. None where an arm has less than two runs.
+    flat prior. None where there are less than two runs, or pairs.
     """
-    paired = paired and arm.keys() == reference.keys()
-    ours, theirs = ([values[seed] for seed in sorted(values)] for values in (arm, reference))
+    common = arm.keys() & reference.keys()
+    ours, theirs = (
+        np.array([values[seed] for seed in sorted(common if paired else values)])
+        for values in (arm, reference)
+    )
     if min(len(ours), len(theirs)) < 2:
         return None
+    mean = float(ours.mean() - theirs.mean())
+    if (np.ptp(ours - theirs) if paired else np.ptp(ours) + np.ptp(theirs)) == 0:  # no spread, no t
+        return Difference(mean, mean, mean, 0.5 + 0.5 * float(np.sign(mean)), len(common) * paired)
 
     def test(alternative: str):
         if paired:
@@ -65,10 +71,17 @@ def difference(
         return stats.ttest_ind(ours, theirs, equal_var=False, alternative=alternative)
 
     interval = test("two-sided").confidence_interval(CONFIDENCE)
-    mean = float(np.mean(ours) - np.mean(theirs))
-    return Difference(
-        mean, float(interval.low), float(interval.high), 1 - float(test("greater").pvalue), paired
-    )
+    better = 1 - float(test("greater").pvalue)
+    return Difference(mean, float(interval.low), float(interval.high), better, len(common) * paired)
+
+
+def rank_correlation(arm: Mapping[int, float], reference: Mapping[int, float]) -> tuple[float, float, int]:
+    """Spearman's rho between the runs of common seeds, its p of no correlation, their number."""
+    common = sorted(arm.keys() & reference.keys())
+    if len(common) < 3:
+        return math.nan, math.nan, len(common)
+    found = stats.spearmanr([arm[seed] for seed in common], [reference[seed] for seed in common])
+    return float(found.statistic), float(found.pvalue), len(common)
 
 
 @dataclass(frozen=True)
@@ -83,12 +96,14 @@ class Spread:
 
 
 def spread(cells: Sequence[Sequence[float]]) -> Spread | None:
-    """None where less than two cells have two runs or more. Where chance makes the variance between cells
-    negative, it is 0."""
+    """None where less than two cells have two runs or more, or no two runs of a cell differ. Where chance
+    makes the variance between cells negative, it is 0."""
     cells = [cell for cell in cells if len(cell) > 1]
     if len(cells) < 2:
         return None
     within = sum(np.var(cell, ddof=1) * (len(cell) - 1) for cell in cells) / sum(len(c) - 1 for c in cells)
+    if within == 0:
+        return None
     f, p = stats.f_oneway(*cells)
     n = np.mean([len(cell) for cell in cells])
     between = max(np.var([np.mean(cell) for cell in cells], ddof=1) - within / n, 0.0)

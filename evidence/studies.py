@@ -18,7 +18,8 @@ ONE_STAGE = ("BNAS-C", "ResNet18")
 class Scale:
     """Sizes, epochs and numbers of runs. `images` are flags of all scripts, `network` of both stages.
 
-    `candidates` random cells, each trained with `trial`, cost about what a search does.
+    `candidates` random cells, each trained with `trial`, are to cost about what a search does: the table has
+    the minutes of both.
     """
 
     images: Flags
@@ -146,20 +147,37 @@ def arm(name: str, n: int, job: Callable[[int], Job]) -> Arm:
 
 
 def resolution(scale: Scale) -> Study:
-    """Each cell with two seeds; its first run is the one of the random arm of `search`."""
+    """Each cell with two seeds, the second of which is the next cell's first; its first run is the one of the
+    random arm of `search`."""
     cells = [
         Arm(f"cell {i}", {seed: network_job(scale, seed, f"random:{i}") for seed in (i, i + 1)})
         for i in range(min(6, scale.random_cells))
     ]
+    question = "Can this scale tell cells apart: do random cells differ by more than seeds do?"
+    return Study("resolution", question, tuple(cells), analysis="spread")
+
+
+def ranking(scale: Scale) -> Study:
+    """The random cells of `search`, and the same ones after a trial as its candidates have."""
     return Study(
-        "resolution",
-        "Can this scale tell cells apart: do random cells differ by more than seeds do?",
-        tuple(cells),
-        paired=False,
+        "ranking",
+        "Does a short training rank random cells as a long one does?",
+        (
+            arm("long training", scale.random_cells, lambda i: network_job(scale, i, f"random:{i}")),
+            arm(
+                "trial",
+                scale.random_cells,
+                lambda i: scratch_job(scale, i, f"random:{i}", **scale.trial),
+            ),
+        ),
+        analysis="ranks",
     )
 
 
 def search(scale: Scale) -> Study:
+    """The images that choose an epoch are among those that a search has seen, and no other arm's cell has:
+    the test images are seen by none."""
+
     def best_of_random(seed: int) -> Job:
         numbers = range(1_000 + seed * scale.candidates, 1_000 + (seed + 1) * scale.candidates)
         trials = (scratch_job(scale, seed, f"random:{number}", **scale.trial) for number in numbers)
@@ -253,8 +271,8 @@ def beyond(scale: Scale) -> Study:
 
 
 def rows(scale: Scale) -> Study:
-    """The systems of the tables under one recipe, at EBNAS's number of parameters and at its OPs; each with
-    the stages that it has, at equal epochs in all."""
+    """The systems of the tables that have a CIFAR form, under one recipe, near EBNAS's number of parameters
+    and near its OPs; each with the stages that it has, at equal epochs in all."""
 
     def job(row: str, seed: int, size: Flags) -> Job:
         if row in ONE_STAGE:
@@ -269,9 +287,7 @@ def rows(scale: Scale) -> Study:
         (
             arm("EBNAS", scale.seeds, lambda seed: network_job(scale, seed)),
             *(
-                arm(
-                    f"{row}, equal {what}", scale.seeds, lambda seed, row=row, size=size: job(row, seed, size)
-                )
+                arm(f"{row}, near {what}", scale.seeds, lambda seed, row=row, size=size: job(row, seed, size))
                 for what, sizes in scale.rows.items()
                 for row, size in sizes.items()
             ),
@@ -280,6 +296,7 @@ def rows(scale: Scale) -> Study:
 
 
 STUDIES: dict[str, Callable[[Scale], Study]] = {
-    study.__name__: study for study in (resolution, search, regularisers, stages, rows, beyond, sampling)
+    study.__name__: study
+    for study in (resolution, search, regularisers, stages, rows, beyond, sampling, ranking)
 }
 """In the order in which they are worth running."""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import errno
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from genotypes import Genotype
 from utils import USERS_FAULT, InputError, os_error_message, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from evidence.plan import Study
 
 DPI = 200
 
@@ -41,13 +39,10 @@ def draw_curves(run: Path, *, folder: Path | None = None) -> list[Path]:
         return _write(curve_figures(Path(run)), run if folder is None else folder)
 
 
-def draw_study(study: Study, content: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write NAME.png and NAME-cost.png of a study into `folder`, none where no run is finished. Raises as
-    `_write`."""
+def draw(figures: Callable[[], Mapping[str, Figure]], folder: Path) -> list[Path]:
+    """Write the figures that `figures` makes, by file name, into `folder`. Raises as `_write`."""
     with _default_look():
-        from figures.study import study_figures
-
-        return _write(study_figures(study, content), folder)
+        return _write(figures(), folder)
 
 
 @contextmanager
@@ -62,7 +57,7 @@ def _default_look() -> Iterator[None]:
         yield
 
 
-def _write(figures: dict[str, Figure], folder: Path) -> list[Path]:
+def _write(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     """Raises InputError where one may not write in `folder`, OSError where one cannot (a full disk)."""
     paths = []
     for name, figure in figures.items():

@@ -23,9 +23,15 @@
 
 #ifndef PATH
 
-#include <math.h>
 #include <stdint.h>
+#if __STDC_HOSTED__
+#include <math.h>
 #include <string.h>
+#else /* all that is needed of them */
+#define INFINITY __builtin_inff()
+#define memcpy __builtin_memcpy
+#define memset __builtin_memset
+#endif
 #if defined(_WIN32)
 void __stdcall Sleep(unsigned long milliseconds); /* its header has a FLOAT, too */
 #define EXPORT __declspec(dllexport)
@@ -180,9 +186,13 @@ TARGET_END
 #undef PATH
 #endif
 
+#if defined(__wasm_simd128__)
+#define run_c run_v128 /* half of the bytes to send; a browser without vectors refuses them anyway */
+#else
 #define PATH c
 #include __FILE__
 #undef PATH
+#endif
 
 enum { PLAIN_C, PATH_AVX2, PATH_AVX512, PATH_V128 };
 

@@ -69,7 +69,7 @@ class PackedNetwork:
             limit = f"images must be finite and within {LARGEST_PIXEL:g}"
             raise ValueError(f"{limit}: there are NaN, infinite or larger pixels")
         if self.kernel == "torch":
-            return self._float_form(images)
+            return self._float_form.logits(images)
         plan, arenas = self._plan(*images.shape[2:])
         logits = np.empty((len(images), len(self.classes)), np.float32)
         if len(images) == 1 and plan.shared and self._helpers.ready():

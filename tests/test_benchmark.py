@@ -26,6 +26,7 @@ CASES = {
         "cifar training",
         "imagenet loader",
         "imagenet training",
+        "imagenet loader, --jpeg_draft",
     ],
 }
 

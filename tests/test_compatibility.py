@@ -46,11 +46,17 @@ import json, runpy, sys
 import torch
 from operations import BinaryUnit, FactorizedReduce, Pool, pad_to_half
 
-def unit(self, x, *_):
+def uncount(self, weights):
+    if weights:  # from a network, which has counted the batch, as the modules will
+        torch._foreach_sub_([self.bn1.num_batches_tracked, self.bn2.num_batches_tracked], 1)
+
+def unit(self, x, *weights):
+    uncount(self, weights)
     y = self.bn2(self.conv(self.bn1(x)))
     return self.prelu(y if self.shortcut is None else y + self.shortcut(x))
 
-def reduction(self, x, *_):
+def reduction(self, x, *weights):
+    uncount(self, weights)
     x = self.bn1(x)
     y = torch.cat([self.conv_1(x), pad_to_half(self.conv_2(x[:, :, 1:, 1:]), x)], 1)
     return self.prelu(self.bn2(y))

@@ -218,4 +218,5 @@ def test_nccl_with_one_process(nccl):
     nccl.average_buffers(norm)
     assert norm.running_var.tolist() == [0.5, 0.5]
     assert nccl.broadcast({"folder": Path("runs")}) == {"folder": Path("runs")}
-    assert nccl.any(True) and not nccl.any(False)
+    votes = [nccl.vote(True), nccl.vote(False)]
+    assert [vote.result() for vote in votes] == [True, False]

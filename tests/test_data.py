@@ -1,5 +1,6 @@
 """Sets, splits and loaders: what is read, in which order, and what is said when it cannot be read."""
 
+import contextlib
 import errno
 import hashlib
 import http.client
@@ -29,12 +30,15 @@ from data import (
     BatchLoader,
     ImageSet,
     Share,
+    _Reader,
+    _Upload,
     channel_statistics,
     holdout_split,
     imagenet_loaders,
     load_set,
     split_halves,
 )
+from folders import ImageFiles
 from images import read_rgb
 from utils import InputError, RunFailed
 
@@ -681,3 +685,50 @@ def test_imagenet_without_val_is_refused(tmp_path):
         open_imagenet(tmp_path)
     with pytest.raises(InputError, match=r"no folder 'train' in .* or .*ILSVRC2012"):
         open_imagenet(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("size", "nearest"), [((90, 70), 0), ((700, 900), 12)])
+def test_a_draft_shows_the_same_crop(tmp_path, size, nearest, orientation):
+    """A small picture to the bit; a large one, decoded at a fraction of its size, but for what its corners
+    move to whole pixels of that size: at most half a pixel of the result."""
+    coarse = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", exif=exif)
+    files = ImageFiles(tmp_path, ["a"], [str(tmp_path / "a.jpg")], [0], "")
+    for epoch in range(8):
+        item = epoch, torch.tensor([0])
+        whole, draft = (
+            _Reader(files, 64, seed=3, jpeg_draft=draft)[item][0].float() for draft in (False, True)
+        )
+        assert (whole - draft).abs().mean() <= nearest < (whole.flip(-1) - draft).abs().mean()
+
+
+def test_a_batch_goes_to_a_gpu_on_a_stream_of_its_own(monkeypatch):
+    """As far as a CPU can tell: what is asked of the two streams, and in which order."""
+    calls = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            calls.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def within(stream):
+        calls.append(f"copies on {stream.name}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("steps"))
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda self, stream: calls.append(f"held for {stream.name}")
+    )
+    upload = _Upload(torch.device("cuda"))
+    upload.device = torch.device("cpu")
+    copies = upload(torch.ones(2), torch.zeros(3))
+    assert calls == ["copies on side", "steps waits for side", "held for steps", "held for steps"]
+    assert [copy.tolist() for copy in copies] == [[1, 1], [0, 0, 0]]

@@ -11,11 +11,11 @@ import train
 import train_search
 from evidence.plan import Arm, BestOf, FolderOf, Job, Study
 from evidence.report import report
-from evidence.statistics import Summary, difference, spread
-from evidence.store import Store
+from evidence.results import Results
+from evidence.runner import command_line
+from evidence.statistics import Summary, difference, rank_correlation, spread
 from evidence.studies import ONE_STAGE, SCALES, STUDIES
 from stages import settle
-from study import command_line
 from utils import InputError
 
 FIRST = Job("train.py", {"seed": 0, "epochs": 1})
@@ -34,42 +34,63 @@ def test_a_job_is_known_by_what_it_computes():
     assert list(best.chain) == [FIRST, other, best]
 
 
+DIFFERING = {
+    ("regularisers", "without path"): {"path_reg_weight"},
+    ("regularisers", "without edge"): {"edge_reg_weight"},
+    ("regularisers", "without both"): {"path_reg_weight", "edge_reg_weight"},
+    ("sampling", "k 4 and 4"): {"k_normal"},
+    ("sampling", "k 8 and 8"): {"k_reduce"},
+    ("stages", "W1A1 from scratch"): {"epochs", "from_scratch"},
+    ("stages", "W32A1, then W1A1"): {"stage1"},
+    ("stages", "balanced weights"): {"weight_binarization"},
+    ("beyond", "RPReLU"): {"activation"},
+    ("beyond", "teacher"): set(),
+    ("beyond", "decay in stage 1"): {"stage1_weight_decay"},
+    ("beyond", "moving average"): {"ema"},
+    ("beyond", "clipped weights"): {"clip_weights"},
+    ("beyond", "all of them"): {"activation", "stage1_weight_decay", "ema", "clip_weights"},
+}
+"""By study and arm: the flags, but for other jobs' results, in which its runs differ from the reference's."""
+
+
+def flags_of(final: Job) -> dict[tuple[str, str], object]:
+    """Of a chain's search and of its last run, by script and name."""
+    jobs = [job for job in final.chain if job.script == "train_search.py" or job is final]
+    plain = ((job.script, name, value) for job in jobs for name, value in job.flags.items())
+    return {(s, name): value for s, name, value in plain if not isinstance(value, FolderOf | BestOf)}
+
+
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", STUDIES)
-def test_arms_differ_in_what_they_say_alone(name, scale):
+@pytest.mark.parametrize(("name", "arm"), DIFFERING)
+def test_an_arm_differs_in_what_it_says_alone(name, arm, scale):
     study = STUDIES[name](SCALES[scale])
-    ends = study.jobs()
-    assert len({job.key for job in ends}) == len(ends) == sum(len(arm.jobs) for arm in study.arms)
-    keys = {
-        flag for end in ends for flag, value in end.flags.items() if not isinstance(value, FolderOf | BestOf)
-    }
-    differing = {flag for flag in keys if len({repr(end.flags.get(flag)) for end in ends}) > 1} - {"binary"}
-    beyond = {
-        "init_channels",
-        "groups",
-        "layers",
-        "auxiliary",
-        "activation",
-        "teacher",
-        "stage1_weight_decay",
-        "ema",
-        "clip_weights",
-    }
-    assert differing <= {"seed", "arch", "stage1", "weight_binarization", "epochs", "from_scratch", *beyond}
-    for end in ends:
-        assert end.flags["holdout"] > 0, "an epoch is chosen on training images"
-        assert end.flags.get("binary") or end.flags["arch"] in ONE_STAGE
-        stages = [end, *([end.flags["pretrained"].job] if "pretrained" in end.flags else [])]
-        assert (
-            sum(job.flags["epochs"] for job in stages)
-            == SCALES[scale].stage1_epochs + SCALES[scale].stage2_epochs
+    (ours,) = [each for each in study.arms if each.name == arm]
+    assert ours.jobs.keys() == study.reference.jobs.keys() and study.paired
+    for seed, final in ours.jobs.items():
+        flags, theirs = flags_of(final), flags_of(study.reference.jobs[seed])
+        differing = {n for s, n in flags.keys() | theirs if flags.get((s, n)) != theirs.get((s, n))}
+        assert differing == DIFFERING[name, arm] and flags["train.py", "seed"] == seed
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", [name for name in STUDIES if name != "ranking"])
+def test_epochs_are_equal_and_chosen_on_training_images(name, scale):
+    study = STUDIES[name](SCALES[scale])
+    finals = study.final_jobs()
+    assert len({job.key for job in finals}) == len(finals) == sum(len(arm.jobs) for arm in study.arms)
+    for final in finals:
+        stages = [final, *([final.flags["pretrained"].job] if "pretrained" in final.flags else [])]
+        assert sum(job.flags["epochs"] for job in stages) == (
+            SCALES[scale].stage1_epochs + SCALES[scale].stage2_epochs
         )
+        assert all(job.flags["holdout"] > 0 for job in stages)
+        assert final.flags.get("binary") or final.flags["arch"] in ONE_STAGE
 
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_run_is_one_that_its_script_takes(name, scale):
-    for job in {job.key: job for end in STUDIES[name](SCALES[scale]).jobs() for job in end.chain}.values():
+    for job in STUDIES[name](SCALES[scale]).jobs().values():
         known = {flag: value for flag, value in job.flags.items() if not isinstance(value, FolderOf | BestOf)}
         if job.script == "train_search.py":
             assert not train_search.parser().parse_args(command_line(known)).idle
@@ -83,12 +104,22 @@ def test_differences_are_those_of_the_t_tests():
     d = np.array([1.0, 1.5, 0.5])
     half = stats.t.ppf(0.975, 2) * d.std(ddof=1) / math.sqrt(3)
     found = difference(ours, theirs, paired=True)
-    assert found.paired and found.undecided == (1 - half < 0)
+    assert found.pairs == 3 and found.verdict == ("better" if half < 1 else "undecided")
     np.testing.assert_allclose((found.mean, found.low, found.high), (1, 1 - half, 1 + half))
     np.testing.assert_allclose(found.better, stats.t.cdf(1 / (d.std(ddof=1) / math.sqrt(3)), 2))
-    unpaired = difference(ours, {**theirs, 3: 49.0}, paired=True)
-    assert not unpaired.paired and unpaired.high - unpaired.low > found.high - found.low
+    assert difference(ours, {**theirs, 3: 49.0}, paired=True) == found, "the seeds in common"
+    welch = difference(ours, theirs, paired=False)
+    assert (
+        not welch.pairs and welch.high - welch.low > found.high - found.low and welch.verdict == "undecided"
+    )
     assert difference({0: 51.0}, theirs, paired=False) is None
+    same = difference(theirs, theirs, paired=True)
+    assert (same.mean, same.low, same.high, same.better) == (0, 0, 0, 0.5)
+
+
+def test_ranks_are_compared_over_common_seeds():
+    rho, _, n = rank_correlation({0: 1.0, 1: 2.0, 2: 3.0, 9: 0.0}, {0: 10.0, 1: 30.0, 2: 20.0})
+    assert (rho, n) == (0.5, 3)
 
 
 def test_the_spread_of_cells_is_told_from_that_of_seeds():
@@ -102,7 +133,8 @@ def test_the_spread_of_cells_is_told_from_that_of_seeds():
 
 def record(top1: float) -> dict:
     figures = {"best": {"score": top1}, "test": {"top1": top1}}
-    return {"figures": figures, "seconds": 60.0, "cost": {"ops": 1e6, "bytes": 1e4}, "flags": {}}
+    cost = {"parameters": 1000, "ops": 1e6, "bytes": 1e4}
+    return {"figures": figures, "seconds": 60.0, "cost": cost, "flags": {}}
 
 
 def two_arms(name: str = "search") -> Study:
@@ -110,16 +142,20 @@ def two_arms(name: str = "search") -> Study:
     return Study(name, "Is it?", arms)
 
 
-def test_figures_of_one_study_serve_another(tmp_path):
-    store = Store(tmp_path, "tiny", ("search", "stages"))
-    store.keep(two_arms(), {FIRST.key: record(50)})
-    content = store.keep(two_arms("stages"), {stage2(FIRST, 1).key: record(60)})
+def test_figures_of_one_study_serve_another_and_none_is_lost(tmp_path):
+    results = Results(tmp_path, "tiny", ("search", "stages"))
+    results.keep(two_arms(), {FIRST.key: record(50)})
+    results.keep(two_arms("stages"), {stage2(FIRST, 1).key: record(60)})
+    content = results.content(two_arms("stages"))
     assert set(content["jobs"]) == {FIRST.key, stage2(FIRST, 1).key}
     assert json.loads((tmp_path / "stages.json").read_text()) == content
     table = report(two_arms("stages"), content)
     assert "2 of 3 runs" in table and "| other | 1 | 60.00 | - |" in table
-    with pytest.raises(InputError, match="is of --scale tiny, not full"):
-        Store(tmp_path, "full", ("search",))
+    other = Study("search", "Is it?", (Arm("another", {0: Job("train.py", {"seed": 7})}),))
+    results.keep(other, {})
+    assert FIRST.key in json.loads((tmp_path / "search.json").read_text())["jobs"], "the declaration changed"
+    with pytest.raises(InputError, match="is of scale tiny, not full"):
+        Results(tmp_path, "full", ("search",))
     (tmp_path / "search.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
-        Store(tmp_path, "tiny", ("search",))
+        Results(tmp_path, "tiny", ("search",))

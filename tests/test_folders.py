@@ -7,7 +7,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from folders import SUFFIXES, class_names, list_images
+from folders import SUFFIXES, class_names, list_images, readable_classes
 from utils import InputError
 
 
@@ -79,3 +79,15 @@ def test_links_that_lead_nowhere_and_pipes_are_left_out(tmp_path):
     (tmp_path / "cat" / "gone").symlink_to(tmp_path / "nowhere")
     assert listed(tmp_path) == [("cat/1.jpg", "cat")]
     assert list_images(tmp_path).left_out == ".db (1), not a regular file (3)"
+
+
+def test_numbers_of_wordnet_are_named(tmp_path):
+    ours, root = ["n01440764", "n01443537"], tmp_path / "ILSVRC" / "Data"
+    root.mkdir(parents=True)
+    assert readable_classes(["cat", *ours], root) == ["cat", *ours] and readable_classes(ours, root) == ours
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\nn00000001 other\n")
+    assert readable_classes(ours, root) == ["tench, Tinca tinca", "n01443537"]
+    every = ["n01440764", *(f"n0{i:07d}" for i in range(2_000_000, 2_000_998)), "n15075141"]
+    (tmp_path / "LOC_synset_mapping.txt").unlink()
+    named = readable_classes(every, root)
+    assert (named[0], named[-1], len(named)) == ("tench", "toilet tissue", 1000)

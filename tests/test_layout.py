@@ -12,7 +12,10 @@ ORDER = [name for row in ROWS for name in re.findall(r"`([\w/]+(?:\.py|/))`", ro
 SCRIPTS = [path.name for path in ROOT.glob("*.py") if "\n    run_main(main," in path.read_text()]
 MODULES = [
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.py", "baselines/*.py", "packed/*.py", "figures/*.py", "comparison/*.py")
+    for pattern in (
+        *("*.py", "baselines/*.py", "packed/*.py", "figures/*.py"),
+        *("comparison/*.py", "web/*.py"),
+    )
     for path in sorted(ROOT.glob(pattern))
 ]
 

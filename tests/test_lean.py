@@ -54,8 +54,10 @@ def make_unit(name, stride, bits=(1, 1), method="plain", activation="prelu"):
     return unit
 
 
-def by_modules(unit, x, *_weights):
+def by_modules(unit, x, *weights):
     """What a unit computes, module by module."""
+    if weights:  # from a network, which has counted the batch
+        torch._foreach_sub_([unit.bn1.num_batches_tracked, unit.bn2.num_batches_tracked], 1)
     a = unit.bn1(x)
     if isinstance(unit, FactorizedReduce):
         y = torch.cat([unit.conv_1(a), pad_to_half(unit.conv_2(a[:, :, 1:, 1:]), a)], 1)

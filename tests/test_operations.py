@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from genotypes import GENOTYPES, PRIMITIVES
 from model import ModelConfig, build_model
@@ -18,7 +19,9 @@ from operations import (
     SourceOperations,
     coefficients,
     drop_path,
+    joined_kernels,
     make_operation,
+    update_running,
 )
 from utils import InputError
 
@@ -42,6 +45,14 @@ def test_derived_operation_gives_the_size_of_its_edge(name, stride, size):
     assert y.isfinite().all() and torch.equal(x, before)
 
 
+def mixed(source, x, mixing):
+    """What a SourceOperations gives alone; in training, its running statistics are updated."""
+    y, statistics = source(x, *coefficients(mixing, source.stride), joined_kernels([source])[source])
+    if statistics is not None:
+        update_running([source.norm], [statistics])
+    return y
+
+
 @pytest.mark.parametrize("size", [(8, 8), (33, 33), (7, 10)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_search_operations_give_the_size_of_their_edges(stride, size):
@@ -51,7 +62,7 @@ def test_search_operations_give_the_size_of_their_edges(stride, size):
     for index in range(len(PRIMITIVES)):
         mixing = torch.zeros(3, len(PRIMITIVES))
         mixing[1, index] = 1.0
-        y = operations(x, *coefficients(mixing, stride))
+        y = mixed(operations, x, mixing)
         assert y.shape == (2, 3, 2, *(-(-n // stride) for n in size))
         assert y[:, 1].any() and not y[:, 0].any() and not y[:, 2].any()
     assert torch.equal(x, before)
@@ -92,7 +103,7 @@ def test_max_pools_gradient_goes_to_the_first_of_equal_pixels(stride, size, memo
     grad = torch.randn_like(expected)
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
     derived = make_operation("max_pool_3x3", 2, stride, groups=1, bits=BITS)(x)
-    for y in (derived, source(x, *coefficients(mixing, stride))[:, 0]):
+    for y in (derived, mixed(source, x, mixing)[:, 0]):
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], expected_grad)
 
@@ -149,7 +160,7 @@ def test_search_operations_under_autocast(stride, dtype):
     outcomes = []
     for operations, autocast in ((narrow, True), (wide, False)):
         with torch.autocast("cpu", dtype, enabled=autocast):
-            y = operations(x, *coefficients(mixing, stride))
+            y = mixed(operations, x, mixing)
         torch.manual_seed(1)
         gradients = torch.autograd.grad(y, (x, mixing, *operations.parameters()), torch.randn_like(y))
         outcomes.append((y, *gradients, *(b for b in operations.buffers() if b.is_floating_point())))
@@ -224,15 +235,18 @@ def test_compiled_operations_equal_eager_ones(stride, training):
     source = SourceOperations(2, 3, stride).double().train(training)
     unit = make_operation("bin_dil_conv_3x3", 4, stride, groups=2, bits=BITS).double().train(training)
     mixing = coefficients(torch.randn(3, len(PRIMITIVES), dtype=torch.float64, requires_grad=True), stride)
+    kernels = [kernel.detach().requires_grad_() for kernel in joined_kernels([source])[source]]
     for module, inputs in (
-        (source, (torch.randn(2, 2, 9, 9, dtype=torch.float64, requires_grad=True), *mixing)),
+        (source, (torch.randn(2, 2, 9, 9, dtype=torch.float64, requires_grad=True), *mixing, kernels)),
         (unit, (torch.randn(2, 4, 9, 9, dtype=torch.float64, requires_grad=True),)),
     ):
         compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
         outcomes = []
         for network in (module, compiled):
             y = network(*inputs)
-            outcomes.append((y, *torch.autograd.grad(y.square().sum(), (*inputs, *network.parameters()))))
+            y = y if torch.is_tensor(y) else y[0]
+            of = (*tree_leaves(inputs), *network.parameters())
+            outcomes.append((y, *torch.autograd.grad(y.square().sum(), of, allow_unused=True)))
         torch.testing.assert_close(*outcomes)
 
 

@@ -29,6 +29,11 @@ from utils import InputError
             "--drop_path_prob 1",
             ["--drop_path_prob has no use here: the supernet has no drop-path, as in the original"],
         ),
+        (
+            train,
+            "--set shapes --data d",
+            ["--data has no use here: --set shapes is drawn, and reads nothing"],
+        ),
         (train, "--momentum 1", ["--momentum has no use here: Adam is the optimiser, as in the original"]),
     ],
 )
@@ -36,13 +41,22 @@ def test_flags_without_use_say_so(script, flags, lines):
     assert list(script.parser().parse_args(flags.split()).idle) == lines
 
 
-def test_gpu_has_no_use_under_torchrun(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    (line,) = train.parser().parse_args(["--gpu", "1"]).idle
-    assert line == "--gpu has no use here: under torchrun each process takes the GPU of its local rank"
+@pytest.mark.parametrize("flags", ["--tf32", "--gpu 1", "--cudnn_benchmark"])
+def test_flags_for_a_gpu_have_no_use_on_a_cpu(flags, monkeypatch):
+    name = flags.split()[0]
+    (line,) = train.parser().parse_args([*flags.split(), "--device", "cpu"]).idle
+    assert line == f"{name} has no use here: it is for a GPU, and this runs on the CPU"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert train.parser().parse_args(flags.split()).idle == ()
     assert train.parser().parse_args([]).idle == ()
-    monkeypatch.delenv("LOCAL_RANK")
-    assert train.parser().parse_args(["--gpu", "1"]).idle == ()
+
+
+def test_torchrun_chooses_the_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    lines = train.parser().parse_args(["--gpu", "1", "--device", "cuda:1"]).idle
+    reason = "has no use here: under torchrun each process takes the GPU of its local rank"
+    assert list(lines) == [f"--gpu {reason}", f"the number in --device cuda:1 {reason}"]
+    assert train.parser().parse_args(["--device", "cuda"]).idle == ()
 
 
 def test_idle_flags_stand_in_the_log(scripts, data_flags, without_pictures):

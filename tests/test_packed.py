@@ -44,6 +44,7 @@ from packed import (
     read_program,
 )
 from packed.kernel import Plan
+from shapes import SHAPES, draw_shapes
 from utils import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -458,6 +459,25 @@ def test_infer_errors(arguments, message, run_folder, pictures, monkeypatch, fai
     model = (run_folder / "model.ebnas").read_bytes()
     assert message in fails("infer.py", *arguments)
     assert (run_folder / "model.ebnas").read_bytes() == model
+
+
+def test_infer_with_the_network_that_comes_along(tmp_path, scripts, fails):
+    """Without a network it takes a shipped one, and says which; a CSV on stdout stays a CSV."""
+    drawn, labels = draw_shapes(10, 32, seed=5)
+    (tmp_path / "shapes").mkdir()
+    for pixels, label in zip(drawn, labels, strict=True):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / "shapes" / f"{list(SHAPES)[label]}.png")
+    shipped = [line.split(" ")[0] for line in scripts.run("infer.py", "--list").stdout.splitlines()]
+    assert shipped == sorted(f"models/{path.name}" for path in (ROOT / "models").glob("*.ebnas"))
+    for arguments in (["shapes"], [ROOT / "models" / "shapes.ebnas", "shapes"]):
+        done = scripts.run("infer.py", *arguments)
+        rows = list(csv.DictReader(done.stdout.splitlines()))
+        assert len(rows) == 10
+        if "shapes.ebnas" in done.stderr or len(arguments) == 2:  # the default where no better one is shipped
+            assert sum(row["file"] == f"{row['class1']}.png" for row in rows) >= 9
+        assert ("no network given: models/" in done.stderr) == (len(arguments) == 1)
+    assert "give a picture" in fails("infer.py")
+    assert "give a picture" in fails("infer.py", ROOT / "models" / "shapes.ebnas")
 
 
 def odd_model(folder: Path, **fields) -> Path:

@@ -25,7 +25,7 @@ from packed import (
     program_bytes,
     read_program,
 )
-from packed.float_form import FloatForm, run_step
+from packed.float_form import FloatForm
 from packed.program import sealed
 
 ODD_VALUES = (
@@ -241,12 +241,12 @@ def steps_of(net: PackedNetwork, image: np.ndarray):
     A step at a time: a sign that rounding takes across a threshold would make all that follows differ.
     """
     buffers = {0: torch.from_numpy(image)[None]}
-    results, weights = net.trace(image), FloatForm(net.program).weights
-    for step, result, tensors in zip(net.program.steps, results, weights, strict=True):
+    steps = FloatForm(net.program).steps
+    for step, result, float_step in zip(net.program.steps, net.trace(image), steps, strict=True):
         inputs = [
             buffers[view.buffer][:, view.slice] if view else None for view in (step.source, step.residual)
         ]
-        expected = run_step(step, tensors, *inputs).reshape(1, *result.shape)
+        expected = float_step(*inputs).reshape(1, *result.shape)
         if step.target is not None:
             shape = (1, net.program.buffers[step.target.buffer][0], *result.shape[1:])
             target = buffers.setdefault(step.target.buffer, torch.zeros(shape))[:, step.target.slice]

@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+import torch
 from conftest import TINY_STAGE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,7 +20,7 @@ def here(tmp_path, monkeypatch):
 
 def test_runs_of_one_second_do_not_collide(here, monkeypatch):
     monkeypatch.setattr(runs.time, "strftime", lambda _format: "20260101-000000")
-    folders = [create_run("search-EXP", {"seed": 3}) for _ in range(3)]
+    folders = [create_run("search-EXP", {"seed": 3}, torch.device("cpu")) for _ in range(3)]
     assert [folder.name for folder in folders] == [f"search-EXP-20260101-000000{n}" for n in ("", "-2", "-3")]
     assert read_args(folders[2])["seed"] == 3
 

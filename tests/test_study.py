@@ -1,7 +1,12 @@
 """study.py with the real scripts, at a size of seconds."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import time
+from collections.abc import Callable
 
 import pytest
 from conftest import TINY
@@ -24,6 +29,7 @@ def one_study(monkeypatch, data_flags) -> Study:
         **dict.fromkeys(("stage1_epochs", "stage2_epochs", "candidates"), 1),
         **dict.fromkeys(("searches", "random_cells", "published", "seeds", "ema"), 1),
         trial={},
+        rows={},
     )
     arms = (
         arm("published", 1, lambda s: network_job(scale, s)),
@@ -37,23 +43,52 @@ def one_study(monkeypatch, data_flags) -> Study:
 def test_a_study_goes_on_where_it_was_ended(one_study, scripts, images):
     flags = ["search", "--scale", "tiny", "--data", images]
     assert "0 of 2 runs" in scripts.run("study.py", *flags, "--table").stdout
-    line = scripts.run("study.py", *flags[:-1], "nowhere", "--shard", "1/2", code=1).stderr.splitlines()[-1]
-    assert "1 runs failed" in line and "no folder 'train' in nowhere" in line
+    line = scripts.run("study.py", *flags[:-1], "nowhere", code=2).stderr.splitlines()[-1]
+    assert "no folder 'train' in nowhere" in line
 
-    output = scripts.run("study.py", *flags, "--shard", "1/2").stdout
-    assert "1 of 2 runs" in output
+    assert "1 of 2 runs" in scripts.run("study.py", *flags, "--shard", "1/2").stdout
     output = scripts.run("study.py", *flags, "--jobs", 2).stdout
     assert "2 of 2 runs" in output and "The searches" in output
     assert len(scripts.runs("*-study-*")) == 5, "two stages, then a search and two stages, and nothing again"
-    content = json.loads((scripts.folder / "results" / "search.json").read_text())
+    file = scripts.folder / "results" / "search.json"
+    content = json.loads(file.read_text())
     assert len(content["jobs"]) == 5
     for record in content["jobs"].values():
         assert record["commit"] and record["machine"]["torch"] and record["seconds"] > 0
     assert (scripts.folder / "results" / "search.png").exists()
 
+    file.unlink()  # as if it was killed before it noted what was done
+    assert "2 of 2 runs" in scripts.run("study.py", *flags).stdout
+    assert len(scripts.runs("*-study-*")) == 5
+    assert json.loads(file.read_text())["jobs"].keys() == content["jobs"].keys()
     shutil.rmtree(scripts.folder / "runs")  # another machine, which has the figures alone
     assert "2 of 2 runs" in scripts.run("study.py", *flags).stdout
     assert not scripts.runs("*-study-*")
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_a_study_and_its_runs_go_on_later(one_study, scripts, images, end):
+    """Of a study that is killed the run lives on: the next one waits for it, and takes what it made."""
+    flags = ["search", "--scale", "tiny", "--data", images, "--shard", "1/2"]
+    pid = os.fork()
+    if not pid:
+        with contextlib.suppress(BaseException):
+            scripts.run("study.py", *flags)
+        os._exit(0)
+    wait_for(lambda: any(run.joinpath("last.pt").exists() for run in scripts.runs("*-study-*")))
+    (run,) = scripts.runs("*-study-*")
+    os.kill(pid, end)
+    os.waitpid(pid, 0)
+    assert "1 of 2 runs" in scripts.run("study.py", *flags).stdout
+    stages = sorted(each.name.split("-")[3] for each in scripts.runs("*-study-*"))
+    assert stages == ["stage1", "stage2"] and run in scripts.runs("*-study-*")
+
+
+def wait_for(event: Callable[[], bool], seconds: float = 240) -> None:
+    started = time.monotonic()
+    while not event():
+        assert time.monotonic() < started + seconds
+        time.sleep(0.05)
 
 
 def test_bad_flags_are_one_line(scripts):

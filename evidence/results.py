@@ -1,0 +1,86 @@
+"""The figures of finished runs on disk: results/NAME.json, one file a study, each whole in itself."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from evidence.plan import Study
+from utils import InputError, write_atomically
+
+
+class Results:
+    """`folder`/NAME.json holds what a study asked and the record of each of its finished jobs by key.
+
+    A job whose record stands in any of the files is done. Processes of several machines may share the folder:
+    who writes holds its lock. Records are never removed. Raises InputError on a file of another `scale` (its
+    name, with the set's), or a damaged one.
+    """
+
+    def __init__(self, folder: Path, scale: str, names: Iterable[str]):
+        self.folder, self.scale = folder, scale
+        self.paths = {name: folder / f"{name}.json" for name in names}
+        self.records()
+
+    def records(self) -> dict[str, dict]:
+        """The records of all files, by key."""
+        found = {}
+        for path in self.paths.values():
+            found |= self._records_of(path)
+        return found
+
+    def content(self, study: Study) -> dict[str, Any]:
+        """What a study's file should hold: its own records, and what other files hold of its jobs."""
+        known, jobs = self.records(), study.jobs()
+        own = self._records_of(self.paths[study.name])
+        return {
+            "study": study.name,
+            "question": study.question,
+            "scale": self.scale,
+            "arms": {arm.name: {str(s): job.key for s, job in arm.jobs.items()} for arm in study.arms},
+            "jobs": own | {key: known[key] for key in jobs if key in known},
+        }
+
+    def keep(self, study: Study, records: Mapping[str, dict]) -> None:
+        """Add `records` to the study's file."""
+        with self._locked():
+            content = self.content(study)
+            content["jobs"].update(records)
+            write_atomically(self.paths[study.name], _a_line_each(content).encode())
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _records_of(self, path: Path) -> dict[str, dict]:
+        if not path.exists():
+            return {}
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON: {error}; remove it, or give another --out") from None
+        if not isinstance(content, dict) or not isinstance(content.get("jobs"), dict):
+            raise InputError(f"{path} is not the file of a study; remove it, or give another --out")
+        if content.get("scale") != self.scale:
+            raise InputError(
+                f"{path} is of scale {content.get('scale')}, not {self.scale}; give another --out"
+            )
+        return content["jobs"]
+
+
+def _a_line_each(content: Mapping[str, Any]) -> str:
+    """JSON with an arm and a job on a line of its own, so that a reader and a diff see them apart."""
+
+    def text(value: Any) -> str:
+        if not isinstance(value, dict):
+            return json.dumps(value)
+        return "{\n  " + ",\n  ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n }"
+
+    return "{\n " + ",\n ".join(f"{json.dumps(k)}: {text(v)}" for k, v in content.items()) + "\n}\n"

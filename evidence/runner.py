@@ -1,0 +1,235 @@
+"""Running the jobs of a study as processes: several at once, shared between machines, ended and resumed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from baselines import trained_network
+from checkpoint import load_checkpoint
+from cost import measure_cost
+from evidence.plan import BestOf, FolderOf, Job, Study
+from evidence.results import Results
+from genotypes import genotype_from_dict, save_genotype
+from runs import LOCK, RESULT, RUNS, read_args, read_metrics, read_result
+from utils import InputError, RunFailed
+
+PROGRAM = Path(__file__).parent.parent
+PATIENCE = 1.0
+"""Seconds between looks at a lock that another process has."""
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(Exception):
+    """The study was told to end before this job began."""
+
+
+class Runner:
+    """Runs what `results` lack, `at_once` jobs at a time; `data` says where the images are, on this machine.
+
+    A signal ends it and its runs, each of which leaves a checkpoint to go on from.
+    """
+
+    def __init__(self, results: Results, *, data: str | None, at_once: int):
+        self.results, self.data, self.at_once = results, data, at_once
+        self.gpus = torch.cuda.device_count()
+        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(at_once):
+            self.slots.put(slot)
+        self.processes: set[subprocess.Popen] = set()
+        self.stopped, self.starting = threading.Event(), threading.Lock()
+
+    def run(self, study: Study, shard: tuple[int, int]) -> list[str]:
+        """Run what is not yet done of part I of N of a study; what failed, a line each.
+
+        Raises InputError where a script does not take what it was given: no other run would fare better.
+        """
+        part, parts = shard
+        known = self.results.records()
+        finals = [job for job in study.final_jobs()[part - 1 :: parts] if job.key not in known]
+        jobs, failed = {job.key for final in finals for job in final.chain}, []
+        bar = tqdm(total=len(jobs), desc=study.name, unit=" runs", dynamic_ncols=True, disable=None)
+        with bar, _signals_to_interrupts(), ThreadPoolExecutor(self.at_once) as pool:
+            chains = [pool.submit(self._run_chain, study, final, jobs, bar) for final in finals]
+            try:
+                for chain in as_completed(chains):
+                    try:
+                        chain.result()
+                    except RunFailed as error:
+                        failed.append(str(error))
+                        tqdm.write(f"failed: {error}", file=sys.stderr)
+            except BaseException:
+                self._stop(chains)
+                raise
+        return failed
+
+    def _stop(self, chains: list[Future]) -> None:
+        with self.starting:  # whoever starts a run now sees that it must not, or its process is in the set
+            self.stopped.set()
+        for chain in chains:
+            chain.cancel()
+        for process in list(self.processes):
+            process.terminate()
+
+    def _run_chain(self, study: Study, final: Job, waiting: set[str], bar: tqdm) -> None:
+        for job in final.chain:
+            with self._claim(RUNS / f".study-{job.key}"):
+                records = self.results.records()
+                if final.key in records:
+                    return
+                if job.key not in records or (job.key in final.starting_points and not run_folder(job)):
+                    record = self._made(job, records)
+                    self.results.keep(study, {job.key: record})
+                    tqdm.write(f"{study.name}: {title(record)}", file=sys.stdout)
+                if job.key in waiting:
+                    waiting.discard(job.key)
+                    bar.update()
+
+    @contextmanager
+    def _claim(self, path: Path) -> Iterator[None]:
+        """Hold the lock of `path`, of all processes that share the folder. Raises Stopped."""
+        RUNS.mkdir(exist_ok=True)
+        with open(path, "a") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if self.stopped.wait(PATIENCE):
+                        raise Stopped from None
+            yield
+
+    def _made(self, job: Job, records: Mapping[str, dict]) -> dict[str, Any]:
+        """A job's record: of a run that is done, though a study that was killed did not note it, or of one
+        that is made or goes on now. Raises RunFailed with the last line that it wrote, InputError likewise
+        where it says that it was given something wrong."""
+        for path in RUNS.glob(f"*-study-{job.key}-*/{LOCK}"):
+            with self._claim(path):  # a study that was killed may have left the run alive
+                pass
+        if not run_folder(job):
+            words, code, line = self._run(job, records)
+            if code and not run_folder(job):  # a signal may have come after the end
+                kind = InputError if code == 2 else RunFailed
+                raise kind(f"{shlex.join(['python', *words[1:]])}: {line}")
+        return _record(job)
+
+    def _run(self, job: Job, records: Mapping[str, dict]) -> tuple[list[str], int, str]:
+        """Run or resume a job: its command, its exit code, the last line on its stderr."""
+        flags = {name: _text_of(value, records) for name, value in job.flags.items()}
+        flags |= {"data": self.data, "save": f"study-{job.key}", "resume": "auto"}
+        slot = self.slots.get()
+        try:
+            if self.gpus:
+                flags["gpu"] = slot % self.gpus
+            words = [sys.executable, str(PROGRAM / job.script), *command_line(flags)]
+            with self.starting:
+                if self.stopped.is_set():
+                    raise Stopped
+                process = subprocess.Popen(
+                    words,
+                    env=self._environment(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    start_new_session=True,  # a terminal's Ctrl-C comes to the study, and from it to the run
+                )
+                self.processes.add(process)
+            _, errors = process.communicate()
+        finally:
+            self.slots.put(slot)
+        self.processes.discard(process)
+        lines = errors.decode(errors="replace").strip().splitlines()
+        return words, process.returncode, (lines or ["no word of why"])[-1]
+
+    def _environment(self) -> dict[str, str]:
+        """This one's, less what torchrun says to its own processes; a part of the cores for each run."""
+        theirs = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC")
+        kept = {name: value for name, value in os.environ.items() if not any(t in name for t in theirs)}
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return {"OMP_NUM_THREADS": str(max(1, cores // self.at_once)), **kept}
+
+
+@contextmanager
+def _signals_to_interrupts() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP (a terminal that goes) do what Ctrl-C does."""
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    previous = {each: signal.signal(each, interrupt) for each in ENDING}
+    try:
+        yield
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
+def run_folder(job: Job) -> Path | None:
+    """The folder of a job's finished run; None where there is none on this machine."""
+    return next((path.parent for path in sorted(RUNS.glob(f"*-study-{job.key}-*/{RESULT}"))), None)
+
+
+def command_line(flags: Mapping[str, Any]) -> list[str]:
+    words = []
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def title(record: Mapping[str, Any]) -> str:
+    """One line on a finished run."""
+    figures = record["figures"]
+    top1 = figures["test"]["top1"] if "test" in figures else figures["valid_top1"]
+    return f"{shlex.join(command_line(record['flags']))}: {top1:.2f} %, {record['seconds']:.0f} s"
+
+
+def _text_of(value: Any, records: Mapping[str, dict]) -> Any:
+    """What stands on the command line for a flag's value."""
+    if isinstance(value, FolderOf):
+        return run_folder(value.job) or _found_genotype(value.job, records)
+    if isinstance(value, BestOf):
+        best = max(value.jobs, key=lambda job: records[job.key]["figures"]["best"]["score"])
+        return best.flags["arch"]
+    return value
+
+
+def _found_genotype(job: Job, records: Mapping[str, dict]) -> Path:
+    """A genotype file, of a search whose figures alone are on this machine."""
+    path = RUNS / f"study-{job.key}.json"
+    save_genotype(path, genotype_from_dict(records[job.key]["figures"]["genotype"]))
+    return path
+
+
+def _record(job: Job) -> dict[str, Any]:
+    """`seconds`: those of the epochs, with their evaluations."""
+    folder = run_folder(job)
+    args = read_args(folder)
+    record = {
+        **job.identity,
+        "commit": args["commit"],
+        "machine": args["machine"],
+        "seconds": round(sum(epoch["seconds"] for epoch in read_metrics(folder)), 1),
+        "figures": read_result(folder),
+    }
+    if job.script == "train.py":
+        checkpoint = load_checkpoint(folder)
+        cost = measure_cost(trained_network(checkpoint), checkpoint["data"]["image_size"])
+        size = cost.binary_bytes + cost.float_bytes
+        record["cost"] = {"parameters": cost.parameters, "ops": cost.ops, "bytes": size}
+        record["genotype"] = checkpoint["config"].get("genotype")
+    return record
