@@ -7,11 +7,13 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import ROOT
-from packed_programs import SEVEN, data_entry, network
+from packed_programs import SEVEN, data_entry, network, spread
 from PIL import Image
 
 import web
+from baselines import make_config
 from images import central_square, read_rgb
+from model import build_model
 from packed import PackedNetwork, load, program_bytes
 from packed.lowering import lower
 from shapes import draw_shapes
@@ -86,10 +88,16 @@ def deep_network() -> bytes:
     return program_bytes(lower(model, data_entry(10, image_size=37)))
 
 
-@pytest.mark.parametrize("name", ["shapes", "deep"])
+def row(arch: str) -> bytes:
+    """Of another row of the tables: shuffles, or float convolutions of blocks."""
+    model = spread(build_model(make_config(arch, init_channels=12, layers=3)))
+    return program_bytes(lower(model, data_entry(10, image_size=36)))
+
+
+@pytest.mark.parametrize("name", ["shapes", "deep", "BATS", "BNAS-A"])
 def test_logits_are_those_of_packed_to_the_bit(name, visit, tmp_path):
     """Of plain C: AVX2 and AVX-512 round a product and a sum at once, which WebAssembly cannot."""
-    content = SHAPES.read_bytes() if name == "shapes" else deep_network()
+    content = {"shapes": SHAPES.read_bytes, "deep": deep_network}.get(name, lambda: row(name))()
     file = tmp_path / "network.ebnas"
     file.write_bytes(content)
     net = load(file, kernel="c")
