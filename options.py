@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from genotypes import OPERATIONS
@@ -143,6 +143,15 @@ class Parser(argparse.ArgumentParser):
 def as_dict(args: argparse.Namespace) -> dict[str, Any]:
     """The flags alone, as args.json and checkpoints keep them."""
     return {name: value for name, value in vars(args).items() if name not in ("given", "idle")}
+
+
+def command_line(flags: Mapping[str, Any]) -> list[str]:
+    """Words for a shell: a flag that is True is a switch, one that is False or None is left out."""
+    words = []
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
 
 
 def add_device_flags(parser: Parser) -> None:

@@ -49,6 +49,7 @@ from evidence.store import Store
 from evidence.studies import SCALES, STUDIES
 from figures import draw_study
 from genotypes import genotype_from_dict, save_genotype
+from options import command_line
 from runs import RESULT, RUNS, read_args, read_metrics, read_result
 from utils import RunFailed, run_main, write_atomically
 
@@ -231,14 +232,6 @@ class Runner:
 def run_folder(job: Job) -> Path | None:
     """The folder of a job's finished run; None where there is none on this machine."""
     return next((path.parent for path in sorted(RUNS.glob(f"*-study-{job.key}-*/{RESULT}"))), None)
-
-
-def command_line(flags: Mapping[str, Any]) -> list[str]:
-    words = []
-    for name, value in flags.items():
-        if value is not None and value is not False:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
 
 
 def title(record: Mapping[str, Any]) -> str:
