@@ -125,7 +125,7 @@ def figures(args: argparse.Namespace) -> str:
     published = ROWS[args.row].published.get(args.set)
     if published is None:
         return "nothing"
-    words = [f"error {published.error} %"]
+    words = [f"error {published.error} %"] if published.error else []
     words += [f"top-5 error {published.top5_error} %"] if published.top5_error else []
     words += [f"{published.params}M parameters"] if published.params else []
     return ", ".join([*words, *([f"{published.ops}e8 OPs"] if published.ops else [])])
