@@ -228,7 +228,7 @@ def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
     parser.needs("compile_mode", "compile")
     add_device_flags(parser)
     flag("--gpu", type=integer(0, 1024), default=0, help="number of the CUDA GPU")
-    parser.retire("momentum", "Adam is the optimiser, as in the original")
+    parser.retire("momentum", "Adam is the optimiser; a recipe with SGD has its own")
     parser.retire("model_path", "checkpoints are in the run's folder")
 
 

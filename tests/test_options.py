@@ -29,7 +29,11 @@ from utils import InputError
             "--drop_path_prob 1",
             ["--drop_path_prob has no use here: the supernet has no drop-path, as in the original"],
         ),
-        (train, "--momentum 1", ["--momentum has no use here: Adam is the optimiser, as in the original"]),
+        (
+            train,
+            "--momentum 1",
+            ["--momentum has no use here: Adam is the optimiser; a recipe with SGD has its own"],
+        ),
     ],
 )
 def test_flags_without_use_say_so(script, flags, lines):

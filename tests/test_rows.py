@@ -68,6 +68,7 @@ def test_what_goes_on_is_what_was_not_interrupted(scripts, data_flags, at_step):
         (["--arch", "BNAS-A", "--groups", 7], "BNAS-A has no use for --groups"),
         (["--arch", "DCP-NAS-L", "--auxiliary"], "DCP-NAS-L has no use for --auxiliary"),
         (["--arch", "ResNet18", "--layers", 7], "ResNet18 has no use for --layers"),
+        (["--arch", "ResNet18", "--drop_path_prob", 0.1], "ResNet18 has no paths to drop"),
         (["--arch", "ResNet18", "--family", "bats"], "is made of no cells"),
         (["--arch", "BATS", "--weight_binarization", "balanced"], "has no use for --weight_binarization"),
         (["--arch", "BATS", "--variant", "as_run"], "choose from ('learned', 'mean')"),
