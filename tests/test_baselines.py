@@ -119,6 +119,14 @@ def test_labels_say_what_is_a_stand_in():
     )
     assert label(make_config("DCP-NAS-L")).endswith("CP-NAS is not public), CIFAR form ours")
     assert label(make_config("BNAS-C")) == "BNAS-C"
+    assert label(make_config("BNAS-C", init_channels=8)) == "BNAS-A, C 8"  # they have one cell
+    assert label(make_config("BATS", init_channels=24, layers=6)) == (
+        "BATS (stand-in: second-hand cell, C 24, 6 cells)"
+    )
+    assert (
+        label(make_config("EBNAS", "bats", init_channels=24))
+        == "a cell of its own in the blocks of bats, C 24"
+    )
     assert not any("CP-NAS" in arch for arch in ROWS if arch != "DCP-NAS-L")
 
 
