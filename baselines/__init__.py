@@ -227,8 +227,8 @@ def check_packable(checkpoint: dict) -> None:
 
 
 def label(config: Config) -> str:
-    """The name of a network, and that it is a stand-in where it is one: `BATS (stand-in: ...)`; with its width
-    where that is not its row's."""
+    """The name of a network, and that it is a stand-in where it is one: `BATS (stand-in: ...)`; with its
+    width where that is not its row's."""
     rows = {
         name: row
         for name, row in ROWS.items()
