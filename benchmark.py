@@ -210,7 +210,7 @@ def add_train_flags(parser: options.Parser) -> None:
 
 @contextmanager
 def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
-    """a training step: of our network as it is trained; of EBNAS's original (weight_binarization plain)"""
+    """a training step: of our network as it is trained, and of EBNAS's original's (its binarization plain)"""
     ours, batch = network_and_batch(args, args.family, world.device)
     original = original_network(ours) if ours.config.system == "ebnas" else None
     ours = as_trained(ours, args, world.device)

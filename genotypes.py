@@ -38,6 +38,8 @@ OPERATIONS = {
 """What each system's cells are made of, by their own names. A `sep_conv` of BATS is one grouped convolution,
 of DCP-NAS two depthwise separable ones."""
 
+EVERY_OPERATION = tuple(dict.fromkeys(name for names in OPERATIONS.values() for name in names))
+
 CONVOLUTION_PREFIXES = {  # (plain, dilated)
     "ebnas": ("bin_conv", "bin_dil_conv"),
     "bnas": ("bin_conv", "bin_dil_conv"),
@@ -149,23 +151,23 @@ def random_genotype(seed: int) -> Genotype:
     return Genotype(cell(), concat, cell(), concat)
 
 
-def get_genotype(name: str, system: str | None = None) -> Genotype:
+def get_genotype(name: str, system: str | None = None, *, known: tuple[str, ...] = PRIMITIVES) -> Genotype:
     """The genotype registered as `name`, a random one (`random:SEED`), or that in the JSON file or search run
-    folder of that path.
+    folder of that path, of the operations `known`.
 
-    For a `system` its convolutions are renamed to that system's. Without one a file is EBNAS's.
+    For a `system` it may be any system's, and its convolutions are renamed to that system's.
     Raises InputError: unknown name (the known ones are listed), a file that holds no valid genotype, or an
     operation that the system does not have.
     """
+    if system is not None:
+        return translated(get_genotype(name, known=EVERY_OPERATION), system, origin=name)
     if name in GENOTYPES:
-        genotype = GENOTYPES[name]
-        return genotype if system is None else translated(genotype, system, origin=name)
+        return GENOTYPES[name]
     if name.startswith(RANDOM):
         seed = name.removeprefix(RANDOM)
         if not seed.isdecimal():
             raise InputError(f"genotype {name!r}: {RANDOM} takes a seed, a whole number from 0")
-        genotype = random_genotype(int(seed))
-        return genotype if system is None else translated(genotype, system, origin=name)
+        return random_genotype(int(seed))
     path = Path(name)
     if path.is_dir():
         path = path / "genotype.json"
@@ -180,10 +182,7 @@ def get_genotype(name: str, system: str | None = None) -> Genotype:
         fields = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"genotype file {path} is not JSON: {error}") from None
-    if system is None:
-        return genotype_from_dict(fields, origin=str(path))
-    known = tuple(dict.fromkeys(name for names in OPERATIONS.values() for name in names))
-    return translated(genotype_from_dict(fields, origin=str(path), known=known), system, origin=str(path))
+    return genotype_from_dict(fields, origin=str(path), known=known)
 
 
 def translated(genotype: Genotype, system: str, *, origin: str = "genotype") -> Genotype:

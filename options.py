@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from genotypes import OPERATIONS
@@ -162,6 +162,15 @@ def as_dict(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in ("given", "idle")}
 
 
+def command_line(flags: Mapping[str, Any]) -> list[str]:
+    """Words for a shell: a flag that is True is a switch, one that is False or None is left out."""
+    words = []
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
 def add_device_flags(parser: Parser) -> None:
     """Where and in which arithmetic a script computes."""
     from engine import PRECISIONS
@@ -259,7 +268,7 @@ def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
     add_layout_flags(parser)
     flag("--gpu", type=integer(0, 1024), default=0, help="number of the CUDA GPU")
     parser.needs_gpu("gpu")
-    parser.retire("momentum", "Adam is the optimiser, as in the original")
+    parser.retire("momentum", "Adam is the optimiser; a recipe with SGD has its own")
     parser.retire("model_path", "checkpoints are in the run's folder")
 
 

@@ -56,6 +56,8 @@ def settle(args: argparse.Namespace, *, family: str) -> argparse.Namespace:
     for name in NETWORK_FLAGS:
         if name in args.given and name not in settings_of(system):
             raise InputError(f"{args.arch} has no use for --{name}; leave it out")
+    if system == "resnet" and "drop_path_prob" in args.given:
+        raise InputError(f"{args.arch} has no paths to drop; leave --drop_path_prob out")
     if system not in STAGE1:
         which = "has no stages: it trains in full precision" if system == "resnet" else "trains in one stage"
         for name in ("binary", "stage1", "pretrained", "from_scratch", "stage1_weight_decay"):

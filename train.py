@@ -25,13 +25,14 @@ from checkpoint import BEST, load_checkpoint
 from data import SETS, BatchLoader, ImageSet, holdout_split
 from distributed import World, setup
 from engine import evaluate, train_one_epoch
+from recipes import EBNAS
 from session import Session, loader_settings, prepare_data
 from utils import run_main
 
 
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    options.add_run_flags(parser, epochs=600, batch_size=256)
+    options.add_run_flags(parser, **EBNAS["cifar"].flags)
     options.add_set_flags(parser, SETS)
     options.add_network_flags(parser, init_channels=84, layers=16, drop_path_prob=0.2, label_smooth=0.0)
     options.add_beyond_flags(parser)

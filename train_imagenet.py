@@ -21,13 +21,14 @@ import stages
 from data import STATISTICS, Share, imagenet_loaders
 from distributed import setup
 from engine import evaluate, train_one_epoch
+from recipes import EBNAS
 from session import Session, describe_data
 from utils import InputError, run_main
 
 
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    options.add_run_flags(parser, epochs=100, batch_size=256)
+    options.add_run_flags(parser, **EBNAS["imagenet"].flags)
     options.add_network_flags(parser, init_channels=112, layers=14, drop_path_prob=0.0, label_smooth=0.1)
     options.add_beyond_flags(parser)
     flag = parser.add_argument

@@ -1,6 +1,7 @@
 """Draw the two cells of a genotype, the curves of a run, and how a search's alpha and beta moved.
 
 python visualize.py EBNAS                           # EBNAS-normal.png and EBNAS-reduce.png
+python visualize.py BNAS-A                          # likewise, of any row of the published tables
 python visualize.py genotype.json --out pictures    # a genotype from a file
 python visualize.py runs/search-EXP-TIME            # its cells, curves, alpha and beta, into its folder
 python visualize.py runs/eval-EXP-stage1-TIME       # a training run: its curves
@@ -16,10 +17,21 @@ if __name__ == "__main__":  # torch takes seconds to import
 import argparse
 from pathlib import Path
 
-from figures import draw_curves, draw_genotype
-from genotypes import GENOTYPES, get_genotype
+from figures import draw_curves, draw_genotype, draw_layers
+from genotypes import EVERY_OPERATION, GENOTYPES, get_genotype
 from options import Parser
 from utils import InputError, run_main
+
+RESNET = "ResNet18"
+RESNET_STAGES = [
+    ("conv1", "7x7, stride 2", "64, 112 x 112"),
+    ("max pool", "3x3, stride 2", "64, 56 x 56"),
+    *(
+        (f"layer{stage + 1}", "2 blocks of two 3x3", f"{64 << stage}, {56 >> stage} x {56 >> stage}")
+        for stage in range(4)
+    ),
+    ("fc", "mean, linear", "1000 classes"),
+]
 
 
 def parser() -> Parser:
@@ -33,15 +45,19 @@ def parser() -> Parser:
 
 def main(args: argparse.Namespace) -> None:
     run = Path(args.what)
-    if args.what in GENOTYPES or not run.is_dir():
+    if args.what == RESNET:
+        paths = draw_layers(f"{RESNET}, ImageNet", RESNET_STAGES, Path(args.out or "."), name=RESNET)
+    elif args.what in GENOTYPES or not run.is_dir():
         name = args.what if args.what in GENOTYPES else run.stem
-        paths = draw_genotype(get_genotype(args.what), Path(args.out or "."), name=name)
+        paths = draw_genotype(
+            get_genotype(args.what, known=EVERY_OPERATION), Path(args.out or "."), name=name
+        )
     else:
         folder = Path(args.out or run)
         has_genotype, has_metrics = ((run / name).exists() for name in ("genotype.json", "metrics.jsonl"))
         if not has_genotype and not has_metrics:
             raise InputError(f"{run} is no run: it has neither genotype.json nor metrics.jsonl")
-        genotype = get_genotype(str(run)) if has_genotype else None
+        genotype = get_genotype(str(run), known=EVERY_OPERATION) if has_genotype else None
         paths = draw_curves(run, folder=folder) if has_metrics else []
         paths = ([] if genotype is None else draw_genotype(genotype, folder)) + paths
     for path in paths:

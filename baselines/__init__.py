@@ -37,7 +37,8 @@ class Size(NamedTuple):
 
 
 class Published(NamedTuple):
-    """What a set's table says of a row: parameters (M) or OPs (1e8), errors in percent."""
+    """What a set's table says of a row: parameters (M) or OPs (1e8), errors in percent. Of BNAS-A and BNAS-F
+    the parameters alone, from their authors' logs."""
 
     params: float | None = None
     ops: float | None = None
@@ -71,13 +72,13 @@ ROWS = {
             "imagenet": Published(ops=18.2, error=30.4, top5_error=10.8),
         },
     ),
-    "BNAS-A": Row("bnas", {"cifar": Size(36, 20)}),
+    "BNAS-A": Row("bnas", {"cifar": Size(36, 20)}, published={"cifar10": Published(params=5.58)}),
     "BNAS-C": Row(
         "bnas", {"cifar": Size(108, 16)}, published={"cifar10": Published(params=42.4, error=5.57)}
     ),
     "BNAS-D": Row("bnas", {"imagenet": Size(64, 12)}),
     "BNAS-E": Row("bnas", {"imagenet": Size(68, 12)}),
-    "BNAS-F": Row("bnas", {"imagenet": Size(68, 15)}),
+    "BNAS-F": Row("bnas", {"imagenet": Size(68, 15)}, published={"imagenet": Published(params=39.8)}),
     "BNAS-G": Row("bnas", {"imagenet": Size(74, 11)}),
     "BNAS-H": Row(
         "bnas",
@@ -216,21 +217,20 @@ def trained_network(checkpoint: dict) -> nn.Module:
 
 
 def label(config: Config) -> str:
-    """The name of a network, and that it is a stand-in where it is one: `BATS (stand-in: ...)`."""
-    for name, row in ROWS.items():
-        if row.system == config.system:
-            size = row.sizes.get(config.family)
-            ours = tuple(getattr(config, part, None) for part in Size._fields)
-            if size == ours and (config.system == "resnet" or config.genotype == GENOTYPES[name]):
-                return _labelled(name, config)
-    for name, row in ROWS.items():
-        if row.system == config.system and (config.system == "resnet" or config.genotype == GENOTYPES[name]):
-            return f"{_labelled(name, config)}, C {config.init_channels}"
-    return f"a cell of its own in the blocks of {config.system}, C {config.init_channels}"
-
-
-def _labelled(name: str, config: Config) -> str:
-    text = ROWS[name].label.format(
-        name=name, init_channels=config.init_channels, layers=getattr(config, "layers", None)
-    )
-    return f"{text}, {config.family} form ours" if config.family == ROWS[name].own_form else text
+    """The name of a network, and that it is a stand-in where it is one: `BATS (stand-in: ...)`; with its
+    width where that is not its row's."""
+    rows = {
+        name: row
+        for name, row in ROWS.items()
+        if row.system == config.system and (name not in GENOTYPES or GENOTYPES[name] == config.genotype)
+    }
+    if not rows:
+        return f"a cell of its own in the blocks of {config.system}, C {config.init_channels}"
+    size = tuple(getattr(config, part, None) for part in Size._fields)
+    as_published = [name for name, row in rows.items() if row.sizes.get(config.family) == size]
+    name = (as_published or list(rows))[0]
+    text = rows[name].label.format(name=name, init_channels=size[0], layers=size[1])
+    if not as_published and "C " not in text:
+        text += f", C {config.init_channels}"
+    is_ours = config.family == rows[name].own_form
+    return f"{text}, {config.family.upper()} form ours" if is_ours else text

@@ -25,6 +25,7 @@ from cost import measure_cost
 from evidence.plan import BestOf, FolderOf, Job, Study
 from evidence.results import Results
 from genotypes import genotype_from_dict, save_genotype
+from options import command_line
 from runs import LOCK, RESULT, RUNS, read_args, read_metrics, read_result
 from utils import InputError, RunFailed
 
@@ -181,14 +182,6 @@ def _signals_to_interrupts() -> Iterator[None]:
 def run_folder(job: Job) -> Path | None:
     """The folder of a job's finished run; None where there is none on this machine."""
     return next((path.parent for path in sorted(RUNS.glob(f"*-study-{job.key}-*/{RESULT}"))), None)
-
-
-def command_line(flags: Mapping[str, Any]) -> list[str]:
-    words = []
-    for name, value in flags.items():
-        if value is not None and value is not False:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
 
 
 def title(record: Mapping[str, Any]) -> str:

@@ -27,6 +27,15 @@ def draw_genotype(genotype: Genotype, folder: Path, *, name: str = "genotype") -
         return _write(figures, folder)
 
 
+def draw_layers(title: str, stages: list[tuple[str, str, str]], folder: Path, *, name: str) -> list[Path]:
+    """Write {name}-layers.png into `folder`: of each stage its name, what it is, what it gives. Raises as
+    `_write`."""
+    with _default_look():
+        from figures.layers import Stage, layers_figure
+
+        return _write({f"{name}-layers.png": layers_figure(title, [Stage(*s) for s in stages])}, folder)
+
+
 def draw_curves(run: Path, *, folder: Path | None = None) -> list[Path]:
     """Write curves.png, and for a search arch-alpha.png and arch-beta.png, from run/metrics.jsonl into
     `folder`, by default the run's own.

@@ -17,6 +17,12 @@ LABELS = {
     "bin_conv_5x5": "5x5 conv",
     "bin_dil_conv_3x3": "3x3 dil. conv",
     "bin_dil_conv_5x5": "5x5 dil. conv",
+    "none": "zero",
+    "sep_conv_3x3": "3x3 sep. conv",
+    "sep_conv_5x5": "5x5 sep. conv",
+    "sep_conv_7x7": "7x7 sep. conv",
+    "dil_conv_3x3": "3x3 dilated",
+    "dil_conv_5x5": "5x5 dilated",
 }
 COLORS = {
     "skip_connect": "#2e8b57",
@@ -26,8 +32,14 @@ COLORS = {
     "bin_conv_5x5": "#1f3f8f",
     "bin_dil_conv_3x3": "#c05fc9",
     "bin_dil_conv_5x5": "#6a1b9a",
+    "none": "#5f6b7a",
+    "sep_conv_3x3": "#4a90d9",
+    "sep_conv_5x5": "#1f3f8f",
+    "sep_conv_7x7": "#0b1f4d",
+    "dil_conv_3x3": "#c05fc9",
+    "dil_conv_5x5": "#6a1b9a",
 }
-"""One colour per operation, the same in every picture."""
+"""One colour per operation, the same in every picture, and for the same kind in each system."""
 
 TITLES = {"normal": "normal cell", "reduce": "reduction cell"}
 

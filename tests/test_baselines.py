@@ -1,10 +1,12 @@
 """The rows: costs, to the integer of their descriptions; ResNet18 beside torchvision's; labels."""
 
 import json
+import re
 
 import pytest
 import torch
 import torchvision
+from conftest import ROOT
 from reference_values import REFERENCE
 from torch.nn import functional as F
 
@@ -85,6 +87,28 @@ def test_a_row_is_rebuilt_from_its_checkpoint_alone(arch):
     assert torch.equal(rebuilt(images)[0], model.eval()(images)[0])
 
 
+def test_the_table_of_the_readme():
+    """Parameters and OPs of its rows are those of the descriptions."""
+    rows = re.findall(
+        r"^\| (CIFAR-10|ImageNet) \| (.+?) \| ([\d,]+) \|(.*)$", (ROOT / "README.md").read_text(), re.M
+    )
+    checked = 0
+    for images, network, parameters, numbers in rows:
+        name = network.replace(", as run", ", as the code runs").replace(", intended", ", as intended")
+        name = {"ResNet18 (full precision)": f"ResNet18 {images}", "BNAS-F": "BNAS-F, as the code runs"}.get(
+            name, name
+        )
+        name = "DCP-NAS-L, as the code runs" if name.startswith("DCP") and images == "ImageNet" else name
+        if name.startswith("BATS"):
+            size = re.search(r"C \d+, \d+ cells", name)[0]
+            name = f"BATS stand-in {'cifar' if images == 'CIFAR-10' else 'imagenet'} {size}, groups 12"
+        if theirs := COSTS.get(name):
+            assert int(parameters.replace(",", "")) == theirs["params"] + theirs.get("alphas", 0)
+            assert f"| {theirs['ops'] / 1e8:.3f} | {theirs['simple'] / 1e8:.3f} |" in numbers
+            checked += 1
+    assert checked >= 11
+
+
 def test_labels_say_what_is_a_stand_in():
     assert label(make_config("BATS")) == "BATS (stand-in: second-hand cell, C 60, 20 cells)"
     assert label(make_config("BATS-2x", family="imagenet")) == (
@@ -93,8 +117,16 @@ def test_labels_say_what_is_a_stand_in():
     assert label(make_config("DCP-NAS-L", family="imagenet")) == (
         "DCP-NAS-L (CP-NAS's successor; CP-NAS is not public)"
     )
-    assert label(make_config("DCP-NAS-L")).endswith("CP-NAS is not public), cifar form ours")
+    assert label(make_config("DCP-NAS-L")).endswith("CP-NAS is not public), CIFAR form ours")
     assert label(make_config("BNAS-C")) == "BNAS-C"
+    assert label(make_config("BNAS-C", init_channels=8)) == "BNAS-A, C 8"  # they have one cell
+    assert label(make_config("BATS", init_channels=24, layers=6)) == (
+        "BATS (stand-in: second-hand cell, C 24, 6 cells)"
+    )
+    assert (
+        label(make_config("EBNAS", "bats", init_channels=24))
+        == "a cell of its own in the blocks of bats, C 24"
+    )
     assert not any("CP-NAS" in arch for arch in ROWS if arch != "DCP-NAS-L")
 
 

@@ -12,6 +12,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from architect import Architect
+from baselines.bats import BatsConfig, BatsUnit
+from baselines.bnas import BnasUnit
+from baselines.dcp_nas import DcpConvolution
 from compilation import REGIONS, compile_regions
 from data import Batch
 from engine import Position, Precision, evaluate, optimize, train_one_epoch, training_loss
@@ -162,3 +165,18 @@ def test_a_mode_alone_has_no_use(scripts, data_flags):
         "train.py", *data_flags, *TINY_STAGE, "--epochs", 1, "--compile_mode", "default"
     ).stdout
     assert "--compile_mode has no use here: it needs --compile" in output
+
+
+def test_a_row_computes_compiled_what_it_does_eager():
+    """The units of BNAS, BATS and DCP-NAS, each one graph."""
+    settings = BatsConfig(GENOTYPES["BATS"], init_channels=12).conv_settings
+    units = (
+        BnasUnit(4, 4, 3, padding=1),
+        BatsUnit(4, 4, 3, padding=1, groups=2, shuffles=True, settings=settings),
+        DcpConvolution(4, 3, stride=2, dilation=2, weight_bits=1),
+    )
+    images = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    for eager in map(nn.Module.double, units):
+        compiled = copy.deepcopy(eager)
+        compile_regions(compiled, backend="aot_eager")
+        torch.testing.assert_close(outcome(compiled, images), outcome(eager, images))

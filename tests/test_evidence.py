@@ -12,9 +12,9 @@ import train_search
 from evidence.plan import Arm, BestOf, FolderOf, Job, Study
 from evidence.report import report
 from evidence.results import Results
-from evidence.runner import command_line
 from evidence.statistics import Summary, difference, rank_correlation, spread
 from evidence.studies import ONE_STAGE, SCALES, STUDIES
+from options import command_line
 from stages import settle
 from utils import InputError
 

@@ -34,7 +34,11 @@ from utils import InputError
             "--set shapes --data d",
             ["--data has no use here: --set shapes is drawn, and reads nothing"],
         ),
-        (train, "--momentum 1", ["--momentum has no use here: Adam is the optimiser, as in the original"]),
+        (
+            train,
+            "--momentum 1",
+            ["--momentum has no use here: Adam is the optimiser; a recipe with SGD has its own"],
+        ),
     ],
 )
 def test_flags_without_use_say_so(script, flags, lines):

@@ -1,5 +1,6 @@
 """The rows through the scripts: stages, resume, evaluation, and flags that do not fit, in small sizes."""
 
+import shlex
 import signal
 
 import pytest
@@ -77,6 +78,7 @@ def test_what_goes_on_is_what_was_not_interrupted(scripts, data_flags, at_step):
         (["--arch", "BNAS-A", "--groups", 7], "BNAS-A has no use for --groups"),
         (["--arch", "DCP-NAS-L", "--auxiliary"], "DCP-NAS-L has no use for --auxiliary"),
         (["--arch", "ResNet18", "--layers", 7], "ResNet18 has no use for --layers"),
+        (["--arch", "ResNet18", "--drop_path_prob", 0.1], "ResNet18 has no paths to drop"),
         (["--arch", "ResNet18", "--family", "bats"], "is made of no cells"),
         (["--arch", "BATS", "--weight_binarization", "balanced"], "has no use for --weight_binarization"),
         (["--arch", "BATS", "--variant", "as_run"], "choose from ('learned', 'mean')"),
@@ -89,3 +91,27 @@ def test_what_goes_on_is_what_was_not_interrupted(scripts, data_flags, at_step):
 )
 def test_flags_that_do_not_fit(fails, data_flags, flags, message):
     assert message in fails("train.py", *data_flags, *flags)
+
+
+def test_reproduce_runs_a_row_from_start_to_figure_and_goes_on(scripts):
+    """The chain of BATS, cut off after its first stage; full scale is printed, and not run."""
+    flags = ["BATS", "cifar10", "--scale", "tiny", "--run"]
+    printed = scripts.run("reproduce.py", *flags[:-1]).stdout
+    assert "stand-in" in printed and "GPU memory, counted" in printed and "error 4.5 %" in printed
+    assert not scripts.runs("*")
+    first, second, _ = [line for line in printed.splitlines() if line.startswith("python")]
+    scripts.run("train.py", *shlex.split(first)[2:])
+    (stage1,) = scripts.runs("eval-BATS-cifar10-tiny-stage1-*")
+    changed = (stage1 / "last.pt").stat().st_mtime_ns
+    process = scripts.start("reproduce.py", *flags)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "stage2 W1A1" in output and "published: error 4.5 %" in output
+    assert (stage1 / "last.pt").stat().st_mtime_ns == changed
+    assert "--binary --pretrained" in second
+
+
+def test_rows_that_a_set_does_not_have(fails):
+    assert "BNAS-H is no network for cifar10; its sets are imagenet" in fails(
+        "reproduce.py", "BNAS-H", "cifar10"
+    )

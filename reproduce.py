@@ -1,0 +1,146 @@
+"""The commands that give a row of the published tables, one after the other, and the figure to compare with.
+
+    python reproduce.py BNAS-C cifar10                 # print them, with what they need
+    python reproduce.py EBNAS imagenet --data DIR --run
+    python reproduce.py BATS cifar10 --scale tiny --run    # the same chain, on the embedded images
+
+With --run a chain that was ended anywhere goes on where it was: the same command again.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # torch takes seconds to import
+    from utils import end_on_interrupt
+
+    end_on_interrupt()
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import options
+import stages
+from baselines import ROWS, label, make_config
+from memory import CONTEXT, GB, Step
+from options import command_line
+from recipes import OWN, get_recipe
+from runs import RESULT, RUNS
+from utils import InputError, run_main
+
+HERE = Path(__file__).parent
+SETS = {"cifar10": ("cifar", 10, 32), "cifar100": ("cifar", 100, 32), "imagenet": ("imagenet", 1000, 224)}
+"""Family of images, number of classes, size."""
+
+TINY = {"set": "shapes", "image_size": 16, "train_images": 200, "batch_size": 50, "epochs": 1}
+TINY_SIZE = {
+    "ebnas": {"layers": 3, "init_channels": 8, "groups": 2},
+    "bnas": {"layers": 3, "init_channels": 8},
+    "bats": {"layers": 3, "init_channels": 12, "groups": 3},
+    "dcp": {"layers": 3, "init_channels": 8},
+    "resnet": {"init_channels": 8},
+}
+
+
+def parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    flag = parser.add_argument
+    flag("row", metavar="ROW", choices=tuple(ROWS), help=", ".join(ROWS))
+    flag("set", metavar="SET", choices=tuple(SETS), help=", ".join(SETS))
+    flag("--scale", choices=("full", "tiny"), default="full")
+    flag("--data", help="where the images are")
+    flag("--run", action="store_true", help="run the commands, too")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    script, flags = training_command(args)
+    for line in described(args, flags):
+        print(f"# {line}")
+    save, words = flags["save"], command_line(flags)
+    chain = ["stage1", "stage2"] if ROWS[args.row].system in stages.STAGE1 else ["single"]
+    for stage in chain:
+        start = ["--binary", "--pretrained", f"runs/eval-{save}-stage1-*"] if stage == "stage2" else []
+        print(" ".join(["python", script, shlex.join(words), *start, "--resume", "auto"]))
+    print(f"python evaluate.py runs/eval-{save}-{chain[-1]}-*", flush=True)
+    if not args.run:
+        return
+    for stage in chain:
+        start = ["--binary", "--pretrained", finished(save, "stage1")] if stage == "stage2" else []
+        if finished(save, stage) is None:
+            run(script, *words, *start, "--resume", "auto")
+    run("evaluate.py", finished(save, chain[-1]))
+    print(f"published: {figures(args)}")
+
+
+def training_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The script that trains a row, and its flags: with the system's own recipe, where it is known.
+
+    Raises InputError where the row has no network for such images.
+    """
+    row, family = ROWS[args.row], SETS[args.set][0]
+    if family not in row.sizes:
+        sets = ", ".join(name for name, (other, _, _) in SETS.items() if other in row.sizes)
+        raise InputError(f"{args.row} is no network for {args.set}; its sets are {sets}")
+    tiny = args.scale == "tiny"
+    recipe = "own" if (row.system, "cifar" if tiny else family) in OWN else "ebnas"
+    flags = {"arch": args.row, "save": f"{args.row}-{args.set}-{args.scale}", "recipe": recipe}
+    if row.system in ("ebnas", "bats"):
+        flags["auxiliary"] = True
+    if tiny:
+        return "train.py", {**flags, **TINY, **TINY_SIZE[row.system]}
+    if family == "imagenet":
+        return "train_imagenet.py", {**flags, "tmp_data_dir": args.data or "DIR"}
+    as_ebnas = row.system in ("ebnas", "bats", "resnet")
+    augmentation = {"cutout": as_ebnas, "mixup": as_ebnas and args.set == "cifar100"}
+    return "train.py", {**flags, "set": args.set, "data": args.data, **augmentation}
+
+
+def described(args: argparse.Namespace, flags: Mapping[str, Any]) -> list[str]:
+    """What is trained, for how long, what it needs of a GPU, and the published figure."""
+    family, classes, size = SETS[args.set]
+    system = ROWS[args.row].system
+    if args.scale == "tiny":
+        family, classes, size = "cifar", 10, TINY["image_size"]
+    recipe = {**get_recipe(flags["recipe"], system, family).flags, **flags}
+    bits = {} if system == "resnet" else {"weight_bits": 1, "activation_bits": 1}
+    network = {name: flags[name] for name in stages.NETWORK_FLAGS if name in flags}
+    config = make_config(args.row, family=family, num_classes=classes, **bits, **network)
+    steps = [Step(config, size, recipe["batch_size"], precision) for precision in ("fp32", "bf16")]
+    needs = [f"{(step.needs() + CONTEXT) / GB:.1f} GB in {step.precision}" for step in steps]
+    return [
+        f"{label(config)} on {flags.get('set', args.set)}",
+        f"{recipe['epochs']} epochs{' a stage, two stages' if system in stages.STAGE1 else ''}, "
+        f"batch {recipe['batch_size']}",
+        f"GPU memory, counted: {' or '.join(needs)}",
+        f"published: {figures(args)}",
+    ]
+
+
+def figures(args: argparse.Namespace) -> str:
+    """What the published table of a set says of the row."""
+    published = ROWS[args.row].published.get(args.set)
+    if published is None:
+        return "nothing"
+    words = [f"error {published.error} %"] if published.error else []
+    words += [f"top-5 error {published.top5_error} %"] if published.top5_error else []
+    words += [f"{published.params}M parameters"] if published.params else []
+    return ", ".join([*words, *([f"{published.ops}e8 OPs"] if published.ops else [])])
+
+
+def finished(save: str, stage: str) -> str | None:
+    """The folder of a finished run."""
+    return next((str(path.parent) for path in sorted(RUNS.glob(f"eval-{save}-{stage}-*/{RESULT}"))), None)
+
+
+def run(script: str, *words: str) -> None:
+    code = subprocess.run([sys.executable, str(HERE / script), *words]).returncode
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    run_main(main, parser)
