@@ -303,10 +303,11 @@ def _check_model(checkpoint: dict) -> None:
         raise InputError(
             f"its network has {config.num_classes} classes, its data {len(checkpoint['data']['classes'])}"
         )
+    # said before a network of a thousand cells is made to be compared
     cells = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("cells.")}
-    layers = getattr(config, "layers", 0)  # a ResNet has none
-    if len(cells) != layers:  # said before a network of a thousand cells is made to be compared
-        raise InputError(f"its network has {layers} cells, its entry 'model' {len(cells)}")
+    wanted = getattr(config, "layers", 0)  # a ResNet18 has none
+    if len(cells) != wanted:
+        raise InputError(f"its network has {wanted} cells, its entry 'model' {len(cells)}")
     with torch.device("meta"):  # shapes only
         expected = build_network(config).state_dict()
     statistics = {name: like for name, like in expected.items() if "running_" in name}

@@ -77,7 +77,7 @@ SCALES = {
                 "BNAS-C": {"init_channels": 8},
                 "BATS": {"init_channels": 12, "groups": 12},
                 "DCP-NAS-L": {"init_channels": 12},
-                "ResNet18": {"init_channels": 8, "layers": None},
+                "ResNet18": {"init_channels": 8, "layers": None, "drop_path_prob": None},
             },
             "OPs": {
                 "BNAS-C": {"init_channels": 6},
