@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -383,7 +384,8 @@ def finish(session: Session, *, held_out: str, test: dict[str, float] | None = N
     measured on; draw its curves; say what to do next. `test`: of the best epoch, where it was not chosen on
     the test images."""
     run, best = session.run, session.best
-    run.write_result({"chosen_on": held_out, "best": best, "last": run.last_record(), "test": test})
+    with suppress(InputError):  # of damaged metrics: said below
+        run.write_result({"chosen_on": held_out, "best": best, "last": run.last_record(), "test": test})
     session.finish()
     if run.folder is None:
         return

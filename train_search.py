@@ -20,6 +20,7 @@ import copy
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -273,10 +274,7 @@ def renew_statistics(model: Supernet, loader: BatchLoader) -> None:
         model(batch.images)
 
 
-def finish(session: Session, genotype: Genotype, discrete: dict[str, float]) -> None:
-    """Write result.json and mark the search as finished; pictures of the cells and of its course; what to do
-    next."""
-    run, args = session.run, session.args
+def write_result(run: Run, discrete: dict[str, float]) -> None:
     if last := run.last_record():
         names = ("valid_top1", "valid_loss", "alpha_entropy", "operations", "genotype")
         run.write_result({**{name: last[name] for name in names}, **discrete})
@@ -285,6 +283,14 @@ def finish(session: Session, genotype: Genotype, discrete: dict[str, float]) -> 
             f"{discrete['discrete_top1']:.2f} %, with new BN statistics "
             f"{discrete['discrete_top1_new_statistics']:.2f} %"
         )
+
+
+def finish(session: Session, genotype: Genotype, discrete: dict[str, float]) -> None:
+    """Write result.json and mark the search as finished; pictures of the cells and of its course; what to do
+    next."""
+    run, args = session.run, session.args
+    with suppress(InputError, LookupError):  # of damaged metrics: said below, with the pictures
+        write_result(run, discrete)
     session.finish()
     if run.folder is None:
         return

@@ -390,7 +390,7 @@ def test_a_search_with_damaged_metrics_ends_well(tmp_path, coarse, capsys):
     (tmp_path / "metrics.jsonl").write_text("[]\n")
     args = argparse.Namespace(set="shapes", data="data", image_size=16)
     run = Run(tmp_path)
-    finish_search(SimpleNamespace(run=run, args=args, finish=lambda: None), GENOTYPES["EBNAS"])
+    finish_search(SimpleNamespace(run=run, args=args, finish=lambda: None), GENOTYPES["EBNAS"], {})
     run.close()
     log = capsys.readouterr().out
     assert f"no pictures: {tmp_path / 'metrics.jsonl'}, line 1: not a JSON object\n" in log
