@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import options
-from data import load_set
+from data import SETS, load_set
 from evidence.pictures import draw_study
 from evidence.report import report
 from evidence.results import Results
@@ -49,7 +49,7 @@ def parser() -> options.Parser:
     flag("--scale", choices=SCALES, default="small", help="sizes, epochs and numbers of runs")
     flag("--jobs", type=options.integer(1, 1024), default=1, help="runs at once; GPUs are dealt out to them")
     flag("--shard", type=shard, default=(1, 1), metavar="I/N", help="part I of N of the runs, for a machine")
-    flag("--set", help="another set than the scale's")
+    flag("--set", choices=SETS, help="another set than the scale's")
     flag("--data", help="where the set is")
     flag("--out", default="results", help="folder of the figures")
     flag("--table", action="store_true", help="run and write nothing: the table of what is there")

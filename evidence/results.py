@@ -24,6 +24,8 @@ class Results:
     def __init__(self, folder: Path, scale: str, names: Iterable[str]):
         self.folder, self.scale = folder, scale
         self.paths = {name: folder / f"{name}.json" for name in names}
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; give a folder for the figures")
         self.records()
 
     def records(self) -> dict[str, dict]:

@@ -94,3 +94,6 @@ def wait_for(event: Callable[[], bool], seconds: float = 240) -> None:
 def test_bad_flags_are_one_line(scripts):
     assert "choose from" in scripts.fails("study.py", "nothing")
     assert "--shard is 3/2" in scripts.fails("study.py", "search", "--shard", "3/2")
+    assert "choose from" in scripts.fails("study.py", "search", "--set", "nothing")
+    (scripts.folder / "taken").touch()
+    assert "taken is a file" in scripts.fails("study.py", "search", "--out", "taken", "--table")
