@@ -45,10 +45,11 @@ def _points(study: Study, accuracies: Mapping[str, Mapping[int, float]], hues: M
         axes.plot(list(values.values()), [row] * len(values), "o", color=hues[name], alpha=0.45, markersize=5)
         if summary.n > 1:
             style = {"fmt": "D", "color": hues[name], "capsize": 3, "markersize": 4}
-            axes.errorbar(summary.mean, row + 0.25, xerr=summary.half_width, **style)
+            interval = summary.half_width if summary.n > 2 else None  # of two runs it says nothing
+            axes.errorbar(summary.mean, row + 0.25, xerr=interval, **style)
     axes.set_yticks(range(len(accuracies)), [f"{name}  (n = {len(v)})" for name, v in accuracies.items()])
     axes.set_ylim(len(accuracies) - 0.4, -0.5)
-    axes.set_xlabel("test top-1, %    (circles: runs; diamonds: means with 95 % intervals)")
+    axes.set_xlabel("test top-1, %    (circles: runs; diamonds: means, from three runs on with 95 % intervals)")
     figure.suptitle(study.question, fontsize=10, color=INK)
     _plain(axes)
     return figure
