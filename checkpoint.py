@@ -179,6 +179,8 @@ def resolve_checkpoint(path: str | Path, prefer: str = LAST) -> Path:
         raise InputError(f"no checkpoint in {path}: a run's folder holds {LAST} after its first epoch")
     if not path.is_file():
         raise InputError(f"no checkpoint {path}: give a checkpoint file or a run's folder")
+    if path.suffix == ".ebnas":
+        raise InputError(f"{path} is a packed network, no checkpoint; infer.py and benchmark.py infer run it")
     return path
 
 

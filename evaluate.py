@@ -59,6 +59,7 @@ def parser() -> options.Parser:
 
 def main(args: argparse.Namespace) -> None:
     if args.costs:
+        options.check_alone(args, "costs")
         print("\n".join(cost_table()))
         return
     if not args.checkpoints:

@@ -5,10 +5,9 @@
     python export.py runs/eval-EXP-stage2-TIME --web page  # page/index.html: the network in a browser
     python export.py models/shapes.ebnas --onnx shapes.onnx --pt2 shapes.pt2
 
-The .ebnas file is read by packed/, infer.py, benchmark.py infer and evaluate.py --packed; a page holds it and
-the same kernel. ONNX and .pt2 have no 1-bit arithmetic: they hold a float for each bit, many times the
-bytes, and run as float networks do. Given one of the last three, export.py writes no .ebnas file unless
---output names it.
+The .ebnas file is read by packed/, infer.py and benchmark.py infer; a page holds it and the same kernel. ONNX
+and .pt2 have no 1-bit arithmetic: they hold a float for each bit, many times the bytes, and run as float
+networks do. Given one of the last three, export.py writes no .ebnas file unless --output names it.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ if __name__ == "__main__":  # torch takes seconds to import
     end_on_interrupt()
 
 import argparse
+import os
 from pathlib import Path
 
 import options
@@ -52,27 +52,29 @@ def main(args: argparse.Namespace) -> None:
     if packed and not any((args.output, *others)):
         raise InputError(f"{path} is exported already; give --web, --onnx or --pt2")
     output = args.output or (None if any(others) else path.with_name("model.ebnas"))
-    named = [file for file in (output, args.onnx, args.pt2) if file]
-    if len(set(named)) < len(named):
-        raise InputError("two of --output, --onnx and --pt2 are the same file; give another name")
+    web_page = args.web / "index.html" if args.web else None
+    named = [file for file in (output, args.onnx, args.pt2, web_page) if file]
+    places = [os.path.realpath(place) for place in (*named, args.web) if place]
+    if len(set(places)) < len(places):
+        raise InputError("two of --output, --web, --onnx and --pt2 are the same file; give another name")
     if args.web and not args.web.is_dir():
         check_output(args.web)  # what a file could be made of, a folder can
         if args.web.exists():
             raise InputError(f"{args.web} is not a folder; give another name")
-    for file in [*named, args.web / "index.html"] if args.web and args.web.is_dir() else named:
-        check_output(file, path)
+    for file in named:
+        if file != web_page or args.web.is_dir():
+            check_output(file, path)
 
     program, saved = (read_packed(path), "") if packed else lowered(path)
     content = program_bytes(program)
-    makers = [(args.onnx, onnx_form), (args.pt2, pt2_bytes), (output, lambda _: content)]
+    makers = {args.onnx: onnx_form, args.pt2: pt2_bytes, output: lambda _: content}
+    makers[web_page] = lambda _: page(content)
+    made = {file: make(program) for file, make in makers.items() if file}  # before anything is written
     if args.web:
         args.web.mkdir(exist_ok=True)
-        makers.append((args.web / "index.html", lambda _: page(content)))
-    for file, make in makers:
-        if file:
-            made = make(program)
-            write_atomically(file, made)
-            print(f"{file}: {len(made):,} bytes{saved if file == output else ''}")
+    for file, form in made.items():
+        write_atomically(file, form)
+        print(f"{file}: {len(form):,} bytes{saved if file == output else ''}")
 
 
 def read_packed(path: Path) -> Program:

@@ -66,8 +66,12 @@ def main(args: argparse.Namespace) -> None:
         f"warning: {printable(one_line(message))}", file=sys.stderr
     )
     if args.list:
+        options.check_alone(args, "list")
         print("\n".join(map(described, sorted(MODELS.glob("*.ebnas")))))
         return
+    for path in args.paths[1:]:
+        if path.suffix == ".ebnas":
+            raise InputError(f"{path} is a network; give one at most, and before the pictures")
     model, given = model_and_pictures(args.paths)
     folders = [path for path in given if path.is_dir()]
     if folders and len(given) > 1:
@@ -103,9 +107,12 @@ def model_and_pictures(paths: list[Path]) -> tuple[Path, list[Path]]:
 
 def described(model: Path) -> str:
     """A network that comes along in a line: file, bytes, classes, accuracy."""
-    facts = json.loads(model.with_suffix(".json").read_text())
-    size = f"{model.stat().st_size / 1e3:.0f} kB"
-    return f"models/{model.name} ({size}): {facts['data']}, {facts['test_top1']} % on its test images"
+    try:
+        facts = json.loads(model.with_suffix(".json").read_text())
+        text = f"{facts['data']}, {facts['test_top1']} % on its test images"
+    except (OSError, ValueError, KeyError, TypeError):  # a network of the user's own
+        text = "no description"
+    return printable(f"models/{model.name} ({model.stat().st_size / 1e3:.0f} kB): {text}")
 
 
 def load_network(path: Path, threads: int | None) -> PackedNetwork:

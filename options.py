@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from genotypes import OPERATIONS
@@ -55,6 +56,16 @@ def run_label(text: str) -> str:
     return text
 
 
+EMPTY = "is empty; give a value, or leave it out"
+
+
+def path(text: str) -> Path:
+    """What `type=Path` stands for: `Path("")` would be the present folder."""
+    if not text:
+        raise argparse.ArgumentTypeError(EMPTY)
+    return Path(text)
+
+
 positive_float = real(above=0)
 non_negative_float = real(0)
 probability = real(0, 1)
@@ -64,8 +75,8 @@ class Store(argparse.Action):
     """argparse's `store`, which also notes in `given` that the user gave the flag."""
 
     def __call__(self, parser, namespace, value, option_string=None):
-        if value == "" and self.dest != "note":
-            raise argparse.ArgumentError(self, "is empty; give a value, or leave the flag out")
+        if "" in (value if isinstance(value, list) else [value]) and self.dest != "note":
+            raise argparse.ArgumentError(self, EMPTY)
         setattr(namespace, self.dest, value)
         vars(namespace).setdefault("given", set()).add(self.dest)
 
@@ -93,6 +104,7 @@ class Parser(argparse.ArgumentParser):
         self.register("action", None, Store)
         self.register("action", "store", Store)
         self.register("action", "store_true", Switch)
+        self.register("type", Path, path)
         # flag: whether it is idle beside the others, and why
         self.idle: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {}
 
@@ -155,6 +167,13 @@ def _on_gpu(flags: argparse.Namespace) -> bool:
 
     device = getattr(flags, "device", "cpu")  # a script without the flag runs on the CPU
     return (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+
+
+def check_alone(args: argparse.Namespace, name: str) -> None:
+    """Raise InputError where more than the flag `name` was given."""
+    others = [other for other in sorted(args.given - {name}) if getattr(args, other) != []]
+    if others:
+        raise InputError(f"--{name} takes no other arguments; leave out {', '.join(others)}")
 
 
 def as_dict(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from checkpoint import ENTRIES, Checkpointer, load_checkpoint, random_state, set_random_state
 from distributed import World
@@ -62,6 +63,13 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
         with pytest.raises(InputError, match=name):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_packed_network_is_told_where_to_go(fails):
+    file = ROOT / "models" / "shapes.ebnas"
+    assert "a packed network, no checkpoint; infer.py and benchmark.py infer run it" in fails(
+        "evaluate.py", file
+    )
 
 
 def test_truncation_anywhere_is_an_input_error(checkpointer, tmp_path):

@@ -81,8 +81,10 @@ def test_the_sign_of_zero_is_plus_one(form):
 
 
 def test_a_missing_exporter_is_named(fails, monkeypatch):
+    """And nothing is left of what else was asked for."""
     monkeypatch.setitem(sys.modules, "onnx", None)
-    assert "pip install onnx onnxscript" in fails("export.py", SHAPES, "--onnx", "a.onnx")
+    flags = ("--onnx", "a.onnx", "--web", "page")
+    assert "pip install onnx onnxscript" in fails("export.py", SHAPES, *flags)
 
 
 def test_what_cannot_be_exported(fails, tmp_path):
@@ -93,3 +95,8 @@ def test_what_cannot_be_exported(fails, tmp_path):
     assert "not a regular file" in fails("export.py", SHAPES, "--onnx", "/dev/null")
     assert "the same file" in fails("export.py", SHAPES, "--onnx", "a", "--pt2", "a")
     assert "there is no folder" in fails("export.py", SHAPES, "--pt2", "absent/a.pt2")
+    assert "--web is empty" in fails("export.py", SHAPES, "--web", "")
+    (tmp_path / "page").mkdir()
+    (tmp_path / "link").symlink_to("page")
+    for file in ("page/index.html", "link/index.html", "page"):
+        assert "the same file" in fails("export.py", SHAPES, "--web", "page", "--output", file)

@@ -5,7 +5,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from baselines import ROWS, make_config
 from checkpoint import load_checkpoint
+from model import build_model
 from packed import load
 from utils import InputError
 
@@ -29,6 +31,28 @@ def test_untrained_trained_and_packed_networks(interrupted):
     assert shipped.program.classes[-2:] == ("star", "triangle")
 
 
-def test_what_is_no_network():
-    with pytest.raises(InputError, match="no checkpoint nowhere"):
-        hub("nowhere")
+@pytest.mark.parametrize("arch", ROWS)
+def test_rows(arch):
+    (family, *_) = ROWS[arch].sizes
+    with torch.device("meta"):
+        ours, expected = hub(arch=arch, family=family), build_model(make_config(arch, family=family))
+    assert ours.config == expected.config and type(ours) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "message"),
+    [
+        (["nowhere"], {}, "no checkpoint nowhere"),
+        (["nowhere.ebnas"], {}, "nowhere.ebnas: no such file"),
+        ([3], {}, "source is 3"),
+        ([], {"arch": 5}, "arch is 5"),
+        ([], {"arch": "DARTS"}, "choose from EBNAS"),
+        ([], {"foo": 0}, "EBNAS has no foo; it has activation, "),
+        ([], {"family": "mars"}, "family is 'mars'"),
+        ([], {"arch": "ResNet18", "weight_bits": 1}, "ResNet18 has no weight_bits"),
+        (["shapes"], {"arch": "BNAS-A", "layers": 3}, "leave out arch, layers"),
+    ],
+)
+def test_what_is_no_network(arguments, config, message):
+    with pytest.raises(InputError, match=message):
+        hub(*arguments, **config)

@@ -436,6 +436,10 @@ def test_infer_script(run_folder, pictures, monkeypatch):
         (["pictures", "a.png"], "not a regular file"),
         (["/dev/zero", "a.png"], "not a regular file"),
         (["pipe", "a.png"], "not a regular file"),
+        ([""], "path is empty"),
+        (["a.png", "model.ebnas"], "model.ebnas is a network; give one at most, and before the pictures"),
+        (["--list", "a.png"], "--list takes no other arguments; leave out paths"),
+        (["--list", "--output", "x.csv"], "leave out output"),
         (["model.ebnas", "absent.png"], "cannot read"),
         (["model.ebnas", "last.pt"], "cannot read"),
         (["model.ebnas", "pipe"], "cannot read"),
@@ -478,6 +482,15 @@ def test_infer_with_the_network_that_comes_along(tmp_path, scripts, fails):
         assert ("no network given: models/" in done.stderr) == (len(arguments) == 1)
     assert "give a picture" in fails("infer.py")
     assert "give a picture" in fails("infer.py", ROOT / "models" / "shapes.ebnas")
+
+
+@pytest.mark.parametrize("facts", [None, "{", "[]", "{}"])
+def test_a_network_without_a_description_is_listed(facts, tmp_path, scripts, monkeypatch):
+    monkeypatch.setattr(infer, "MODELS", tmp_path)
+    (tmp_path / "mine.ebnas").write_bytes(b"\0" * 2000)
+    if facts:
+        (tmp_path / "mine.json").write_text(facts)
+    assert scripts.run("infer.py", "--list").stdout == "models/mine.ebnas (2 kB): no description\n"
 
 
 def odd_model(folder: Path, **fields) -> Path:

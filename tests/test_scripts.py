@@ -160,6 +160,8 @@ BAD_FLAGS = [
     ("train_imagenet.py", "--tmp_data_dir nowhere", "nowhere"),
     ("train_imagenet.py", "", "--tmp_data_dir"),
     ("evaluate.py", "nowhere", "no checkpoint nowhere"),
+    ("evaluate.py", "--costs foo", "--costs takes no other arguments; leave out checkpoints"),
+    ("evaluate.py", "--costs --packed", "leave out packed"),
 ]
 
 
