@@ -202,8 +202,7 @@ def translated(genotype: Genotype, system: str, *, origin: str = "genotype") -> 
             own = f"{renamed[prefix]}_{size}" if prefix in renamed else operation
             if own not in OPERATIONS[system]:
                 raise InputError(
-                    f"{origin}: the blocks of {system} have no {operation}; "
-                    f"they have {', '.join(OPERATIONS[system])}"
+                    f"{origin}: the blocks of {system} have no {operation}; choose from {OPERATIONS[system]}"
                 )
             pairs.append((own, source))
         cells[kind] = tuple(pairs)

@@ -71,9 +71,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"python evaluate.py runs/eval-{save}-{chain[-1]}-*", flush=True)
     print("counting the GPU memory of a step ...", file=sys.stderr, flush=True)
     size = flags.get("image_size", SETS[args.set][2])
-    steps = [Step(config, size, recipe["batch_size"], precision) for precision in ("fp32", "bf16")]
-    needs = [f"{(step.needs() + CONTEXT) / GB:.1f} GB in {step.precision}" for step in steps]
-    print(f"# GPU memory, counted: {' or '.join(needs)}", flush=True)
+    print(f"# GPU memory, counted: {memory(config, size, recipe['batch_size'])}", flush=True)
     if not args.run:
         return
     for stage in chain:
@@ -118,6 +116,12 @@ def trained(args: argparse.Namespace, flags: Mapping[str, Any]) -> tuple[Config,
     network = {name: flags[name] for name in stages.NETWORK_FLAGS if name in flags}
     config = make_config(args.row, family=family, num_classes=classes, **bits, **network)
     return config, {**get_recipe(flags["recipe"], system, family).flags, **flags}
+
+
+def memory(config: Config, image_size: int, batch_size: int) -> str:
+    """What a training step needs of a GPU."""
+    steps = [Step(config, image_size, batch_size, precision) for precision in ("fp32", "bf16")]
+    return " or ".join(f"{(step.needs() + CONTEXT) / GB:.1f} GB in {step.precision}" for step in steps)
 
 
 def figures(args: argparse.Namespace) -> str:

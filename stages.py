@@ -160,7 +160,8 @@ def find_start(args: argparse.Namespace, config: Config, data: dict[str, Any]) -
         stage1 = shlex.join(["python", *(word for word in sys.argv if word != "--binary")])
         raise InputError(
             "no finished stage-1 run of this set, genotype and size, with "
-            f"{shlex.join(_asked(args, config))}, to start from; first run `{stage1}`, or give --pretrained PATH, or --from_scratch"
+            f"{shlex.join(_asked(args, config))}, to start from; first run `{stage1}`, or give "
+            "--pretrained PATH, or --from_scratch"
         )
     return found
 

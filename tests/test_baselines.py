@@ -143,7 +143,10 @@ def test_a_genotype_in_the_blocks_of_another_system():
     ("flags", "message"),
     [
         (("BNAS-H",), "no published size for cifar images: choose BNAS-A or BNAS-C, or give "),
-        (("DCP-NAS-L", "bnas"), "DCP-NAS-L: the blocks of bnas have no skip_connect; they have none, max"),
+        (
+            ("DCP-NAS-L", "bnas"),
+            "DCP-NAS-L: the blocks of bnas have no skip_connect; choose from ('none', 'max",
+        ),
         (("ResNet18", "bnas"), "is made of no cells"),
         (("BATS", None, {"init_channels": 50}), "does not divide into 12 groups and by 4"),
         (("BNAS-A", None, {"groups": 7}), "bnas has no groups"),
