@@ -117,8 +117,14 @@ def load_set(
 
 
 def _first_of_each_class(labels: Tensor, count: int, classes: Sequence[str]) -> Tensor:
-    """Indices, in order, of the first count / len(classes) of each class. Raises InputError where `count`
-    does not divide by that, or a class has too few."""
+    """Indices, in order, of the first count / len(classes) of each class. Raises InputError where a class has
+    too few, or `count` does not divide by that."""
+    smallest, name = min(zip(labels.bincount(minlength=len(classes)).tolist(), classes, strict=True))
+    if count > smallest * len(classes):
+        raise InputError(
+            f"{count} training images, as many of each of {len(classes)} classes, cannot be had: {name} has "
+            f"{smallest}; take {smallest * len(classes)} or fewer"
+        )
     each, left = divmod(count, len(classes))
     if left:
         raise InputError(
@@ -126,11 +132,6 @@ def _first_of_each_class(labels: Tensor, count: int, classes: Sequence[str]) -> 
             f"the nearest that do: {nearest_multiples(count, len(classes))}"
         )
     found = [torch.nonzero(labels == label).flatten()[:each] for label in range(len(classes))]
-    for name, indices in zip(classes, found, strict=True):
-        if len(indices) < each:
-            raise InputError(
-                f"{count} training images are {each} of each class, and {name} has {len(indices)}; take less"
-            )
     return torch.cat(found).sort().values
 
 

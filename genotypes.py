@@ -199,8 +199,13 @@ def translated(genotype: Genotype, system: str, *, origin: str = "genotype") -> 
         pairs = []
         for operation, source in getattr(genotype, kind):
             prefix, _, size = operation.rpartition("_")
-            pairs.append((f"{renamed[prefix]}_{size}" if prefix in renamed else operation, source))
-        cells[kind] = _checked_pairs(pairs, f"{origin}: field {kind!r}", OPERATIONS[system])
+            own = f"{renamed[prefix]}_{size}" if prefix in renamed else operation
+            if own not in OPERATIONS[system]:
+                raise InputError(
+                    f"{origin}: the blocks of {system} have no {operation}; choose from {OPERATIONS[system]}"
+                )
+            pairs.append((own, source))
+        cells[kind] = tuple(pairs)
     return genotype._replace(**cells)
 
 

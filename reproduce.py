@@ -24,7 +24,7 @@ from typing import Any
 
 import options
 import stages
-from baselines import ROWS, label, make_config
+from baselines import ROWS, Config, label, make_config
 from memory import CONTEXT, GB, Step
 from options import command_line
 from recipes import OWN, get_recipe
@@ -58,14 +58,20 @@ def parser() -> options.Parser:
 
 def main(args: argparse.Namespace) -> None:
     script, flags = training_command(args)
-    for line in described(args, flags):
-        print(f"# {line}")
+    config, recipe = trained(args, flags)
+    per = " a stage, two stages" if config.system in stages.STAGE1 else ""
+    print(f"# {label(config)} on {flags.get('set', args.set)}")
+    print(f"# {recipe['epochs']} epoch{'s' * (recipe['epochs'] > 1)}{per}, batch {recipe['batch_size']}")
+    print(f"# published: {figures(args)}")
     save, words = flags["save"], command_line(flags)
-    chain = ["stage1", "stage2"] if ROWS[args.row].system in stages.STAGE1 else ["single"]
+    chain = ["stage1", "stage2"] if config.system in stages.STAGE1 else ["single"]
     for stage in chain:
-        start = ["--binary", "--pretrained", f"runs/eval-{save}-stage1-*"] if stage == "stage2" else []
-        print(" ".join(["python", script, shlex.join(words), *start, "--resume", "auto"]))
+        start = ["--binary"] if stage == "stage2" else []  # it finds the newest stage 1 that fits
+        print(shlex.join(["python", script, *words, *start, "--resume", "auto"]))
     print(f"python evaluate.py runs/eval-{save}-{chain[-1]}-*", flush=True)
+    print("counting the GPU memory of a step ...", file=sys.stderr, flush=True)
+    size = flags.get("image_size", SETS[args.set][2])
+    print(f"# GPU memory, counted: {memory(config, size, recipe['batch_size'])}", flush=True)
     if not args.run:
         return
     for stage in chain:
@@ -79,13 +85,15 @@ def main(args: argparse.Namespace) -> None:
 def training_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The script that trains a row, and its flags: with the system's own recipe, where it is known.
 
-    Raises InputError where the row has no network for such images.
+    Raises InputError where the row has no network for such images, and on --data that nothing reads.
     """
     row, family = ROWS[args.row], SETS[args.set][0]
     if family not in row.sizes:
         sets = ", ".join(name for name, (other, _, _) in SETS.items() if other in row.sizes)
         raise InputError(f"{args.row} is no network for {args.set}; its sets are {sets}")
     tiny = args.scale == "tiny"
+    if tiny and args.data is not None:
+        raise InputError("--scale tiny draws its images and reads none; leave --data out")
     recipe = "own" if (row.system, "cifar" if tiny else family) in OWN else "ebnas"
     flags = {"arch": args.row, "save": f"{args.row}-{args.set}-{args.scale}", "recipe": recipe}
     if row.system in ("ebnas", "bats"):
@@ -99,30 +107,28 @@ def training_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return "train.py", {**flags, "set": args.set, "data": args.data, **augmentation}
 
 
-def described(args: argparse.Namespace, flags: Mapping[str, Any]) -> list[str]:
-    """What is trained, for how long, what it needs of a GPU, and the published figure."""
-    family, classes, size = SETS[args.set]
-    system = ROWS[args.row].system
+def trained(args: argparse.Namespace, flags: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The network that these flags train last, and the flags with those of its recipe."""
+    system, (family, classes, _) = ROWS[args.row].system, SETS[args.set]
     if args.scale == "tiny":
-        family, classes, size = "cifar", 10, TINY["image_size"]
-    recipe = {**get_recipe(flags["recipe"], system, family).flags, **flags}
+        family, classes, _ = SETS["cifar10"]
     bits = {} if system == "resnet" else {"weight_bits": 1, "activation_bits": 1}
     network = {name: flags[name] for name in stages.NETWORK_FLAGS if name in flags}
     config = make_config(args.row, family=family, num_classes=classes, **bits, **network)
-    steps = [Step(config, size, recipe["batch_size"], precision) for precision in ("fp32", "bf16")]
-    needs = [f"{(step.needs() + CONTEXT) / GB:.1f} GB in {step.precision}" for step in steps]
-    return [
-        f"{label(config)} on {flags.get('set', args.set)}",
-        f"{recipe['epochs']} epochs{' a stage, two stages' if system in stages.STAGE1 else ''}, "
-        f"batch {recipe['batch_size']}",
-        f"GPU memory, counted: {' or '.join(needs)}",
-        f"published: {figures(args)}",
-    ]
+    return config, {**get_recipe(flags["recipe"], system, family).flags, **flags}
+
+
+def memory(config: Config, image_size: int, batch_size: int) -> str:
+    """What a training step needs of a GPU."""
+    steps = [Step(config, image_size, batch_size, precision) for precision in ("fp32", "bf16")]
+    return " or ".join(f"{(step.needs() + CONTEXT) / GB:.1f} GB in {step.precision}" for step in steps)
 
 
 def figures(args: argparse.Namespace) -> str:
     """What the published table of a set says of the row."""
     published = ROWS[args.row].published.get(args.set)
+    if args.scale == "tiny":
+        return "nothing of this size, which only tries the chain"
     if published is None:
         return "nothing"
     words = [f"error {published.error} %"] if published.error else []

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
+import options
 from baselines import Config, label, make_config, settings_of, system_of, usual_size
 from checkpoint import LIVE, load_checkpoint, network_config, resolve_checkpoint
 from compilation import compile_regions
@@ -116,7 +117,8 @@ def config_of(args: argparse.Namespace, *, family: str, num_classes: int) -> Con
 def find_start(args: argparse.Namespace, config: Config, data: dict[str, Any]) -> tuple[Path, dict] | None:
     """The stage-1 checkpoint that this run starts from; None for stage 1 itself and for --from_scratch.
 
-    --pretrained names it; else it is the newest finished stage-1 run of the same set, genotype and size.
+    --pretrained names it; else it is the newest finished stage-1 run of the same set, genotype and size, made
+    as the flags ask.
     Raises InputError: there is none (with the command that makes one), or it does not fit.
     """
     if not args.binary:
@@ -151,14 +153,15 @@ def find_start(args: argparse.Namespace, config: Config, data: dict[str, Any]) -
             and checkpoint["finished"]
             and not _differences(checkpoint, config, data)
             and not _saw_holdout(checkpoint["args"], args)
-            and _made_as_asked(checkpoint, args)
+            and _made_as_asked(checkpoint, args, config)
         ),
     )
     if found is None:
         stage1 = shlex.join(["python", *(word for word in sys.argv if word != "--binary")])
         raise InputError(
-            f"no finished stage-1 run of this set, genotype and size to start from; first run `{stage1}`, "
-            "or give --pretrained PATH, or --from_scratch"
+            "no finished stage-1 run of this set, genotype and size, with "
+            f"{shlex.join(_asked(args, config))}, to start from; first run `{stage1}`, or give "
+            "--pretrained PATH, or --from_scratch"
         )
     return found
 
@@ -187,16 +190,32 @@ def _saw_holdout(theirs: dict, args: argparse.Namespace) -> bool:
     return any(theirs.get(name) != getattr(args, name) for name in ("holdout", "seed"))
 
 
-def _made_as_asked(checkpoint: dict, args: argparse.Namespace) -> bool:
-    """Whether stage 1 had the bits of --stage1, --stage1_weight_decay, --recipe and --weight_binarization."""
+def _made_as_asked(checkpoint: dict, args: argparse.Namespace, config: Config) -> bool:
+    """Whether stage 1 had the bits of --stage1, --stage1_weight_decay, --recipe (EBNAS's own is `ebnas`)
+    and --weight_binarization."""
     theirs, flags = checkpoint["config"], checkpoint["args"]
     bits = (theirs["weight_bits"], theirs["activation_bits"])
     binarization = theirs.get("weight_binarization", args.weight_binarization)
+    recipe = get_recipe(flags.get("recipe", "ebnas"), config.system, config.family)
     return (
         bits == STAGE1_BITS[args.stage1]
         and binarization == args.weight_binarization
         and flags.get("stage1_weight_decay", 0.0) == args.stage1_weight_decay
-        and flags.get("recipe", "ebnas") == args.recipe
+        and recipe == get_recipe(args.recipe, config.system, config.family)
+    )
+
+
+def _asked(args: argparse.Namespace, config: Config) -> list[str]:
+    """The flags that choose among the stage-1 runs that fit: what _made_as_asked and _saw_holdout look at."""
+    holdout = getattr(args, "holdout", 0)
+    return options.command_line(
+        {
+            "recipe": args.recipe,
+            "stage1": args.stage1,
+            "stage1_weight_decay": args.stage1_weight_decay or None,
+            "weight_binarization": getattr(config, "weight_binarization", None),
+            **({"holdout": holdout, "seed": args.seed} if holdout else {}),
+        }
     )
 
 

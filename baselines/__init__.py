@@ -156,8 +156,8 @@ def usual_size(arch: str, system: str | None, family: str) -> Size:
     if family not in ROWS[arch].sizes:
         others = [name for name, row in ROWS.items() if row.system == own and family in row.sizes]
         raise InputError(
-            f"{arch} has no published size for {family} images, as have {', '.join(others)}; "
-            "give --init_channels and --layers"
+            f"{arch} has no published size for {family} images: choose {' or '.join(others)}, "
+            "or give --init_channels and --layers"
         )
     return ROWS[arch].sizes[family]
 

@@ -142,8 +142,11 @@ def test_a_genotype_in_the_blocks_of_another_system():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("BNAS-H",), "no published size for cifar images, as have BNAS-A, BNAS-C"),
-        (("DCP-NAS-L", "bnas"), "unknown operation 'skip_connect'"),
+        (("BNAS-H",), "no published size for cifar images: choose BNAS-A or BNAS-C, or give "),
+        (
+            ("DCP-NAS-L", "bnas"),
+            "DCP-NAS-L: the blocks of bnas have no skip_connect; choose from ('none', 'max",
+        ),
         (("ResNet18", "bnas"), "is made of no cells"),
         (("BATS", None, {"init_channels": 50}), "does not divide into 12 groups and by 4"),
         (("BNAS-A", None, {"groups": 7}), "bnas has no groups"),

@@ -97,7 +97,7 @@ def test_reproduce_runs_a_row_from_start_to_figure_and_goes_on(scripts):
     """The chain of BATS, cut off after its first stage; full scale is printed, and not run."""
     flags = ["BATS", "cifar10", "--scale", "tiny", "--run"]
     printed = scripts.run("reproduce.py", *flags[:-1]).stdout
-    assert "stand-in" in printed and "GPU memory, counted" in printed and "error 4.5 %" in printed
+    assert "stand-in" in printed and "GPU memory, counted" in printed and "# 1 epoch a stage" in printed
     assert not scripts.runs("*")
     first, second, _ = [line for line in printed.splitlines() if line.startswith("python")]
     scripts.run("train.py", *shlex.split(first)[2:])
@@ -106,9 +106,16 @@ def test_reproduce_runs_a_row_from_start_to_figure_and_goes_on(scripts):
     process = scripts.start("reproduce.py", *flags)
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert "stage2 W1A1" in output and "published: error 4.5 %" in output
+    assert "stage2 W1A1" in output and output.count("published: nothing of this size") == 2
     assert (stage1 / "last.pt").stat().st_mtime_ns == changed
-    assert "--binary --pretrained" in second
+    assert "--binary" in second and "*" not in second  # a pattern may be of two folders
+    assert f"starting from runs/{stage1.name}/" in scripts.run("train.py", *shlex.split(second)[2:]).stdout
+
+
+def test_reproduce_prints_what_is_published_at_full_scale(scripts, fails):
+    lines = scripts.run("reproduce.py", "ResNet18", "cifar10").stdout.splitlines()
+    assert "# published: error 7.0 %, 11.2M parameters" in lines and "GPU memory" in lines[-1]
+    assert "leave --data out" in fails("reproduce.py", "BATS", "cifar10", "--scale", "tiny", "--data", "x")
 
 
 def test_rows_that_a_set_does_not_have(fails):

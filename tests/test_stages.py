@@ -25,8 +25,12 @@ def test_stage_2_starts_from_the_newest_stage_1_made_as_asked(scripts, data_flag
         (stage1,) = scripts.runs(f"eval-{name}-stage1-*")
         output = scripts.run("train.py", *flags, *kind, "--binary").stdout
         assert f"starting from runs/{stage1.name}/last.pt" in output
+    own = scripts.run("train.py", *flags, "--recipe", "own", "--binary").stdout  # EBNAS's own is `ebnas`
+    assert "starting from runs/eval-w1a32-stage1-" in own
     missing = [*kinds["w32a1"], *kinds["balanced"], "--binary"]
-    assert "no finished stage-1 run of this set" in scripts.run("train.py", *flags, *missing, code=2).stderr
+    error = scripts.run("train.py", *flags, *missing, code=2).stderr
+    assert "no finished stage-1 run of this set, genotype and size, with " in error
+    assert "--recipe ebnas --stage1 w32a1 --weight_binarization balanced, to start from" in error
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 5])
