@@ -146,6 +146,14 @@ def arm(name: str, n: int, job: Callable[[int], Job]) -> Arm:
     return Arm(name, {seed: job(seed) for seed in range(n)})
 
 
+def searched_arms(scale: Scale, variants: Mapping[str, Flags]) -> tuple[Arm, ...]:
+    """Arms by name, whose searches have these flags."""
+    return tuple(
+        arm(name, scale.seeds, lambda seed, flags=flags: searched_job(scale, seed, **flags))
+        for name, flags in variants.items()
+    )
+
+
 def resolution(scale: Scale) -> Study:
     """Each cell with two seeds, the second of which is the next cell's first; its first run is the one of the
     random arm of `search`."""
@@ -207,10 +215,7 @@ def regularisers(scale: Scale) -> Study:
     return Study(
         "regularisers",
         "What do the path and the edge regularisation bring?",
-        tuple(
-            arm(name, scale.seeds, lambda seed, flags=flags: searched_job(scale, seed, **flags))
-            for name, flags in variants.items()
-        ),
+        searched_arms(scale, variants),
     )
 
 
@@ -219,10 +224,7 @@ def sampling(scale: Scale) -> Study:
     return Study(
         "sampling",
         "Does sampling 1 in 8 channels in normal and 1 in 4 in reduction cells balance the operations?",
-        tuple(
-            arm(name, scale.seeds, lambda seed, flags=flags: searched_job(scale, seed, **flags))
-            for name, flags in variants.items()
-        ),
+        searched_arms(scale, variants),
     )
 
 
