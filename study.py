@@ -64,8 +64,9 @@ def main(args: argparse.Namespace) -> None:
         for study in studies:
             print(report(study, results.content(study)))
         return
-    if str(scale.images["set"]).startswith("cifar"):  # runs that begin at once would each download it
-        load_set(scale.images["set"], args.data or "data", train=False)
+    for images in {job.flags["set"] for study in studies for job in study.jobs().values()}:
+        if images.startswith("cifar"):  # runs that begin at once would each download it
+            load_set(images, args.data or "data", train=False)
     runner = Runner(results, data=args.data, at_once=args.jobs)
     failed = []
     for study in studies:
@@ -86,10 +87,12 @@ def scale_of(args: argparse.Namespace) -> tuple[Scale, str]:
     scale = SCALES[args.scale]
     if args.set in (None, scale.images["set"]):
         return scale, args.scale
-    images = {**scale.images, "set": args.set}
-    if args.set.startswith("cifar"):
-        images.pop("image_size", None)  # it has one of its own
-    return replace(scale, images=images), f"{args.scale} on {args.set}"
+    other = {"set", "image_size"} if args.set.startswith("cifar") else {"set"}  # CIFAR has a size of its own
+    images, larger = (
+        {n: v for n, v in flags.items() if n not in other} for flags in (scale.images, scale.larger)
+    )
+    images["set"] = args.set
+    return replace(scale, images=images, larger=larger), f"{args.scale} on {args.set}"
 
 
 if __name__ == "__main__":

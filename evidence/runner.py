@@ -131,7 +131,7 @@ class Runner:
 
     def _run(self, job: Job, records: Mapping[str, dict]) -> tuple[list[str], int, str]:
         """Run or resume a job: its command, its exit code, the last line on its stderr."""
-        flags = {name: _text_of(value, records) for name, value in job.flags.items()}
+        flags = {name: flag_text(value, records) for name, value in job.flags.items()}
         flags |= {"data": self.data, "save": f"study-{job.key}", "resume": "auto"}
         slot = self.slots.get()
         try:
@@ -188,16 +188,26 @@ def title(record: Mapping[str, Any]) -> str:
     """One line on a finished run."""
     figures = record["figures"]
     top1 = figures["test"]["top1"] if "test" in figures else figures["valid_top1"]
-    return f"{shlex.join(command_line(record['flags']))}: {top1:.2f} %, {record['seconds']:.0f} s"
+    flags = {
+        name: _place(value) if isinstance(value, dict) else value for name, value in record["flags"].items()
+    }
+    return f"{' '.join(command_line(flags))}: {top1:.2f} %, {record['seconds']:.0f} s"
 
 
-def _text_of(value: Any, records: Mapping[str, dict]) -> Any:
+def _place(others: Mapping[str, Any]) -> str:
+    """Where the runs of a flag's other jobs are."""
+    if "best_of" in others:
+        return f"(best of {', '.join(others['best_of'])})"
+    return f"{RUNS}/*-study-{others['folder_of']}-*"
+
+
+def flag_text(value: Any, records: Mapping[str, dict]) -> Any:
     """What stands on the command line for a flag's value."""
     if isinstance(value, FolderOf):
         return run_folder(value.job) or _found_genotype(value.job, records)
     if isinstance(value, BestOf):
         best = max(value.jobs, key=lambda job: records[job.key]["figures"]["best"]["score"])
-        return best.flags["arch"]
+        return flag_text(best.flags["arch"], records)
     return value
 
 

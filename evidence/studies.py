@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evidence.plan import Arm, BestOf, FolderOf, Job, Study
@@ -19,7 +19,7 @@ class Scale:
     """Sizes, epochs and numbers of runs. `images` are flags of all scripts, `network` of both stages.
 
     `candidates` random cells, each trained with `trial`, are to cost about what a search does: the table has
-    the minutes of both.
+    the minutes of both. `larger`: what the larger task of `transfer` has other than these.
     """
 
     images: Flags
@@ -35,6 +35,8 @@ class Scale:
     seeds: int
     ema: float
     rows: Mapping[str, Mapping[str, Flags]]
+    larger: Flags
+    larger_epochs: tuple[int, int]  # of the stages
 
 
 SMALL_IMAGES = {"set": "folder", "image_size": 16, "train_images": 10_000, "batch_size": 64, "workers": 1}
@@ -54,6 +56,8 @@ SCALES = {
         seeds=2,
         ema=0.9,
         rows={"parameters": {"BNAS-C": {"init_channels": 4, "groups": None}}},
+        larger={"image_size": 32},
+        larger_epochs=(1, 1),
     ),
     "small": Scale(
         images=SMALL_IMAGES,
@@ -85,6 +89,8 @@ SCALES = {
                 "DCP-NAS-L": {"init_channels": 4},
             },
         },
+        larger={"image_size": 32, "train_images": None, "compile": True},
+        larger_epochs=(2, 8),
     ),
     "full": Scale(  # the published settings
         images={"set": "cifar10"},
@@ -114,6 +120,8 @@ SCALES = {
                 "ResNet18": {"init_channels": 22, "auxiliary": None},
             },
         },
+        larger={"set": "cifar100"},
+        larger_epochs=(600, 600),
     ),
 }
 
@@ -297,8 +305,28 @@ def rows(scale: Scale) -> Study:
     )
 
 
+def transfer(scale: Scale) -> Study:
+    """One seed. Of the searches' cells the one whose network did best on its held-out images."""
+    found = BestOf(tuple(searched_job(scale, seed) for seed in range(scale.searches)))
+    stage1_epochs, stage2_epochs = scale.larger_epochs
+    larger = replace(
+        scale,
+        images={**scale.images, **scale.larger},
+        stage1_epochs=stage1_epochs,
+        stage2_epochs=stage2_epochs,
+    )
+    return Study(
+        "transfer",
+        "Does the best cell found keep up with the published one on a larger task?",
+        (
+            arm("published", 1, lambda seed: network_job(larger, seed)),
+            arm("best found", 1, lambda seed: network_job(larger, seed, found)),
+        ),
+    )
+
+
 STUDIES: dict[str, Callable[[Scale], Study]] = {
     study.__name__: study
-    for study in (resolution, search, regularisers, stages, rows, beyond, sampling, ranking)
+    for study in (resolution, search, regularisers, stages, rows, beyond, sampling, ranking, transfer)
 }
 """In the order in which they are worth running."""

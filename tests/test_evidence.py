@@ -12,9 +12,12 @@ import train_search
 from evidence.plan import Arm, BestOf, FolderOf, Job, Study
 from evidence.report import report
 from evidence.results import Results
+from evidence.runner import flag_text
 from evidence.statistics import Summary, difference, rank_correlation, spread
 from evidence.studies import ONE_STAGE, SCALES, STUDIES
+from genotypes import genotype_to_dict, get_genotype, random_genotype
 from options import command_line
+from runs import RUNS
 from stages import settle
 from utils import InputError
 
@@ -32,6 +35,24 @@ def test_a_job_is_known_by_what_it_computes():
     assert len({FIRST.key, other.key, stage2(FIRST, 0).key, stage2(other, 0).key}) == 4
     best = Job("train.py", {"arch": BestOf((FIRST, other))})
     assert list(best.chain) == [FIRST, other, best]
+
+
+def test_the_best_of_searched_cells_is_given_by_its_genotype(tmp_path, monkeypatch):
+    """Here of a machine that has the figures alone."""
+    monkeypatch.chdir(tmp_path)
+    RUNS.mkdir()
+    searches = [Job("train_search.py", {"seed": seed}) for seed in range(2)]
+    networks = [Job("train.py", {"arch": FolderOf(search), "binary": True}) for search in searches]
+    found = [random_genotype(seed) for seed in range(2)]
+    records = {
+        search.key: {"figures": {"genotype": genotype_to_dict(genotype)}}
+        for search, genotype in zip(searches, found, strict=True)
+    }
+    records |= {
+        job.key: {"figures": {"best": {"score": score}}}
+        for job, score in zip(networks, (40, 50), strict=True)
+    }
+    assert get_genotype(str(flag_text(BestOf(tuple(networks)), records))) == found[1]
 
 
 DIFFERING = {
@@ -73,7 +94,7 @@ def test_an_arm_differs_in_what_it_says_alone(name, arm, scale):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", [name for name in STUDIES if name != "ranking"])
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in ("ranking", "transfer")])
 def test_epochs_are_equal_and_chosen_on_training_images(name, scale):
     study = STUDIES[name](SCALES[scale])
     finals = study.final_jobs()

@@ -30,6 +30,8 @@ def one_study(monkeypatch, data_flags) -> Study:
         **dict.fromkeys(("searches", "random_cells", "published", "seeds", "ema"), 1),
         trial={},
         rows={},
+        larger={},
+        larger_epochs=(1, 1),
     )
     arms = (
         arm("published", 1, lambda s: network_job(scale, s)),
