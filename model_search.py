@@ -251,10 +251,9 @@ class Supernet(nn.Module):
         return self.classifier(x.mean((2, 3))), None
 
     @torch.no_grad()
-    def make_discrete(self) -> None:
-        """Put alpha and beta where the supernet computes the choice of `genotype()`, its weights as they are:
-        an edge that is kept weighs 1 and is its one operation, the others weigh 0."""
-        genotype = self.genotype()
+    def make_discrete(self, genotype: Genotype) -> None:
+        """Put alpha and beta where the supernet computes `genotype` alone, its weights as they are: an edge
+        that is kept weighs 1 and is its one operation, the others weigh 0."""
         for kind, pairs in (("normal", genotype.normal), ("reduce", genotype.reduce)):
             alpha, beta = getattr(self, f"alphas_{kind}"), getattr(self, f"betas_{kind}")
             alpha.fill_(-CERTAIN)

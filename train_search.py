@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,14 @@ from data import SETS, Batch, BatchLoader, ImageSet, split_halves
 from distributed import World, setup
 from engine import evaluate, in_memory_format, train_one_epoch
 from figures import draw_curves, draw_genotype
-from genotypes import Genotype, describe, genotype_from_dict, genotype_to_dict, save_genotype
+from genotypes import (
+    Genotype,
+    describe,
+    genotype_from_dict,
+    genotype_to_dict,
+    random_genotype,
+    save_genotype,
+)
 from model_search import SearchConfig, Supernet
 from runs import Run
 from session import Session, loader_settings, prepare_data
@@ -76,6 +84,13 @@ def parser() -> options.Parser:
             default=k,
             help=f"one in k channels of a {kind} cell goes through its operations",
         )
+    flag(
+        "--score_random",
+        type=options.integer(0, 10_000),
+        default=0,
+        metavar="N",
+        help="at the end cut the supernet down to N random cells too: does it rank them as training does?",
+    )
     parser.retire("learning_rate_min", "the learning rate of a search is constant, as in the original")
     parser.retire("drop_path_prob", "the supernet has no drop-path, as in the original")
     return parser
@@ -116,6 +131,10 @@ def main(args: argparse.Namespace) -> None:
     stateful = {"optimizer": optimizer, "arch_optimizer": architect.optimizer}
     criterion = nn.CrossEntropyLoss()
 
+    def validate(network: nn.Module) -> dict[str, float]:
+        after_step = session.evaluating(valid_loader)
+        return evaluate(network, valid_loader, world=world, precision=precision, after_step=after_step)
+
     header = {"kind": "search", "config": config.to_dict(), "data": data}
     with session.start(model=model, stateful=stateful, **header) as run:
         for epoch in session.epochs():
@@ -147,31 +166,20 @@ def main(args: argparse.Namespace) -> None:
                 after_step=session.training(weight_loader),
             )
             world.average_buffers(model)
-            valid = evaluate(
-                model,
-                valid_loader,
-                world=world,
-                precision=precision,
-                after_step=session.evaluating(valid_loader),
-            )
+            valid = validate(model)
             record = epoch_record(architect, train, valid, before=run.last_record())
             log_epoch(run, epoch, record)
             session.finish_epoch(epoch, record, score=valid["top1"])
             write_genotype(session, model.genotype(), data["set"])
         write_genotype(session, model.genotype(), data["set"])  # a kill may have come before the last one
-        discrete = discretised_accuracy(
-            model,
-            weight_loader,
-            partial(
-                evaluate,
-                loader=valid_loader,
-                world=world,
-                precision=precision,
-                after_step=session.evaluating(valid_loader),
-            ),
-            world,
-        )
-        finish(session, model.genotype(), discrete)
+        figures = discrete_accuracies(model, model.genotype(), weight_loader, validate, world)
+        if args.score_random:
+            scores = (
+                discrete_accuracies(model, random_genotype(seed), weight_loader, validate, world)
+                for seed in range(args.score_random)
+            )
+            figures["random_cells"] = [score["discrete_top1_new_statistics"] for score in scores]
+        finish(session, model.genotype(), figures)
 
 
 def make_loaders(
@@ -247,18 +255,22 @@ def write_genotype(session: Session, genotype: Genotype, set_name: str) -> None:
         save_genotype(path, genotype, epoch=epoch, search=search, data=set_name)
 
 
-def discretised_accuracy(
-    model: Supernet, weight_loader: BatchLoader, evaluated: Callable[[Supernet], dict], world: World
+def discrete_accuracies(
+    model: Supernet,
+    genotype: Genotype,
+    weight_loader: BatchLoader,
+    validate: Callable[[nn.Module], dict],
+    world: World,
 ) -> dict[str, float]:
-    """The gap that the regularisers are to close: validation top-1 of the supernet cut down to the genotype
-    that it stands for, its weights kept; as it is, and with its BN statistics taken anew from an epoch of the
-    weights' images, for those of the mixture do not fit the single operations."""
+    """Validation top-1 of the supernet cut down to `genotype`, its weights kept; as it is, and with its BN
+    statistics taken anew from an epoch of the weights' images, for those of the mixture do not fit the single
+    operations. Of the genotype that it stands for: the gap that the regularisers are to close."""
     discrete = copy.deepcopy(model)
-    discrete.make_discrete()
-    kept = evaluated(discrete)
+    discrete.make_discrete(genotype)
+    kept = validate(discrete)
     renew_statistics(discrete, weight_loader)
     world.average_buffers(discrete)
-    renewed = evaluated(discrete)
+    renewed = validate(discrete)
     return {"discrete_top1": kept["top1"], "discrete_top1_new_statistics": renewed["top1"]}
 
 
@@ -274,7 +286,7 @@ def renew_statistics(model: Supernet, loader: BatchLoader) -> None:
         model(batch.images)
 
 
-def write_result(run: Run, discrete: dict[str, float]) -> None:
+def write_result(run: Run, discrete: dict[str, Any]) -> None:
     if last := run.last_record():
         names = ("valid_top1", "valid_loss", "alpha_entropy", "operations", "genotype")
         run.write_result({**{name: last[name] for name in names}, **discrete})
@@ -285,7 +297,7 @@ def write_result(run: Run, discrete: dict[str, float]) -> None:
         )
 
 
-def finish(session: Session, genotype: Genotype, discrete: dict[str, float]) -> None:
+def finish(session: Session, genotype: Genotype, discrete: dict[str, Any]) -> None:
     """Write result.json and mark the search as finished; pictures of the cells and of its course; what to do
     next."""
     run, args = session.run, session.args

@@ -62,11 +62,21 @@ def _against_cost(study: Study, records: Mapping[str, Any], hues: Mapping[str, s
         panels, (("ops", 1e6, "OPs of an image, millions"), ("bytes", 1e3, "stored weights, kB")), strict=True
     ):
         for arm in study.arms:
-            done = [records[job.key] for job in arm.jobs.values() if job.key in records]
-            if done:
-                x = [record["cost"][name] / unit for record in done]
-                y = [record["figures"]["test"]["top1"] for record in done]
-                axes.plot(x, y, "o", color=hues[arm.name], alpha=0.7, markersize=5, label=arm.name)
+            done = {seed: records[job.key] for seed, job in arm.jobs.items() if job.key in records}
+            points = [
+                (record["cost"][name] / unit, arm.accuracy(record["figures"], seed))
+                for seed, record in done.items()
+                if "cost" in record  # else a supernet
+            ]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    "o",
+                    color=hues[arm.name],
+                    alpha=0.7,
+                    markersize=5,
+                    label=arm.name,
+                )
         axes.set_xlabel(label)
         _plain(axes)
     panels[0].set_ylabel("test top-1, %")

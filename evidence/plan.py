@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -75,12 +75,18 @@ class Job:
         return {value.job.key for value in values if value.job.script == "train.py"}
 
 
+def tested(figures: Mapping[str, Any], _seed: int) -> float:
+    """Top-1 on the test images."""
+    return figures["test"]["top1"]
+
+
 @dataclass(frozen=True)
 class Arm:
-    """By seed the last job of a chain, whose accuracy on the test images counts."""
+    """By seed the last job of a chain, and which of its figures counts: top-1 in percent."""
 
     name: str
     jobs: Mapping[int, Job]
+    accuracy: Callable[[Mapping[str, Any], int], float] = tested
 
 
 @dataclass(frozen=True)
@@ -104,10 +110,11 @@ class Study:
         return self.arms[0]
 
     def final_jobs(self) -> list[Job]:
-        """The last jobs of all chains, the seeds of all arms before the next seeds: a study that is cut short
-        has compared something."""
+        """The last jobs of all chains, each once, the seeds of all arms before the next seeds: a study that
+        is cut short has compared something."""
         seeds = sorted({seed for arm in self.arms for seed in arm.jobs})
-        return [arm.jobs[seed] for seed in seeds for arm in self.arms if seed in arm.jobs]
+        finals = [arm.jobs[seed] for seed in seeds for arm in self.arms if seed in arm.jobs]
+        return list({job.key: job for job in finals}.values())
 
     def jobs(self) -> dict[str, Job]:
         """All jobs by key."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from evidence.plan import Arm, Study
+from evidence.plan import Arm, Study, tested
 from evidence.statistics import Difference, Summary, difference, rank_correlation, spread
 from genotypes import PRIMITIVES
 
@@ -15,10 +15,10 @@ Accuracies = Mapping[str, Mapping[int, float]]
 
 
 def top1_by_arm(study: Study, records: Records) -> dict[str, dict[int, float]]:
-    """By arm and seed: top-1 on the test images, in percent, of the finished runs."""
+    """By arm and seed: the accuracy that counts, in percent, of the finished runs."""
     return {
         arm.name: {
-            seed: records[job.key]["figures"]["test"]["top1"]
+            seed: arm.accuracy(records[job.key]["figures"], seed)
             for seed, job in arm.jobs.items()
             if job.key in records
         }
@@ -30,12 +30,14 @@ def report(study: Study, content: Mapping[str, Any]) -> str:
     """The table of the arms with what is asked of them, and the searches behind them where there are any."""
     records = content["jobs"]
     accuracies = top1_by_arm(study, records)
-    wanted, done = (sum(map(len, runs)) for runs in ((a.jobs for a in study.arms), accuracies.values()))
+    wanted = [job.key for job in study.final_jobs()]
+    done = sum(key in records for key in wanted)
+    supernets = "" if all(arm.accuracy is tested for arm in study.arms) else "; of supernets validation top-1"
     lines = [
         f"## {study.name} ({content['scale']}): {study.question}",
         "",
-        f"{done} of {wanted} runs. Test top-1 in percent, of the epoch that was best on held-out training "
-        "images.",
+        f"{done} of {len(wanted)} runs. Test top-1 in percent, of the epoch that was best on held-out "
+        f"training images{supernets}.",
         "",
         *_table(_arm_rows(study, accuracies, records)),
     ]
@@ -94,8 +96,10 @@ def _cost_cells(arm: Arm, records: Records) -> list[str]:
     """Parameters, OPs and stored kB of the trained networks; the minutes of whole chains, searches and trials
     of candidates too. Each a mean."""
     finals = [job for job in arm.jobs.values() if job.key in records]
-    costs = [records[job.key]["cost"] for job in finals]
     minutes = [sum(records[j.key]["seconds"] for j in job.chain if j.key in records) / 60 for job in finals]
+    costs = [records[job.key]["cost"] for job in finals if "cost" in records[job.key]]
+    if not costs:  # supernets
+        return ["", "", "", f"{_mean(minutes):.1f}"]
     parameters, ops, size = (_mean(cost[name] for cost in costs) for name in ("parameters", "ops", "bytes"))
     return [f"{parameters:,.0f}", f"{ops:.3g}", f"{size / 1000:.1f}", f"{_mean(minutes):.1f}"]
 

@@ -94,7 +94,7 @@ SCALES = {
     ),
     "full": Scale(  # the published settings
         images={"set": "cifar10"},
-        search={},
+        search={"epochs": 50},
         network={"auxiliary": True, "cutout": True, "holdout": 5_000},
         stage1_epochs=600,
         stage2_epochs=600,
@@ -174,17 +174,22 @@ def resolution(scale: Scale) -> Study:
 
 
 def ranking(scale: Scale) -> Study:
-    """The random cells of `search`, and the same ones after a trial as its candidates have."""
+    """The random cells of `search`; the same ones after a trial as its candidates have; and as what supernets
+    are cut down to, with their weights: one that never had an architecture step, and one after its search."""
+    cells = scale.random_cells
+
+    def supernet(name: str, **flags: Any) -> Arm:
+        job = search_job(scale, 0, score_random=cells, **flags)
+        return Arm(name, dict.fromkeys(range(cells), job), lambda figures, i: figures["random_cells"][i])
+
     return Study(
         "ranking",
-        "Does a short training rank random cells as a long one does?",
+        "Does a short training, or a supernet, rank random cells as a long training does?",
         (
-            arm("long training", scale.random_cells, lambda i: network_job(scale, i, f"random:{i}")),
-            arm(
-                "trial",
-                scale.random_cells,
-                lambda i: scratch_job(scale, i, f"random:{i}", **scale.trial),
-            ),
+            arm("long training", cells, lambda i: network_job(scale, i, f"random:{i}")),
+            arm("trial", cells, lambda i: scratch_job(scale, i, f"random:{i}", **scale.trial)),
+            supernet("in a supernet before its search", arch_start_epoch=scale.search["epochs"]),
+            supernet("in a supernet after its search"),
         ),
         analysis="ranks",
     )

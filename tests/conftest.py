@@ -198,7 +198,7 @@ def interrupted(stopped, scripts) -> Path:
 def pipeline(tmp_path_factory, data_flags) -> Scripts:
     """A folder with one tiny finished search, stage 1 and stage 2: look, do not touch."""
     scripts = Scripts(tmp_path_factory.mktemp("pipeline"))
-    scripts.run("train_search.py", *data_flags, *TINY_SEARCH)
+    scripts.run("train_search.py", *data_flags, *TINY_SEARCH, "--score_random", 2)
     (search,) = scripts.runs("search-*")
     stage = [*data_flags, *TINY_STAGE, "--arch", search, "--auxiliary", "--cutout"]
     scripts.run("train.py", *stage)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from comparison.original_network import original_network
 from comparison.original_search import OriginalSupernet, pairs
-from genotypes import GENOTYPES
+from genotypes import GENOTYPES, random_genotype
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet, edge_weights
 
@@ -91,14 +91,17 @@ def test_derived_network_equals_the_originals(family, size, bits):
     close(*outcomes)
 
 
-def test_a_discrete_supernet_is_its_genotype_alone():
+@pytest.mark.parametrize("drawn", [None, 1])
+def test_a_discrete_supernet_is_its_genotype_alone(drawn):
+    """The one that it stands for, and another."""
     torch.manual_seed(0)
     network = Supernet(SearchConfig(8, 3, 7)).double().eval()
     for parameter in network.arch_parameters():
         torch.nn.init.normal_(parameter)
-    genotype, images = network.genotype(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    genotype = network.genotype() if drawn is None else random_genotype(drawn)
+    images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     mixed, _ = network(images)
-    network.make_discrete()
+    network.make_discrete(genotype)
     for ours, theirs in zip(network.genotype()[::2], genotype[::2], strict=True):
         for node in range(0, 8, 2):  # the order within a node has no meaning
             assert set(ours[node : node + 2]) == set(theirs[node : node + 2])

@@ -29,6 +29,7 @@ def test_a_search_leaves_its_genotype_metrics_and_pictures(pipeline):
     result = read_result(run)
     assert result["genotype"] == records[-1]["genotype"] and result["valid_top1"] == records[-1]["valid_top1"]
     assert {"discrete_top1", "discrete_top1_new_statistics"} < set(result)
+    assert len(result["random_cells"]) == 2 and all(0 < score < 100 for score in result["random_cells"])
     args = json.loads((run / "args.json").read_text())
     assert args["epochs"] == 2 and "commit" in args and "train_search.py" in args["command"]
 
