@@ -49,7 +49,9 @@ def _points(study: Study, accuracies: Mapping[str, Mapping[int, float]], hues: M
             axes.errorbar(summary.mean, row + 0.25, xerr=interval, **style)
     axes.set_yticks(range(len(accuracies)), [f"{name}  (n = {len(v)})" for name, v in accuracies.items()])
     axes.set_ylim(len(accuracies) - 0.4, -0.5)
-    axes.set_xlabel("test top-1, %   (circles: runs; diamonds: means, of three and more with 95 % intervals)")
+    axes.set_xlabel("top-1, %")
+    caption = "Circles: runs. Diamonds: their means, of three and more with 95 % intervals."
+    figure.supxlabel(caption, fontsize=8, color=INK)
     figure.suptitle(study.question, fontsize=10, color=INK)
     _plain(axes)
     return figure

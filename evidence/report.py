@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,9 @@ from genotypes import PRIMITIVES
 
 Records = Mapping[str, Mapping[str, Any]]
 Accuracies = Mapping[str, Mapping[int, float]]
+
+ENOUGH_CELLS = 10
+"""For a look at what goes with their accuracy."""
 
 
 def top1_by_arm(study: Study, records: Records) -> dict[str, dict[int, float]]:
@@ -56,6 +61,15 @@ def report(study: Study, content: Mapping[str, Any]) -> str:
             "",
             *_table(searches),
         ]
+    if len(cells := _cells(study, accuracies, records)) >= ENOUGH_CELLS:
+        lines += [
+            "",
+            f"What goes with the mean accuracy of a cell, over {len(cells)} cells: Spearman's rho with how "
+            "often it has each operation, and with its cost. A look back, at many things at once: a small p "
+            "among these is a hint and no proof.",
+            "",
+            *_table(_correlate_rows(cells)),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -78,7 +92,7 @@ def _arm_rows(
             answers = _difference_cells(difference(values, reference, paired=study.paired))
         elif arm is not study.reference and study.analysis == "ranks":
             rho, p, n = rank_correlation(values, reference)
-            answers = [f"{rho:.2f} (p = {p:.2f}, {n} cells)"]
+            answers = [f"{_number(rho)} (p = {_number(p)}, {n} cells)"]
         cells = [arm.name, str(summary.n), f"{summary.mean:.2f}", _number(summary.std), *answers]
         rows.append([*cells, *_cost_cells(arm, records)])
     return rows
@@ -121,6 +135,39 @@ def _search_rows(study: Study, records: Records) -> list[list[str]]:
     return rows
 
 
+def _cells(study: Study, accuracies: Accuracies, records: Records) -> list[dict[str, float]]:
+    """By cell the mean accuracy of its trained networks, how often it has each operation, and its cost."""
+    runs: dict[str, list[tuple[float, Mapping[str, Any]]]] = defaultdict(list)
+    for arm in study.arms:
+        for seed, accuracy in accuracies[arm.name].items():
+            record = records[arm.jobs[seed].key]
+            if record.get("genotype"):
+                runs[json.dumps(record["genotype"])].append((accuracy, record))
+    cells = []
+    for of_cell in runs.values():
+        _, record = of_cell[0]
+        operations = Counter(name for kind in ("normal", "reduce") for name, _ in record["genotype"][kind])
+        cells.append(
+            {
+                "accuracy": _mean(accuracy for accuracy, _ in of_cell),
+                **{name: operations[name] for name in PRIMITIVES},
+                "all dilated": sum(operations[name] for name in PRIMITIVES if "dil" in name),
+                "OPs": record["cost"]["ops"],
+                "parameters": record["cost"]["parameters"],
+            }
+        )
+    return cells
+
+
+def _correlate_rows(cells: Sequence[Mapping[str, float]]) -> list[list[str]]:
+    rows = [["of a cell", "mean", "rho", "p"]]
+    by_name = {name: {i: cell[name] for i, cell in enumerate(cells)} for name in cells[0]}
+    for name in list(by_name)[1:]:
+        rho, p, _ = rank_correlation(by_name[name], by_name["accuracy"])
+        rows.append([name, f"{_mean(by_name[name].values()):,.1f}", _number(rho), _number(p, 3)])
+    return rows
+
+
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
@@ -131,8 +178,8 @@ def _mean_and_std(values: Sequence[float]) -> str:
     return f"{summary.mean:.2f} ± {_number(summary.std)}"
 
 
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
+def _number(value: float, digits: int = 2) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -76,11 +76,13 @@ def difference(
 
 
 def rank_correlation(arm: Mapping[int, float], reference: Mapping[int, float]) -> tuple[float, float, int]:
-    """Spearman's rho between the runs of common seeds, its p of no correlation, their number."""
+    """Spearman's rho between the runs of common seeds, its p of no correlation, their number; nan where they
+    are less than three or all equal."""
     common = sorted(arm.keys() & reference.keys())
-    if len(common) < 3:
+    ours, theirs = ([values[seed] for seed in common] for values in (arm, reference))
+    if len(common) < 3 or min(len(set(ours)), len(set(theirs))) == 1:
         return math.nan, math.nan, len(common)
-    found = stats.spearmanr([arm[seed] for seed in common], [reference[seed] for seed in common])
+    found = stats.spearmanr(ours, theirs)
     return float(found.statistic), float(found.pvalue), len(common)
 
 

@@ -163,6 +163,27 @@ def two_arms(name: str = "search") -> Study:
     return Study(name, "Is it?", arms)
 
 
+def test_what_goes_with_the_accuracy_of_cells_is_looked_for_where_there_are_enough():
+    genotypes = [random_genotype(seed) for seed in range(12)]
+    records = {}
+    for seed, genotype in enumerate(genotypes):
+        dilated = sum("dil" in name for name, _ in (*genotype.normal, *genotype.reduce))
+        records[Job("train.py", {"seed": seed}).key] = {
+            **record(50 - dilated),
+            "genotype": genotype_to_dict(genotype),
+        }
+
+    def table(n: int) -> str:
+        study = Study(
+            "search", "Is it?", (Arm("random", {i: Job("train.py", {"seed": i}) for i in range(n)}),)
+        )
+        return report(study, {"scale": "tiny", "jobs": records})
+
+    (line,) = (line for line in table(12).splitlines() if line.startswith("| all dilated"))
+    assert line.endswith("| -1.00 | 0.000 |")
+    assert "over 12 cells" in table(12) and "all dilated" not in table(9)
+
+
 def test_figures_of_one_study_serve_another_and_none_is_lost(tmp_path):
     results = Results(tmp_path, "tiny", ("search", "stages"))
     results.keep(two_arms(), {FIRST.key: record(50)})
