@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evidence.plan import Study
 from evidence.report import top1_by_arm
-from evidence.statistics import Summary
+from evidence.statistics import Summary, rank_correlation
 from figures import draw
 from figures.canvas import GREY, INK, new_figure
 
@@ -31,8 +31,9 @@ def draw_study(study: Study, content: Mapping[str, Any], folder: Path) -> list[P
 def _figures(study: Study, records: Mapping, accuracies: Mapping) -> dict[str, Figure]:
     hues = {arm.name: HUES[i % len(HUES)] for i, arm in enumerate(study.arms)}
     shown = {name: values for name, values in accuracies.items() if values}
+    picture = _ranks if study.analysis == "ranks" else _points
     return {
-        f"{study.name}.png": _points(study, shown, hues),
+        f"{study.name}.png": picture(study, shown, hues),
         f"{study.name}-cost.png": _against_cost(study, records, hues),
     }
 
@@ -54,6 +55,25 @@ def _points(study: Study, accuracies: Mapping[str, Mapping[int, float]], hues: M
     figure.supxlabel(caption, fontsize=8, color=INK)
     figure.suptitle(study.question, fontsize=10, color=INK)
     _plain(axes)
+    return figure
+
+
+def _ranks(study: Study, accuracies: Mapping[str, Mapping[int, float]], hues: Mapping[str, str]) -> Figure:
+    """Of each other arm a panel: the reference's accuracy of a cell, and the arm's."""
+    reference = accuracies.get(study.reference.name, {})
+    others = [name for name in accuracies if name != study.reference.name]
+    figure = new_figure(9, 3.6, layout="constrained")
+    panels = figure.subplots(1, max(len(others), 1), squeeze=False)[0]
+    for axes, name in zip(panels, others, strict=False):
+        cells = sorted(reference.keys() & accuracies[name].keys())
+        x, y = ([values[cell] for cell in cells] for values in (reference, accuracies[name]))
+        axes.plot(x, y, "o", color=hues[name], alpha=0.7, markersize=5)
+        rho, p, _ = rank_correlation(accuracies[name], reference)
+        axes.set_title(f"{name}\nrho = {rho:.2f}, p = {p:.2f}", fontsize=9, color=INK)
+        _plain(axes)
+    panels[0].set_ylabel("top-1, %")
+    figure.supxlabel(f"{study.reference.name}: top-1, %   (a circle: a cell)", fontsize=10, color=INK)
+    figure.suptitle(study.question, fontsize=10, color=INK)
     return figure
 
 
