@@ -19,7 +19,7 @@ import argparse
 import copy
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -135,6 +135,11 @@ def main(args: argparse.Namespace) -> None:
         after_step = session.evaluating(valid_loader)
         return evaluate(network, valid_loader, world=world, precision=precision, after_step=after_step)
 
+    def renewed_top1(discrete: Supernet) -> float:
+        renew_statistics(discrete, weight_loader)
+        world.average_buffers(discrete)
+        return validate(discrete)["top1"]
+
     header = {"kind": "search", "config": config.to_dict(), "data": data}
     with session.start(model=model, stateful=stateful, **header) as run:
         for epoch in session.epochs():
@@ -172,13 +177,12 @@ def main(args: argparse.Namespace) -> None:
             session.finish_epoch(epoch, record, score=valid["top1"])
             write_genotype(session, model.genotype(), data["set"])
         write_genotype(session, model.genotype(), data["set"])  # a kill may have come before the last one
-        figures = discrete_accuracies(model, model.genotype(), weight_loader, validate, world)
+        discrete = cut_down(model, model.genotype())
+        figures = {"discrete_top1": validate(discrete)["top1"]}
+        figures["discrete_top1_new_statistics"] = renewed_top1(discrete)
         if args.score_random:
-            scores = (
-                discrete_accuracies(model, random_genotype(seed), weight_loader, validate, world)
-                for seed in range(args.score_random)
-            )
-            figures["random_cells"] = [score["discrete_top1_new_statistics"] for score in scores]
+            cells = map(random_genotype, range(args.score_random))
+            figures["random_cells"] = [renewed_top1(cut_down(model, cell)) for cell in cells]
         finish(session, model.genotype(), figures)
 
 
@@ -255,29 +259,19 @@ def write_genotype(session: Session, genotype: Genotype, set_name: str) -> None:
         save_genotype(path, genotype, epoch=epoch, search=search, data=set_name)
 
 
-def discrete_accuracies(
-    model: Supernet,
-    genotype: Genotype,
-    weight_loader: BatchLoader,
-    validate: Callable[[nn.Module], dict],
-    world: World,
-) -> dict[str, float]:
-    """Validation top-1 of the supernet cut down to `genotype`, its weights kept; as it is, and with its BN
-    statistics taken anew from an epoch of the weights' images, for those of the mixture do not fit the single
-    operations. Of the genotype that it stands for: the gap that the regularisers are to close."""
+def cut_down(model: Supernet, genotype: Genotype) -> Supernet:
+    """A copy of the supernet, its weights kept, that computes `genotype` alone. With the one that it stands
+    for, what validation then loses is the gap that the regularisers are to close."""
     discrete = copy.deepcopy(model)
     discrete.make_discrete(genotype)
-    kept = validate(discrete)
-    renew_statistics(discrete, weight_loader)
-    world.average_buffers(discrete)
-    renewed = validate(discrete)
-    return {"discrete_top1": kept["top1"], "discrete_top1_new_statistics": renewed["top1"]}
+    return discrete
 
 
 @torch.no_grad()
 def renew_statistics(model: Supernet, loader: BatchLoader) -> None:
-    """Put the mean over the batches of an epoch into every BN. Not torch's `update_bn`: it sets momentum to
-    None, which SourceOperations does not take."""
+    """Put the mean over the batches of an epoch into every BN: after cutting down, for the statistics of the
+    mixture do not fit the single operations. Not torch's `update_bn`: it sets momentum to None, which
+    SourceOperations does not take."""
     model.train()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for step, batch in enumerate(loader.epoch(0)):

@@ -84,21 +84,12 @@ def _against_cost(study: Study, records: Mapping[str, Any], hues: Mapping[str, s
         panels, (("ops", 1e6, "OPs of an image, millions"), ("bytes", 1e3, "stored weights, kB")), strict=True
     ):
         for arm in study.arms:
-            done = {seed: records[job.key] for seed, job in arm.jobs.items() if job.key in records}
-            points = [
-                (record["cost"][name] / unit, arm.accuracy(record["figures"], seed))
-                for seed, record in done.items()
-                if "cost" in record  # else a supernet
-            ]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    "o",
-                    color=hues[arm.name],
-                    alpha=0.7,
-                    markersize=5,
-                    label=arm.name,
-                )
+            done = [(seed, records[job.key]) for seed, job in arm.jobs.items() if job.key in records]
+            done = [(seed, record) for seed, record in done if "cost" in record]  # else a supernet
+            if done:
+                x = [record["cost"][name] / unit for _, record in done]
+                y = [arm.accuracy(record["figures"], seed) for seed, record in done]
+                axes.plot(x, y, "o", color=hues[arm.name], alpha=0.7, markersize=5, label=arm.name)
         axes.set_xlabel(label)
         _plain(axes)
     panels[0].set_ylabel("test top-1, %")
