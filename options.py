@@ -328,9 +328,10 @@ def add_network_flags(
     )
     flag(
         "--recipe",
-        choices=("ebnas", "own"),
+        choices=("ebnas", "own", "best"),
         default="ebnas",
-        help="EBNAS's training, the same for every row, or the system's own: its flags are then the defaults",
+        help="EBNAS's training, the same for every row; the system's own: its flags are then the defaults; "
+        "EBNAS's with what was measured to help, a --teacher",
     )
     flag("--variant", help="of BNAS as_run or intended, of BATS learned or mean; default: the first")
     of_row = "default: that of --arch, of EBNAS"

@@ -79,6 +79,11 @@ def settle(args: argparse.Namespace, *, family: str) -> argparse.Namespace:
     for name, value in recipe.flags.items():
         if name not in args.given:
             setattr(settled, name, value)
+    if recipe.taught and not settled.teacher:
+        raise InputError(
+            f"--recipe {args.recipe} learns from a network in full precision: train one with the same flags "
+            "and `--recipe ebnas --stage1 w32a32`, then name its folder with --teacher"
+        )
     if args.resume is None:  # what makes no network is said before any data is read
         config_of(settled, family=family, num_classes=1)
     return settled

@@ -55,9 +55,9 @@ def report(study: Study, content: Mapping[str, Any]) -> str:
     if len(searches := _search_rows(study, records)) > 1:
         lines += [
             "",
-            "The searches: validation top-1 in percent, of the supernet, of what it is cut down to, and of "
-            "that with new BN statistics; entropy of softmax(alpha) in nats; how often each operation was "
-            "chosen, of 16.",
+            "The searches: validation top-1 in percent, of the supernet, of what it is cut down to, what "
+            "that loses (and that less the first arm's, with a 95 % interval), and with new BN statistics; "
+            "entropy of softmax(alpha) in nats; how often each operation was chosen, of 16.",
             "",
             *_table(searches),
         ]
@@ -102,8 +102,11 @@ def _difference_cells(found: Difference | None) -> list[str]:
     if found is None:
         return ["", ""]
     pairs = f", {found.pairs} pairs" if found.pairs else ""
-    interval = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{pairs}: {found.verdict}"
-    return [interval, f"{found.better:.2f}"]
+    return [f"{_interval(found)}{pairs}: {found.verdict}", f"{found.better:.2f}"]
+
+
+def _interval(found: Difference) -> str:
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
 
 
 def _cost_cells(arm: Arm, records: Records) -> list[str]:
@@ -119,20 +122,36 @@ def _cost_cells(arm: Arm, records: Records) -> list[str]:
 
 
 def _search_rows(study: Study, records: Records) -> list[list[str]]:
-    figures = ("valid_top1", "discrete_top1", "discrete_top1_new_statistics", "alpha_entropy")
-    heads = ["supernet", "cut down", "new statistics", "entropy"]
     names = [name.removeprefix("bin_").removesuffix("_3x3") for name in PRIMITIVES]
-    rows = [["arm", "n", "minutes", *heads, *names]]
+    rows, reference = [], None
     for arm in study.arms:
         searches = {job.key for final in arm.jobs.values() for job in final.chain if "search" in job.script}
         found = [records[key] for key in sorted(searches) if key in records]
-        if found:
-            results = [record["figures"] for record in found]
-            cells = [_mean_and_std([result[name] for result in results]) for name in figures]
-            counts = [_mean(result["operations"].get(name, 0) for result in results) for name in PRIMITIVES]
-            minutes = _mean(record["seconds"] / 60 for record in found)
-            rows.append([arm.name, str(len(found)), f"{minutes:.1f}", *cells, *(f"{n:.1f}" for n in counts)])
-    return rows
+        if not found:
+            continue
+        results = [record["figures"] for record in found]
+        lost = {
+            record["flags"]["seed"]: result["valid_top1"] - result["discrete_top1"]
+            for record, result in zip(found, results, strict=True)
+        }
+        reference = reference or (arm.name, lost)
+        loses = _mean_and_std(list(lost.values()))
+        if arm.name != reference[0] and (more := difference(lost, reference[1], paired=study.paired)):
+            loses += f" ({_interval(more)})"
+        supernet, cut, renewed, entropy = (
+            _mean_and_std([result[name] for result in results])
+            for name in ("valid_top1", "discrete_top1", "discrete_top1_new_statistics", "alpha_entropy")
+        )
+        counts = [_mean(result["operations"].get(name, 0) for result in results) for name in PRIMITIVES]
+        rows.append(
+            [
+                *(arm.name, str(len(found)), f"{_mean(record['seconds'] / 60 for record in found):.1f}"),
+                *(supernet, cut, loses, renewed, entropy),
+                *(f"{n:.1f}" for n in counts),
+            ]
+        )
+    heads = ["supernet", "cut down", "loses", "new statistics", "entropy"]
+    return [["arm", "n", "minutes", *heads, *names], *rows]
 
 
 def _cells(study: Study, accuracies: Accuracies, records: Records) -> list[dict[str, float]]:

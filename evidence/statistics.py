@@ -43,6 +43,8 @@ class Difference:
 
     @property
     def verdict(self) -> str:
+        if self.low == self.high == 0:
+            return "the same"
         return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
 
 

@@ -257,7 +257,9 @@ def stages(scale: Scale) -> Study:
 
 
 def beyond(scale: Scale) -> Study:
-    """What trains 1-bit networks better elsewhere in the field; the teacher is the same network in float."""
+    """What trains 1-bit networks better elsewhere in the field. The teacher is the same network in float,
+    trained for as many epochs before: beside it stands what training for twice the epochs brings."""
+    longer = replace(scale, stage1_epochs=2 * scale.stage1_epochs, stage2_epochs=2 * scale.stage2_epochs)
 
     def taught(seed: int) -> Flags:
         epochs = scale.stage1_epochs + scale.stage2_epochs
@@ -278,9 +280,12 @@ def beyond(scale: Scale) -> Study:
     return Study(
         "beyond",
         "Which of the field's ways to train 1-bit networks help these?",
-        tuple(
-            arm(name, scale.seeds, lambda seed, flags=flags: network_job(scale, seed, **flags(seed)))
-            for name, flags in {"EBNAS": lambda _: {}, **single, "all of them": together}.items()
+        (
+            *(
+                arm(name, scale.seeds, lambda seed, flags=flags: network_job(scale, seed, **flags(seed)))
+                for name, flags in {"EBNAS": lambda _: {}, **single, "all of them": together}.items()
+            ),
+            arm("twice the epochs", scale.seeds, lambda seed: network_job(longer, seed)),
         ),
     )
 

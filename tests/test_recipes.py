@@ -75,3 +75,14 @@ def test_an_own_recipe_gives_the_flags_that_the_user_does_not():
 def test_recipes_that_are_not_known(system, family, message):
     with pytest.raises(InputError, match=message):
         get_recipe("own", system, family)
+
+
+def test_the_best_recipe_is_ebnas_with_a_teacher():
+    args, ebnas = settled(train, "--recipe", "best", "--teacher", "runs/RUN"), settled(train)
+    same = vars(args).keys() - {"recipe", "teacher", "given"}
+    assert all(getattr(args, name) == getattr(ebnas, name) for name in same)
+    with pytest.raises(InputError, match=r"learns from a network in full precision: .*--stage1 w32a32"):
+        settled(train, "--recipe", "best")
+    for script, arch in ((train, "BATS"), (train_imagenet, "EBNAS")):
+        with pytest.raises(InputError, match="nothing was measured there"):
+            settled(script, "--arch", arch, "--recipe", "best", "--teacher", "runs/RUN")
