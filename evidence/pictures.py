@@ -93,7 +93,7 @@ def _against_cost(study: Study, records: Mapping[str, Any], hues: Mapping[str, s
         axes.set_xlabel(label)
         _plain(axes)
     panels[0].set_ylabel("test top-1, %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
