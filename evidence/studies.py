@@ -36,7 +36,6 @@ class Scale:
     ema: float
     rows: Mapping[str, Mapping[str, Flags]]
     larger: Flags
-    larger_epochs: tuple[int, int]  # of the stages
 
 
 SMALL_IMAGES = {"set": "folder", "image_size": 16, "train_images": 10_000, "batch_size": 64, "workers": 1}
@@ -57,7 +56,6 @@ SCALES = {
         ema=0.9,
         rows={"parameters": {"BNAS-C": {"init_channels": 4, "groups": None}}},
         larger={"image_size": 32},
-        larger_epochs=(1, 1),
     ),
     "small": Scale(
         images=SMALL_IMAGES,
@@ -90,7 +88,6 @@ SCALES = {
             },
         },
         larger={"image_size": 32, "train_images": None, "compile": True},
-        larger_epochs=(2, 8),
     ),
     "full": Scale(  # the published settings
         images={"set": "cifar10"},
@@ -121,7 +118,6 @@ SCALES = {
             },
         },
         larger={"set": "cifar100"},
-        larger_epochs=(600, 600),
     ),
 }
 
@@ -258,7 +254,8 @@ def stages(scale: Scale) -> Study:
 
 def beyond(scale: Scale) -> Study:
     """What trains 1-bit networks better elsewhere in the field. The teacher is the same network in float,
-    trained for as many epochs before: beside it stands what training for twice the epochs brings."""
+    trained for as many epochs before: beside it stands what training for twice the epochs brings, without
+    a teacher and with that one."""
     longer = replace(scale, stage1_epochs=2 * scale.stage1_epochs, stage2_epochs=2 * scale.stage2_epochs)
 
     def taught(seed: int) -> Flags:
@@ -286,6 +283,7 @@ def beyond(scale: Scale) -> Study:
                 for name, flags in {"EBNAS": lambda _: {}, **single, "all of them": together}.items()
             ),
             arm("twice the epochs", scale.seeds, lambda seed: network_job(longer, seed)),
+            arm("twice, with a teacher", scale.seeds, lambda seed: network_job(longer, seed, **taught(seed))),
         ),
     )
 
@@ -318,13 +316,7 @@ def rows(scale: Scale) -> Study:
 def transfer(scale: Scale) -> Study:
     """One seed. Of the searches' cells the one whose network did best on its held-out images."""
     found = BestOf(tuple(searched_job(scale, seed) for seed in range(scale.searches)))
-    stage1_epochs, stage2_epochs = scale.larger_epochs
-    larger = replace(
-        scale,
-        images={**scale.images, **scale.larger},
-        stage1_epochs=stage1_epochs,
-        stage2_epochs=stage2_epochs,
-    )
+    larger = replace(scale, images={**scale.images, **scale.larger})
     return Study(
         "transfer",
         "Does the best cell found keep up with the published one on a larger task?",
