@@ -78,7 +78,7 @@ def _arm_rows(
 ) -> list[list[str]]:
     asked = {
         "differences": [f"difference from {study.reference.name} [95 %]", "P(better)"],
-        "ranks": [f"Spearman's rho with {study.reference.name}"],
+        "ranks": [f"Spearman's rho with {study.reference.name} [95 %]"],
         "spread": [],
     }[study.analysis]
     rows = [["arm", "n", "mean", "std", *asked, "params", "OPs", "kB", "minutes"]]
@@ -91,8 +91,9 @@ def _arm_rows(
         if arm is not study.reference and study.analysis == "differences":
             answers = _difference_cells(difference(values, reference, paired=study.paired))
         elif arm is not study.reference and study.analysis == "ranks":
-            rho, p, n = rank_correlation(values, reference)
-            answers = [f"{_number(rho)} (p = {_number(p)}, {n} cells)"]
+            found = rank_correlation(values, reference)
+            interval = f"[{_number(found.low)}, {_number(found.high)}]"
+            answers = [f"{_number(found.rho)} {interval} (p = {_number(found.p)}, {found.n} cells)"]
         cells = [arm.name, str(summary.n), f"{summary.mean:.2f}", _number(summary.std), *answers]
         rows.append([*cells, *_cost_cells(arm, records)])
     return rows
@@ -182,8 +183,8 @@ def _correlate_rows(cells: Sequence[Mapping[str, float]]) -> list[list[str]]:
     rows = [["of a cell", "mean", "rho", "p"]]
     by_name = {name: {i: cell[name] for i, cell in enumerate(cells)} for name in cells[0]}
     for name in list(by_name)[1:]:
-        rho, p, _ = rank_correlation(by_name[name], by_name["accuracy"])
-        rows.append([name, f"{_mean(by_name[name].values()):,.1f}", _number(rho), _number(p, 3)])
+        found = rank_correlation(by_name[name], by_name["accuracy"])
+        rows.append([name, f"{_mean(by_name[name].values()):,.1f}", _number(found.rho), _number(found.p, 3)])
     return rows
 
 

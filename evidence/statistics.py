@@ -77,15 +77,26 @@ def difference(
     return Difference(mean, float(interval.low), float(interval.high), better, len(common) * paired)
 
 
-def rank_correlation(arm: Mapping[int, float], reference: Mapping[int, float]) -> tuple[float, float, int]:
-    """Spearman's rho between the runs of common seeds, its p of no correlation, their number; nan where they
-    are less than three or all equal."""
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's rho over n runs, its 95 % interval by Fisher's transformation, its p of no correlation."""
+
+    n: int
+    rho: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    p: float = math.nan
+
+
+def rank_correlation(arm: Mapping[int, float], reference: Mapping[int, float]) -> RankCorrelation:
+    """Between the runs of common seeds; nan where they are less than three or all equal."""
     common = sorted(arm.keys() & reference.keys())
-    ours, theirs = ([values[seed] for seed in common] for values in (arm, reference))
-    if len(common) < 3 or min(len(set(ours)), len(set(theirs))) == 1:
-        return math.nan, math.nan, len(common)
-    found = stats.spearmanr(ours, theirs)
-    return float(found.statistic), float(found.pvalue), len(common)
+    ours, theirs = (stats.rankdata([values[seed] for seed in common]) for values in (arm, reference))
+    if len(common) < 3 or min(np.ptp(ours), np.ptp(theirs)) == 0:
+        return RankCorrelation(len(common))
+    found = stats.pearsonr(ours, theirs)  # of ranks: Spearman's, with an interval
+    interval = found.confidence_interval(CONFIDENCE)
+    return RankCorrelation(len(common), *map(float, (found.statistic, *interval, found.pvalue)))
 
 
 @dataclass(frozen=True)

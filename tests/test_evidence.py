@@ -141,8 +141,17 @@ def test_differences_are_those_of_the_t_tests():
 
 
 def test_ranks_are_compared_over_common_seeds():
-    rho, _, n = rank_correlation({0: 1.0, 1: 2.0, 2: 3.0, 9: 0.0}, {0: 10.0, 1: 30.0, 2: 20.0})
-    assert (rho, n) == (0.5, 3)
+    found = rank_correlation({0: 1.0, 1: 2.0, 2: 3.0, 9: 0.0}, {0: 10.0, 1: 30.0, 2: 20.0})
+    assert found.rho == pytest.approx(0.5) and found.n == 3
+    random = np.random.default_rng(0)
+    ours = dict(enumerate(random.integers(0, 9, 12)))  # with ties
+    theirs = {seed: value**3 + random.normal(0, 200) for seed, value in ours.items()}
+    found = rank_correlation(ours, theirs)
+    of_scipy = stats.spearmanr(list(ours.values()), list(theirs.values()))
+    np.testing.assert_allclose((found.rho, found.p), (of_scipy.statistic, of_scipy.pvalue))
+    ends = np.arctanh(found.rho) + np.array((-1, 1)) * stats.norm.ppf(0.975) / math.sqrt(12 - 3)
+    np.testing.assert_allclose((found.low, found.high), np.tanh(ends))
+    assert math.isnan(rank_correlation(ours, dict.fromkeys(ours, 1.0)).low)
 
 
 def test_the_spread_of_cells_is_told_from_that_of_seeds():
