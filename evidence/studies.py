@@ -19,7 +19,8 @@ class Scale:
     """Sizes, epochs and numbers of runs. `images` are flags of all scripts, `network` of both stages.
 
     `candidates` random cells, each trained with `trial`, are to cost about what a search does: the table has
-    the minutes of both. `larger`: what the larger task of `transfer` has other than these.
+    the minutes of both. `larger`: what the larger task of `transfer` has other than these, with
+    `larger_epochs` of each stage.
     """
 
     images: Flags
@@ -36,6 +37,7 @@ class Scale:
     ema: float
     rows: Mapping[str, Mapping[str, Flags]]
     larger: Flags
+    larger_epochs: tuple[int, int]
 
 
 SMALL_IMAGES = {"set": "folder", "image_size": 16, "train_images": 10_000, "batch_size": 64, "workers": 1}
@@ -56,6 +58,7 @@ SCALES = {
         ema=0.9,
         rows={"parameters": {"BNAS-C": {"init_channels": 4, "groups": None}}},
         larger={"image_size": 32},
+        larger_epochs=(1, 1),
     ),
     "small": Scale(
         images=SMALL_IMAGES,
@@ -87,7 +90,8 @@ SCALES = {
                 "DCP-NAS-L": {"init_channels": 4},
             },
         },
-        larger={"image_size": 32, "train_images": None, "compile": True},
+        larger={"image_size": 32, "train_images": None},
+        larger_epochs=(1, 3),
     ),
     "full": Scale(  # the published settings
         images={"set": "cifar10"},
@@ -118,6 +122,7 @@ SCALES = {
             },
         },
         larger={"set": "cifar100"},
+        larger_epochs=(600, 600),
     ),
 }
 
@@ -316,7 +321,9 @@ def rows(scale: Scale) -> Study:
 def transfer(scale: Scale) -> Study:
     """One seed. Of the searches' cells the one whose network did best on its held-out images."""
     found = BestOf(tuple(searched_job(scale, seed) for seed in range(scale.searches)))
-    larger = replace(scale, images={**scale.images, **scale.larger})
+    stage1, stage2 = scale.larger_epochs
+    images = {**scale.images, **scale.larger}
+    larger = replace(scale, images=images, stage1_epochs=stage1, stage2_epochs=stage2)
     return Study(
         "transfer",
         "Does the best cell found keep up with the published one on a larger task?",

@@ -31,6 +31,7 @@ def one_study(monkeypatch, data_flags) -> Study:
         trial={},
         rows={},
         larger={},
+        larger_epochs=(1, 1),
     )
     arms = (
         arm("published", 1, lambda s: network_job(scale, s)),
