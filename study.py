@@ -31,7 +31,7 @@ from evidence.report import report
 from evidence.results import Results
 from evidence.runner import Runner
 from evidence.studies import SCALES, STUDIES, Scale
-from utils import RunFailed, run_main, write_atomically
+from utils import InputError, RunFailed, run_main, write_atomically
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -51,15 +51,22 @@ def parser() -> options.Parser:
     flag("--shard", type=shard, default=(1, 1), metavar="I/N", help="part I of N of the runs, for a machine")
     flag("--set", choices=SETS, help="another set than the scale's")
     flag("--data", help="where the set is")
-    flag("--out", default="results", help="folder of the figures")
+    flag("--seeds", type=options.integer(1, 1000), help="at least so many runs of each arm")
+    flag("--out", help="folder of the figures; default: results, and in it one for each other scale and set")
     flag("--table", action="store_true", help="run and write nothing: the table of what is there")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     scale, name = scale_of(args)
-    studies = [make(scale) for key, make in STUDIES.items() if args.name in (key, "all")]
-    results = Results(Path(args.out), name, STUDIES)
+    studies = [
+        make(scale)
+        for key, make in STUDIES.items()
+        if args.name in (key, "all") and (key != "transfer" or scale.larger)
+    ]
+    if not studies:
+        raise InputError(f"transfer: no larger task is known for --set {args.set}; leave --set out")
+    results = Results(Path(args.out or default_out(name)), name, STUDIES)
     if args.table:
         for study in studies:
             print(report(study, results.content(study)))
@@ -68,23 +75,29 @@ def main(args: argparse.Namespace) -> None:
         if images.startswith("cifar"):  # runs that begin at once would each download it
             load_set(images, args.data or "data", train=False)
     runner = Runner(results, data=args.data, at_once=args.jobs)
-    failed = []
     for study in studies:
-        failed += runner.run(study, args.shard)
-        content = results.content(study)
-        text = report(study, content)
-        print(text)
-        results.keep(study, {})  # with what other studies' files hold of it
-        write_atomically(results.folder / f"{study.name}.md", text.encode())
-        for picture in draw_study(study, content, results.folder):
-            print(f"picture {picture}")
-    if failed:
+        runner.run(study, args.shard)
+        with results.updated(study, {}) as content:
+            text = report(study, content)
+            print(text)
+            write_atomically(results.folder / f"{study.name}.md", text.encode())
+            for picture in draw_study(study, content, results.folder):
+                print(f"picture {picture}")
+    if failed := list(runner.failed.values()):
         raise RunFailed(f"{len(failed)} of the runs failed; the same command tries again. {failed[0]}")
+
+
+def default_out(scale: str) -> Path:
+    """results/ itself has the figures of the small scale that this program comes with."""
+    return Path("results", "" if scale == "small" else scale.replace(" ", "-"))
 
 
 def scale_of(args: argparse.Namespace) -> tuple[Scale, str]:
     """The scale, and its name, with the set's where that is another."""
     scale = SCALES[args.scale]
+    if args.seeds:
+        numbers = ("searches", "random_cells", "published", "seeds")
+        scale = replace(scale, **{name: max(getattr(scale, name), args.seeds) for name in numbers})
     if args.set in (None, scale.images["set"]):
         return scale, args.scale
     other = {"set", "image_size"} if args.set.startswith("cifar") else {"set"}  # CIFAR has a size of its own

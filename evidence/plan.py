@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,12 +67,17 @@ class Job:
         jobs = {job.key: job for need in self.needs for job in need.chain}
         return (*jobs.values(), self)
 
-    @property
-    def starting_points(self) -> set[str]:
-        """The keys of the trained networks that jobs of the chain start from, or learn from: of these the
-        weights are needed, not the figures alone."""
-        values = (value for job in self.chain for value in job.flags.values() if isinstance(value, FolderOf))
-        return {value.job.key for value in values if value.job.script == "train.py"}
+    def missing(self, done: Container[str], has_weights: Callable[[Job], bool]) -> set[str]:
+        """The keys of the jobs of the chain that are still to run: those that are not `done`, and those whose
+        trained networks these start from, or learn from, where the figures are known and the weights are not.
+        """
+        missing, starting_points = set(), set()
+        for job in reversed(self.chain):
+            if job.key not in done or (job.key in starting_points and not has_weights(job)):
+                missing.add(job.key)
+                needs = (value.job for value in job.flags.values() if isinstance(value, FolderOf))
+                starting_points |= {need.key for need in needs if need.script == "train.py"}
+        return missing
 
 
 def tested(figures: Mapping[str, Any], _seed: int) -> float:

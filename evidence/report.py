@@ -57,7 +57,8 @@ def report(study: Study, content: Mapping[str, Any]) -> str:
             "",
             "The searches: validation top-1 in percent, of the supernet, of what it is cut down to, what "
             "that loses (and that less the first arm's, with a 95 % interval), and with new BN statistics; "
-            "entropy of softmax(alpha) in nats; how often each operation was chosen, of 16.",
+            "entropy of softmax(alpha) in nats; how often each operation was chosen, of 16, and the entropy "
+            "of the choices of all the arm's searches.",
             "",
             *_table(searches),
         ]
@@ -149,16 +150,18 @@ def _search_rows(study: Study, records: Records) -> list[list[str]]:
                 *(arm.name, str(len(found)), f"{_mean(record['seconds'] / 60 for record in found):.1f}"),
                 *(supernet, cut, loses, renewed, entropy),
                 *(f"{n:.1f}" for n in counts),
+                f"{_entropy(counts):.2f}",
             ]
         )
     heads = ["supernet", "cut down", "loses", "new statistics", "entropy"]
-    return [["arm", "n", "minutes", *heads, *names], *rows]
+    return [["arm", "n", "minutes", *heads, *names, "choices"], *rows]
 
 
 def _cells(study: Study, accuracies: Accuracies, records: Records) -> list[dict[str, float]]:
-    """By cell the mean accuracy of its trained networks, how often it has each operation, and its cost."""
+    """By cell the mean accuracy of its trained networks, how often it has each operation, and its cost. Of
+    ranks the reference's networks count: the other arms have measures of another kind."""
     runs: dict[str, list[tuple[float, Mapping[str, Any]]]] = defaultdict(list)
-    for arm in study.arms:
+    for arm in [study.reference] if study.analysis == "ranks" else study.arms:
         for seed, accuracy in accuracies[arm.name].items():
             record = records[arm.jobs[seed].key]
             if record.get("genotype"):
@@ -186,6 +189,12 @@ def _correlate_rows(cells: Sequence[Mapping[str, float]]) -> list[list[str]]:
         found = rank_correlation(by_name[name], by_name["accuracy"])
         rows.append([name, f"{_mean(by_name[name].values()):,.1f}", _number(found.rho), _number(found.p, 3)])
     return rows
+
+
+def _entropy(counts: Sequence[float]) -> float:
+    """In nats, of what was counted."""
+    shares = [count / sum(counts) for count in counts if count]
+    return -sum(share * math.log(share) for share in shares)
 
 
 def _mean(values: Iterable[float]) -> float:

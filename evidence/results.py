@@ -49,17 +49,20 @@ class Results:
 
     def keep(self, study: Study, records: Mapping[str, dict]) -> None:
         """Add `records` to the study's file."""
-        with self._locked():
-            content = self.content(study)
-            content["jobs"].update(records)
-            write_atomically(self.paths[study.name], _a_line_each(content).encode())
+        with self.updated(study, records):
+            pass
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def updated(self, study: Study, records: Mapping[str, dict]) -> Iterator[dict[str, Any]]:
+        """The content of the study's file, with `records` and what other files hold of its jobs. Within it no
+        other process writes to the folder: what is drawn of the content is not older than the file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            content = self.content(study)
+            content["jobs"].update(records)
+            write_atomically(self.paths[study.name], _a_line_each(content).encode())
+            yield content
 
     def _records_of(self, path: Path) -> dict[str, dict]:
         if not path.exists():

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from evidence.plan import BestOf, FolderOf, Job, Study
 from evidence.results import Results
 from genotypes import genotype_from_dict, save_genotype
 from options import command_line
-from runs import LOCK, RESULT, RUNS, read_args, read_metrics, read_result
+from runs import RESULT, RUNS, read_args, read_metrics, read_result
 from utils import InputError, RunFailed
 
 PROGRAM = Path(__file__).parent.parent
@@ -53,31 +53,29 @@ class Runner:
         for slot in range(at_once):
             self.slots.put(slot)
         self.processes: set[subprocess.Popen] = set()
+        self.failed: dict[str, str] = {}
         self.stopped, self.starting = threading.Event(), threading.Lock()
 
-    def run(self, study: Study, shard: tuple[int, int]) -> list[str]:
-        """Run what is not yet done of part I of N of a study; what failed, a line each.
+    def run(self, study: Study, shard: tuple[int, int]) -> None:
+        """Run what is not yet done of part I of N of a study. `failed` has a line of each job that failed: it
+        is not tried again.
 
         Raises InputError where a script does not take what it was given: no other run would fare better.
         """
         part, parts = shard
         known = self.results.records()
         finals = [job for job in study.final_jobs()[part - 1 :: parts] if job.key not in known]
-        jobs, failed = {job.key for final in finals for job in final.chain}, []
+        jobs = {job.key for final in finals for job in final.chain}
         bar = tqdm(total=len(jobs), desc=study.name, unit=" runs", dynamic_ncols=True, disable=None)
         with bar, _signals_to_interrupts(), ThreadPoolExecutor(self.at_once) as pool:
             chains = [pool.submit(self._run_chain, study, final, jobs, bar) for final in finals]
             try:
                 for chain in as_completed(chains):
-                    try:
+                    with suppress(RunFailed):
                         chain.result()
-                    except RunFailed as error:
-                        failed.append(str(error))
-                        tqdm.write(f"failed: {error}", file=sys.stderr)
             except BaseException:
                 self._stop(chains)
                 raise
-        return failed
 
     def _stop(self, chains: list[Future]) -> None:
         with self.starting:  # whoever starts a run now sees that it must not, or its process is in the set
@@ -89,12 +87,12 @@ class Runner:
 
     def _run_chain(self, study: Study, final: Job, waiting: set[str], bar: tqdm) -> None:
         for job in final.chain:
-            with self._claim(RUNS / f".study-{job.key}"):
+            with self._claim(job) as claim:
                 records = self.results.records()
                 if final.key in records:
                     return
-                if job.key not in records or (job.key in final.starting_points and not run_folder(job)):
-                    record = self._made(job, records)
+                if job.key in final.missing(records, run_folder):
+                    record = self._made(job, records, claim)
                     self.results.keep(study, {job.key: record})
                     tqdm.write(f"{study.name}: {title(record)}", file=sys.stdout)
                 if job.key in waiting:
@@ -102,10 +100,11 @@ class Runner:
                     bar.update()
 
     @contextmanager
-    def _claim(self, path: Path) -> Iterator[None]:
-        """Hold the lock of `path`, of all processes that share the folder. Raises Stopped."""
+    def _claim(self, job: Job) -> Iterator[int]:
+        """Be the one process, of all that share the folder, that makes this job: the descriptor of the lock,
+        which the run inherits, for it may outlive a study that is killed. Raises Stopped."""
         RUNS.mkdir(exist_ok=True)
-        with open(path, "a") as file:
+        with open(RUNS / f".study-{job.key}", "a") as file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,23 +112,26 @@ class Runner:
                 except BlockingIOError:
                     if self.stopped.wait(PATIENCE):
                         raise Stopped from None
-            yield
+            yield file.fileno()
 
-    def _made(self, job: Job, records: Mapping[str, dict]) -> dict[str, Any]:
+    def _made(self, job: Job, records: Mapping[str, dict], claim: int) -> dict[str, Any]:
         """A job's record: of a run that is done, though a study that was killed did not note it, or of one
         that is made or goes on now. Raises RunFailed with the last line that it wrote, InputError likewise
         where it says that it was given something wrong."""
-        for path in RUNS.glob(f"*-study-{job.key}-*/{LOCK}"):
-            with self._claim(path):  # a study that was killed may have left the run alive
-                pass
+        if job.key in self.failed:
+            raise RunFailed(self.failed[job.key])
         if not run_folder(job):
-            words, code, line = self._run(job, records)
-            if code and not run_folder(job):  # a signal may have come after the end
-                kind = InputError if code == 2 else RunFailed
-                raise kind(f"{shlex.join(['python', *words[1:]])}: {line}")
+            words, code, line = self._run(job, records, claim)
+            if not run_folder(job):  # whatever the code: a signal may have come after the end
+                text = f"{shlex.join(['python', *words[1:]])}: {line if code else f'it left no {RESULT}'}"
+                if code == 2:
+                    raise InputError(text)
+                self.failed[job.key] = text
+                tqdm.write(f"failed: {text}", file=sys.stderr)
+                raise RunFailed(text)
         return _record(job)
 
-    def _run(self, job: Job, records: Mapping[str, dict]) -> tuple[list[str], int, str]:
+    def _run(self, job: Job, records: Mapping[str, dict], claim: int) -> tuple[list[str], int, str]:
         """Run or resume a job: its command, its exit code, the last line on its stderr."""
         flags = {name: flag_text(value, records) for name, value in job.flags.items()}
         flags |= {"data": self.data, "save": f"study-{job.key}", "resume": "auto"}
@@ -146,6 +148,7 @@ class Runner:
                     env=self._environment(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
+                    pass_fds=(claim,),
                     start_new_session=True,  # a terminal's Ctrl-C comes to the study, and from it to the run
                 )
                 self.processes.add(process)

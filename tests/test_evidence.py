@@ -12,13 +12,14 @@ import train_search
 from evidence.plan import Arm, BestOf, FolderOf, Job, Study
 from evidence.report import report
 from evidence.results import Results
-from evidence.runner import flag_text
+from evidence.runner import Runner, flag_text
 from evidence.statistics import Summary, difference, rank_correlation, spread
 from evidence.studies import ONE_STAGE, SCALES, STUDIES
 from genotypes import genotype_to_dict, get_genotype, random_genotype
 from options import command_line
 from runs import RUNS
 from stages import settle
+from study import parser, scale_of
 from utils import InputError
 
 FIRST = Job("train.py", {"seed": 0, "epochs": 1})
@@ -35,6 +36,26 @@ def test_a_job_is_known_by_what_it_computes():
     assert len({FIRST.key, other.key, stage2(FIRST, 0).key, stage2(other, 0).key}) == 4
     best = Job("train.py", {"arch": BestOf((FIRST, other))})
     assert list(best.chain) == [FIRST, other, best]
+
+
+def test_jobs_with_figures_run_again_only_where_their_weights_are_needed():
+    """teacher -> first stage -> second stage, of which another network takes the best cell."""
+    teacher = Job("train.py", {"stage1": "w32a32"})
+    first = Job("train.py", {"teacher": FolderOf(teacher)})
+    second = stage2(first, 0)
+    later = Job("train.py", {"arch": BestOf((second,))})
+    here = {teacher.key, first.key}
+    for done, weights, missing in (
+        (set(), set(), {teacher, first, second, later}),
+        ({teacher.key, first.key}, here, {second, later}),
+        ({teacher.key, first.key}, {first.key}, {second, later}),
+        ({teacher.key, first.key}, {teacher.key}, {first, second, later}),
+        ({teacher.key, first.key}, set(), {teacher, first, second, later}),
+        ({teacher.key, first.key, second.key}, set(), {later}),
+    ):
+        assert later.missing(done, lambda job, weights=weights: job.key in weights) == {
+            j.key for j in missing
+        }
 
 
 def test_the_best_of_searched_cells_is_given_by_its_genotype(tmp_path, monkeypatch):
@@ -194,6 +215,11 @@ def test_what_goes_with_the_accuracy_of_cells_is_looked_for_where_there_are_enou
     assert line.endswith("| -1.00 | 0.000 |")
     assert "over 12 cells" in table(12) and "all dilated" not in table(9)
 
+    jobs = {i: Job("train.py", {"seed": i}) for i in range(12)}
+    other = Arm("of another kind", jobs, lambda figures, _: -2 * figures["test"]["top1"])
+    ranks = Study("ranking", "Is it?", (Arm("long", jobs), other), analysis="ranks")
+    assert line in report(ranks, {"scale": "tiny", "jobs": records}).splitlines()
+
 
 def test_figures_of_one_study_serve_another_and_none_is_lost(tmp_path):
     results = Results(tmp_path, "tiny", ("search", "stages"))
@@ -212,3 +238,29 @@ def test_figures_of_one_study_serve_another_and_none_is_lost(tmp_path):
     (tmp_path / "search.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
         Results(tmp_path, "tiny", ("search",))
+
+
+@pytest.mark.parametrize(("code", "line", "why"), [(1, "boom", "boom"), (0, "", "left no result.json")])
+def test_a_run_that_fails_is_not_tried_again_by_the_next_that_needs_it(
+    tmp_path, monkeypatch, code, line, why
+):
+    monkeypatch.chdir(tmp_path)
+    runner = Runner(Results(tmp_path / "results", "tiny", ("search",)), data=None, at_once=1)
+    tried = []
+
+    def run(job, *_):
+        tried.append(job.key)
+        return ["python", "train.py"], code, line
+
+    monkeypatch.setattr(runner, "_run", run)
+    runner.run(two_arms(), (1, 1))
+    assert tried == [FIRST.key]
+    assert list(runner.failed) == tried and why in runner.failed[FIRST.key]
+
+
+def test_more_seeds_are_more_runs_and_the_same_ones():
+    few, more = (scale_of(parser().parse_args(["all", *flags]))[0] for flags in ([], ["--seeds", "8"]))
+    for name, make in STUDIES.items():
+        if name != "transfer":  # the best of more
+            assert make(few).jobs().keys() <= make(more).jobs().keys()
+    assert [len(arm.jobs) for arm in STUDIES["search"](more).arms] == [10, 8, 8, 8]

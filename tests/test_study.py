@@ -52,12 +52,12 @@ def test_a_study_goes_on_where_it_was_ended(one_study, scripts, images):
     output = scripts.run("study.py", *flags, "--jobs", 2).stdout
     assert "2 of 2 runs" in output and "The searches" in output
     assert len(scripts.runs("*-study-*")) == 5, "two stages, then a search and two stages, and nothing again"
-    file = scripts.folder / "results" / "search.json"
+    file = scripts.folder / "results" / "tiny" / "search.json"
     content = json.loads(file.read_text())
     assert len(content["jobs"]) == 5
     for record in content["jobs"].values():
         assert record["commit"] and record["machine"]["torch"] and record["seconds"] > 0
-    assert (scripts.folder / "results" / "search.png").exists()
+    assert file.with_suffix(".png").exists()
 
     file.unlink()  # as if it was killed before it noted what was done
     assert "2 of 2 runs" in scripts.run("study.py", *flags).stdout
@@ -97,5 +97,7 @@ def test_bad_flags_are_one_line(scripts):
     assert "choose from" in scripts.fails("study.py", "nothing")
     assert "--shard is 3/2" in scripts.fails("study.py", "search", "--shard", "3/2")
     assert "choose from" in scripts.fails("study.py", "search", "--set", "nothing")
+    larger = ("transfer", "--scale", "full", "--set", "cifar100", "--table")
+    assert "no larger task is known for --set cifar100" in scripts.fails("study.py", *larger)
     (scripts.folder / "taken").touch()
     assert "taken is a file" in scripts.fails("study.py", "search", "--out", "taken", "--table")
