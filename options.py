@@ -20,7 +20,7 @@ def integer(least: int, most: float = LARGE) -> Callable[[str], int]:
     """The type of a flag that takes whole numbers from `least` to `most`."""
 
     def whole_number(text: str) -> int:
-        value = int(text)
+        value = _number(int, text, "a whole number")
         return _within(value, least <= value <= most, f"at least {least} and at most {most:g}")
 
     return whole_number
@@ -33,12 +33,19 @@ def real(
     most `most`."""
 
     def number(text: str) -> float:
-        value = float(text)
+        value = _number(float, text, "a number")
         lower = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
         upper = f"below {below:g}" if below < math.inf else f"at most {most:g}"
         return _within(value, least <= value < below and above < value <= most, f"{lower} and {upper}")
 
     return number
+
+
+def _number(kind: Callable[[str], Any], text: str, name: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text}; it must be {name}") from None
 
 
 def _within(value: float, fits: bool, rule: str) -> Any:
@@ -392,7 +399,7 @@ def add_beyond_flags(parser: Parser) -> None:
         default=1.0,
         help="of the teacher's loss; that of the labels has the rest",
     )
-    flag("--teacher_temperature", type=positive_float, default=1.0)
+    flag("--teacher_temperature", type=real(above=0, most=1_000), default=1.0)
     parser.needs("teacher_weight", "teacher")
     parser.needs("teacher_temperature", "teacher")
     flag(

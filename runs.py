@@ -246,7 +246,8 @@ def newest_checkpoint(pattern: str, fits: Callable[[dict], bool]) -> tuple[Path,
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             checkpoint = load_checkpoint(path)
-        except InputError:
+        except InputError as error:
+            print(printable(f"warning: passed over: {error}"), file=sys.stderr)
             continue
         if fits(checkpoint):
             return path, checkpoint

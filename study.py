@@ -50,7 +50,7 @@ def parser() -> options.Parser:
     flag("--jobs", type=options.integer(1, 1024), default=1, help="runs at once; GPUs are dealt out to them")
     flag("--shard", type=shard, default=(1, 1), metavar="I/N", help="part I of N of the runs, for a machine")
     flag("--set", choices=SETS, help="another set than the scale's")
-    flag("--data", help="where the set is")
+    flag("--data", help="where the set is; of other images than those of the figures, with another --out")
     flag("--seeds", type=options.integer(1, 1000), help="at least so many runs of each arm")
     flag("--out", help="folder of the figures; default: results, and in it one for each other scale and set")
     flag("--table", action="store_true", help="run and write nothing: the table of what is there")
@@ -71,6 +71,7 @@ def main(args: argparse.Namespace) -> None:
         for study in studies:
             print(report(study, results.content(study)))
         return
+    results.prepare()
     for images in {job.flags["set"] for study in studies for job in study.jobs().values()}:
         if images.startswith("cifar"):  # runs that begin at once would each download it
             load_set(images, args.data or "data", train=False)

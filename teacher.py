@@ -85,13 +85,13 @@ def find_teacher(name: str, data: dict[str, Any], world: World) -> Teacher:
     cannot be downloaded, has other classes, saw images of another mean and std, or takes none of this size.
     Of torchvision's classes only the number can be compared.
     """
-    flags = {}
+    flags, network = {}, None
     if Path(name).exists():
         checkpoint = load_checkpoint(name)
         network, theirs, flags = trained_network(checkpoint), checkpoint["data"], checkpoint["args"]
         fits = theirs["classes"] == data["classes"]
     elif name in torchvision.models.list_models(module=torchvision.models):
-        network, weights = _torchvision_network(name, world)
+        weights = torchvision.models.get_model_weights(name).DEFAULT
         theirs = {"classes": weights.meta["categories"]} | {
             entry: getattr(weights.transforms(), entry) for entry in ("mean", "std")
         }
@@ -110,6 +110,8 @@ def find_teacher(name: str, data: dict[str, Any], world: World) -> Teacher:
         if not np.allclose(theirs[entry], data[entry], rtol=1e-5):
             numbers, ours = (", ".join(f"{n:.4f}" for n in each[entry]) for each in (theirs, data))
             raise InputError(f"--teacher {name} learnt from images of {entry} {numbers}, not {ours}")
+    if network is None:  # all that can be refused without its weights is
+        network = _torchvision_network(name, weights, world)
     teacher, size = Teacher(network, name, flags), data["image_size"]
     try:
         teacher(Batch(torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.int64), 1))
@@ -119,16 +121,14 @@ def find_teacher(name: str, data: dict[str, Any], world: World) -> Teacher:
     return teacher
 
 
-def _torchvision_network(name: str, world: World) -> tuple[nn.Module, Any]:
-    """torchvision's network of a name, with the best weights it has, and what torchvision says of these."""
-    weights = torchvision.models.get_model_weights(name).DEFAULT
+def _torchvision_network(name: str, weights: Any, world: World) -> nn.Module:
+    """torchvision's network of a name, with these of its weights."""
     with world.in_turn("downloading the teacher"):
         try:
-            network = torchvision.models.get_model(name, weights=weights, progress=sys.stderr.isatty())
+            return torchvision.models.get_model(name, weights=weights, progress=sys.stderr.isatty())
         except Exception as error:  # no network, or a file that is not whole: torch.load raises a dozen kinds
             place = Path(torch.hub.get_dir()) / "checkpoints"
             raise InputError(
                 f"--teacher {name}: no weights from {weights.url} ({one_line(error, 100)}); "
                 f"put that file into {place}"
             ) from None
-    return network, weights

@@ -23,7 +23,10 @@ class RunFailed(RuntimeError):
 
 
 USERS_FAULT = frozenset(
-    (errno.ENOENT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP)
+    (
+        *(errno.ENOENT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+        *(errno.EACCES, errno.EPERM, errno.ELOOP),
+    )
 )
 """What the operating system answers to a wrong name: exit code 2. All else (a full disk, say) is 1."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from evidence.plan import Study
+from genotypes import genotype_from_dict
 from utils import InputError, write_atomically
 
 
@@ -47,6 +49,17 @@ class Results:
             "jobs": own | {key: known[key] for key in jobs if key in known},
         }
 
+    def prepare(self) -> None:
+        """Make the folder, before the hours of work whose figures it is for. Raises InputError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / ".lock", "a"):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"no figures can be written to {self.folder}: {error.strerror}; give another --out"
+            ) from None
+
     def keep(self, study: Study, records: Mapping[str, dict]) -> None:
         """Add `records` to the study's file."""
         with self.updated(study, records):
@@ -56,7 +69,7 @@ class Results:
     def updated(self, study: Study, records: Mapping[str, dict]) -> Iterator[dict[str, Any]]:
         """The content of the study's file, with `records` and what other files hold of its jobs. Within it no
         other process writes to the folder: what is drawn of the content is not older than the file."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.prepare()
         with open(self.folder / ".lock", "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             content = self.content(study)
@@ -69,7 +82,7 @@ class Results:
             return {}
         try:
             content = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not JSON: {error}; remove it, or give another --out") from None
         if not isinstance(content, dict) or not isinstance(content.get("jobs"), dict):
             raise InputError(f"{path} is not the file of a study; remove it, or give another --out")
@@ -77,7 +90,34 @@ class Results:
             raise InputError(
                 f"{path} is of scale {content.get('scale')}, not {self.scale}; give another --out"
             )
+        for key, record in content["jobs"].items():
+            if not is_whole(record):
+                raise InputError(
+                    f"{path}: the record {key} is damaged; remove its line to make that run again"
+                )
         return content["jobs"]
+
+
+def is_whole(record: Any) -> bool:
+    """Whether a record has the figures that tables and pictures are made of."""
+    try:
+        figures, numbers = record["figures"], [record["seconds"], record["flags"]["seed"]]
+        if record["script"] == "train.py":
+            numbers += [figures["test"]["top1"], figures["best"]["score"]]
+            numbers += [record["cost"][name] for name in ("parameters", "ops", "bytes")]
+            cell = record["genotype"] or {"normal": [], "reduce": []}
+        else:
+            numbers += [figures["valid_top1"], figures["discrete_top1"], figures["alpha_entropy"]]
+            numbers += [figures["discrete_top1_new_statistics"], *figures["operations"].values()]
+            numbers += figures.get("random_cells", [])
+            cell = figures["genotype"]
+            genotype_from_dict(cell)
+        operations = [name for kind in ("normal", "reduce") for name, _ in cell[kind]]
+    except (LookupError, TypeError, ValueError, AttributeError, InputError):
+        return False
+    return all(type(n) in (int, float) and math.isfinite(n) for n in numbers) and all(
+        isinstance(name, str) for name in operations
+    )
 
 
 def _a_line_each(content: Mapping[str, Any]) -> str:

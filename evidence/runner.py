@@ -23,7 +23,7 @@ from baselines import trained_network
 from checkpoint import load_checkpoint
 from cost import measure_cost
 from evidence.plan import BestOf, FolderOf, Job, Study
-from evidence.results import Results
+from evidence.results import Results, is_whole
 from genotypes import genotype_from_dict, save_genotype
 from options import command_line
 from runs import RESULT, RUNS, read_args, read_metrics, read_result
@@ -116,23 +116,21 @@ class Runner:
 
     def _made(self, job: Job, records: Mapping[str, dict], claim: int) -> dict[str, Any]:
         """A job's record: of a run that is done, though a study that was killed did not note it, or of one
-        that is made or goes on now. Raises RunFailed with the last line that it wrote, InputError likewise
-        where it says that it was given something wrong."""
+        that is made or goes on now. Raises RunFailed with the last line that it wrote, or where what it left
+        is damaged; InputError where it says that it was given something wrong."""
         if job.key in self.failed:
             raise RunFailed(self.failed[job.key])
-        if not run_folder(job):
-            words, code, line = self._run(job, records, claim)
-            if not run_folder(job):  # whatever the code: a signal may have come after the end
-                text = f"{shlex.join(['python', *words[1:]])}: {line if code else f'it left no {RESULT}'}"
-                if code == 2:
-                    raise InputError(text)
-                self.failed[job.key] = text
-                tqdm.write(f"failed: {text}", file=sys.stderr)
-                raise RunFailed(text)
-        return _record(job)
+        try:
+            if not run_folder(job):
+                self._run(job, records, claim)
+            return _record(job)
+        except RunFailed as error:
+            self.failed[job.key] = str(error)
+            tqdm.write(f"failed: {error}", file=sys.stderr)
+            raise
 
-    def _run(self, job: Job, records: Mapping[str, dict], claim: int) -> tuple[list[str], int, str]:
-        """Run or resume a job: its command, its exit code, the last line on its stderr."""
+    def _run(self, job: Job, records: Mapping[str, dict], claim: int) -> None:
+        """Run or resume a job. Raises as `_made` does."""
         flags = {name: flag_text(value, records) for name, value in job.flags.items()}
         flags |= {"data": self.data, "save": f"study-{job.key}", "resume": "auto"}
         slot = self.slots.get()
@@ -156,8 +154,16 @@ class Runner:
         finally:
             self.slots.put(slot)
         self.processes.discard(process)
+        if run_folder(job):  # whatever the code: a signal may have come after the end
+            return
         lines = errors.decode(errors="replace").strip().splitlines()
-        return words, process.returncode, (lines or ["no word of why"])[-1]
+        code, reason = process.returncode, (lines or ["no word of why"])[-1]
+        if code < 0:
+            reason = f"ended by {signal.Signals(-code).name}, as when memory runs out"
+        elif code == 0:
+            reason = f"it left no {RESULT}"
+        kind = InputError if code == 2 else RunFailed
+        raise kind(f"{shlex.join(['python', *words[1:]])}: {reason}")
 
     def _environment(self) -> dict[str, str]:
         """This one's, less what torchrun says to its own processes; a part of the cores for each run."""
@@ -169,10 +175,10 @@ class Runner:
 
 @contextmanager
 def _signals_to_interrupts() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP (a terminal that goes) do what Ctrl-C does."""
+    """Within it SIGTERM and SIGHUP (a terminal that goes) end what runs, as Ctrl-C does."""
 
-    def interrupt(*_) -> None:
-        raise KeyboardInterrupt
+    def interrupt(number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     previous = {each: signal.signal(each, interrupt) for each in ENDING}
     try:
@@ -222,8 +228,18 @@ def _found_genotype(job: Job, records: Mapping[str, dict]) -> Path:
 
 
 def _record(job: Job) -> dict[str, Any]:
-    """`seconds`: those of the epochs, with their evaluations."""
+    """Of a finished run. `seconds`: those of the epochs, with their evaluations. Raises RunFailed."""
     folder = run_folder(job)
+    try:
+        record = _read_record(job, folder)
+    except (InputError, LookupError, TypeError, ValueError):
+        record = None
+    if not is_whole(record):
+        raise RunFailed(f"{folder} is damaged; move it away, and the same command makes that run again")
+    return record
+
+
+def _read_record(job: Job, folder: Path) -> dict[str, Any]:
     args = read_args(folder)
     record = {
         **job.identity,

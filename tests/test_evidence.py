@@ -9,10 +9,10 @@ from scipy import stats
 
 import train
 import train_search
+from evidence import runner
 from evidence.plan import Arm, BestOf, FolderOf, Job, Study
 from evidence.report import report
 from evidence.results import Results
-from evidence.runner import Runner, flag_text
 from evidence.statistics import Summary, difference, rank_correlation, spread
 from evidence.studies import ONE_STAGE, SCALES, STUDIES
 from genotypes import genotype_to_dict, get_genotype, random_genotype
@@ -73,7 +73,7 @@ def test_the_best_of_searched_cells_is_given_by_its_genotype(tmp_path, monkeypat
         job.key: {"figures": {"best": {"score": score}}}
         for job, score in zip(networks, (40, 50), strict=True)
     }
-    assert get_genotype(str(flag_text(BestOf(tuple(networks)), records))) == found[1]
+    assert get_genotype(str(runner.flag_text(BestOf(tuple(networks)), records))) == found[1]
 
 
 DIFFERING = {
@@ -187,7 +187,11 @@ def test_the_spread_of_cells_is_told_from_that_of_seeds():
 def record(top1: float) -> dict:
     figures = {"best": {"score": top1}, "test": {"top1": top1}}
     cost = {"parameters": 1000, "ops": 1e6, "bytes": 1e4}
-    return {"figures": figures, "seconds": 60.0, "cost": cost, "flags": {}}
+    flags = {"seed": 0}
+    return {
+        **{"script": "train.py", "figures": figures, "seconds": 60.0},
+        **{"cost": cost, "flags": flags, "genotype": None},
+    }
 
 
 def two_arms(name: str = "search") -> Study:
@@ -235,27 +239,37 @@ def test_figures_of_one_study_serve_another_and_none_is_lost(tmp_path):
     assert FIRST.key in json.loads((tmp_path / "search.json").read_text())["jobs"], "the declaration changed"
     with pytest.raises(InputError, match="is of scale tiny, not full"):
         Results(tmp_path, "full", ("search",))
+    for damage in ({"figures": {}}, {"seconds": "60"}, {"cost": None}, {"genotype": "EBNAS"}, {"flags": {}}):
+        content["jobs"][FIRST.key] = record(50) | damage
+        (tmp_path / "stages.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=f"record {FIRST.key} is damaged; remove its line"):
+            Results(tmp_path, "tiny", ("stages",))
     (tmp_path / "search.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
         Results(tmp_path, "tiny", ("search",))
 
 
-@pytest.mark.parametrize(("code", "line", "why"), [(1, "boom", "boom"), (0, "", "left no result.json")])
-def test_a_run_that_fails_is_not_tried_again_by_the_next_that_needs_it(
-    tmp_path, monkeypatch, code, line, why
-):
+FAILING = {
+    "print('boom', file=sys.stderr); sys.exit(1)": "boom",
+    "os.kill(os.getpid(), signal.SIGKILL)": "ended by SIGKILL",
+    "sys.exit(0)": "left no result.json",
+    "folder = pathlib.Path('runs', 'eval-' + sys.argv[sys.argv.index('--save') + 1] + '-1'); folder.mkdir()\n"
+    "(folder / 'result.json').write_text('{}')": "is damaged; move it away",
+}
+"""Scripts, and what is said of them."""
+
+
+@pytest.mark.parametrize(("script", "why"), FAILING.items())
+def test_a_run_that_fails_is_not_tried_again_by_the_next_that_needs_it(tmp_path, monkeypatch, script, why):
     monkeypatch.chdir(tmp_path)
-    runner = Runner(Results(tmp_path / "results", "tiny", ("search",)), data=None, at_once=1)
-    tried = []
-
-    def run(job, *_):
-        tried.append(job.key)
-        return ["python", "train.py"], code, line
-
-    monkeypatch.setattr(runner, "_run", run)
-    runner.run(two_arms(), (1, 1))
-    assert tried == [FIRST.key]
-    assert list(runner.failed) == tried and why in runner.failed[FIRST.key]
+    monkeypatch.setattr(runner, "PROGRAM", tmp_path)
+    lines = ("import os, pathlib, signal, sys", "print('tried', file=open('tried', 'a'))", script)
+    (tmp_path / "train.py").write_text("\n".join(lines))
+    ours = runner.Runner(Results(tmp_path / "results", "tiny", ("search",)), data=None, at_once=1)
+    ours.run(two_arms(), (1, 1))
+    assert (tmp_path / "tried").read_text() == "tried\n"
+    assert list(ours.failed) == [FIRST.key] and why in ours.failed[FIRST.key]
+    assert not ours.results.records()
 
 
 def test_more_seeds_are_more_runs_and_the_same_ones():

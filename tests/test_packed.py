@@ -446,7 +446,7 @@ def test_infer_script(run_folder, pictures, monkeypatch):
         (["model.ebnas", "empty"], "no pictures"),
         (["model.ebnas", "a.png", "pictures"], "one folder"),
         (["model.ebnas", "a.png", "--threads", "0"], "at least 1"),
-        (["model.ebnas", "a.png", "--top", "x"], "invalid whole_number"),
+        (["model.ebnas", "a.png", "--top", "x"], "--top is x; it must be a whole number"),
         (["model.ebnas", "a.png", "--output", "x.csv"], "CSV of a folder"),
         (["model.ebnas", "pictures", "--output", "model.ebnas"], "is what is read"),
         (["model.ebnas", "pictures", "--output", "pictures/test/one/a.png"], "is what is read"),

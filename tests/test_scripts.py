@@ -117,7 +117,7 @@ BAD_FLAGS = [
     ("train_search.py", "--epochs 0", "--epochs is 0"),
     ("train_search.py", "--train_portion 1.0", "--train_portion is 1.0"),
     ("train_search.py", "--batch_size 65", "larger than the 64 images"),
-    ("train_search.py", "--path_reg_weight x", "invalid number value"),
+    ("train_search.py", "--path_reg_weight x", "--path_reg_weight is x; it must be a number"),
     ("train_search.py", "--device cuda", "no CUDA"),
     ("train_search.py", "--device tpu", "--device tpu"),
     ("train.py", "--arch DARTS", "choose from EBNAS"),
