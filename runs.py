@@ -284,7 +284,11 @@ def find_resumable(resume: str, *, script: str, args: dict, given: Collection[st
         )
     if checkpoint["finished"]:
         raise InputError(f"{path} is of a finished run; leave --resume out to start another")
-    if differing := differing_flags(checkpoint["args"], args, given):
+    saved = checkpoint["args"]
+    moved = (
+        {"teacher"} if saved.get("teacher") else set()
+    )  # it may have: a checksum tells whether it is the same
+    if differing := differing_flags(saved, args, set(given) - moved):
         raise InputError(
             f"{path} was run with {', '.join(differing)}: leave these flags out, or start a new run"
         )

@@ -111,12 +111,16 @@ def test_a_run_goes_on_with_its_teacher_only(interrupted, scripts, data_flags, a
     at_step(2, receive(15))
     scripts.run("train.py", *data_flags, *TINY_STAGE, "--teacher", f"runs/{teacher.name}", code=143)
     (run,) = scripts.runs("eval-*")
-    assert "was run with --teacher" in scripts.fails("train.py", "--resume", run, "--teacher", "other")
-    checkpoint = torch.load(teacher / "last.pt", weights_only=True)
+    assert "--teacher other is neither" in scripts.fails("train.py", "--resume", run, "--teacher", "other")
+    moved = teacher.rename(teacher.with_name("moved"))
+    at_step(1, receive(15))
+    scripts.run("train.py", "--resume", run, "--teacher", f"runs/{moved.name}", code=143)
+    assert "resumed" in (run / "log.txt").read_text()
+    checkpoint = torch.load(moved / "last.pt", weights_only=True)
     checkpoint["model"]["classifier.bias"] += 1
-    torch.save(checkpoint, teacher / "last.pt")
+    torch.save(checkpoint, moved / "last.pt")
     line = scripts.run("train.py", "--resume", run, code=2).stderr
-    assert f"--teacher runs/{teacher.name} has changed" in line and line.count("\n") == 1
+    assert f"--teacher runs/{moved.name} has changed" in line and line.count("\n") == 1
 
 
 def test_the_whole_chain(stopped, scripts, data_flags, without_pictures):
