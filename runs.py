@@ -285,10 +285,9 @@ def find_resumable(resume: str, *, script: str, args: dict, given: Collection[st
     if checkpoint["finished"]:
         raise InputError(f"{path} is of a finished run; leave --resume out to start another")
     saved = checkpoint["args"]
-    moved = (
-        {"teacher"} if saved.get("teacher") else set()
-    )  # it may have: a checksum tells whether it is the same
-    if differing := differing_flags(saved, args, set(given) - moved):
+    if saved.get("teacher"):  # it may have been moved: a checksum tells whether it is the same
+        given = set(given) - {"teacher"}
+    if differing := differing_flags(saved, args, given):
         raise InputError(
             f"{path} was run with {', '.join(differing)}: leave these flags out, or start a new run"
         )

@@ -8,6 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from scipy.stats import entropy
+
 from evidence.plan import Arm, Study, tested
 from evidence.statistics import Difference, Summary, difference, rank_correlation, spread
 from genotypes import PRIMITIVES
@@ -140,7 +142,7 @@ def _search_rows(study: Study, records: Records) -> list[list[str]]:
         loses = _mean_and_std(list(lost.values()))
         if arm.name != reference[0] and (more := difference(lost, reference[1], paired=study.paired)):
             loses += f" ({_interval(more)})"
-        supernet, cut, renewed, entropy = (
+        supernet, cut, renewed, of_alpha = (
             _mean_and_std([result[name] for result in results])
             for name in ("valid_top1", "discrete_top1", "discrete_top1_new_statistics", "alpha_entropy")
         )
@@ -148,9 +150,9 @@ def _search_rows(study: Study, records: Records) -> list[list[str]]:
         rows.append(
             [
                 *(arm.name, str(len(found)), f"{_mean(record['seconds'] / 60 for record in found):.1f}"),
-                *(supernet, cut, loses, renewed, entropy),
+                *(supernet, cut, loses, renewed, of_alpha),
                 *(f"{n:.1f}" for n in counts),
-                f"{_entropy(counts):.2f}",
+                f"{entropy(counts):.2f}",
             ]
         )
     heads = ["supernet", "cut down", "loses", "new statistics", "entropy"]
@@ -189,12 +191,6 @@ def _correlate_rows(cells: Sequence[Mapping[str, float]]) -> list[list[str]]:
         found = rank_correlation(by_name[name], by_name["accuracy"])
         rows.append([name, f"{_mean(by_name[name].values()):,.1f}", _number(found.rho), _number(found.p, 3)])
     return rows
-
-
-def _entropy(counts: Sequence[float]) -> float:
-    """In nats, of what was counted."""
-    shares = [count / sum(counts) for count in counts if count]
-    return -sum(share * math.log(share) for share in shares)
 
 
 def _mean(values: Iterable[float]) -> float:
