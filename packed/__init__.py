@@ -14,7 +14,8 @@ needs the rest of the project.) EBNAS_KERNEL = avx512, avx2, neon, c or torch fo
 flags for the compiler.
 """
 
-from .kernel import KERNELS, NoCompiler, available_kernels
+from .compiler import NoCompiler
+from .kernel import KERNELS, available_kernels
 from .network import PackedNetwork, load
 from .program import (
     PackedFileError,

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shlex
-import shutil
-import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -18,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .compiler import NoCompiler, cache_folder, compile_library, shared_library_flags
 from .program import Program, Step, View
 
 KERNELS = ("c", "avx2", "avx512", "neon")  # the C file's paths, by number
@@ -27,7 +23,7 @@ LEAST_SHARED = 1_000_000  # work of an image in steps of two chunks or more: wit
 LARGEST_PLAN = 1 << 31  # bytes of buffers, scratch memory and constants, for one image at a time
 
 _SOURCE = Path(__file__).with_name("binary_cpu.c")
-_FLAGS = ("-O3", "-fno-trapping-math", "-shared", *(() if os.name == "nt" else ("-fPIC",)))
+_FLAGS = ("-O3", "-fno-trapping-math", *shared_library_flags())
 
 
 class _Unit(ctypes.Structure):
@@ -47,50 +43,9 @@ class _Unit(ctypes.Structure):
 _OPS = ("binary", "float", "pool", "linear")  # the C file's enum
 
 
-def cache_folder() -> Path:
-    """Where the compiled kernel is kept: $XDG_CACHE_HOME/ebnas, or ~/.cache/ebnas."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebnas"
-
-
-class NoCompiler(Exception):
-    """There is no C compiler, or it failed; the message says what it said."""
-
-
 def compile_kernel(folder: Path) -> Path:
-    """The compiled binary_cpu.c in `folder`, built if it is not there yet; two processes may do so at once.
-
-    Its name holds the hash of all that it was built from, and of what it contains: loading a damaged library
-    would end the process. Raises NoCompiler, or OSError where the folder cannot be written.
-    """
-    flags = [*_FLAGS, *shlex.split(os.environ.get("EBNAS_CFLAGS", ""))]
-    origin = f"{platform.system()}|{platform.machine()}|{' '.join(flags)}|".encode() + _SOURCE.read_bytes()
-    prefix = f"binary_cpu-{_digest(origin)}-"
-    for library in folder.glob(f"{prefix}*.so"):
-        if library.name == f"{prefix}{_digest(library.read_bytes())}.so":
-            return library
-    candidates = (os.environ.get("CC"), "cc", "gcc", "clang")
-    compiler = next(filter(None, (shutil.which(name) for name in candidates if name)), None)
-    if compiler is None:
-        raise NoCompiler("no C compiler (cc, gcc, clang) is installed")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    os.close(descriptor)
-    try:
-        command = [compiler, *flags, "-o", aside, str(_SOURCE)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        if done.returncode:
-            raise NoCompiler(f"{compiler} failed: {' '.join(done.stderr.split())[-300:]}")
-        library = folder / f"{prefix}{_digest(Path(aside).read_bytes())}.so"
-        os.replace(aside, library)
-    except subprocess.TimeoutExpired:
-        raise NoCompiler(f"{compiler} took more than two minutes") from None
-    finally:
-        Path(aside).unlink(missing_ok=True)
-    return library
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:20]
+    """The compiled binary_cpu.c in `folder`: see compile_library."""
+    return compile_library(_SOURCE, _FLAGS, folder)
 
 
 @functools.cache
