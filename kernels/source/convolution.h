@@ -96,6 +96,10 @@ static int plan_convolution(struct plan *plan, const struct shape *shape)
     const int64_t terms = plan->cin * plan->taps;
     const size_t bytes = sizeof(struct phase) * plan->phases +
                          sizeof(int32_t) * (plan->vectors + terms + plan->taps * (2 + plan->cout));
+    if (by_lines <= whole && plan->line == out[1] && plan->line == in[1] && of_image >= 16) {
+        plan->images = 1; /* results go straight to their tensor */
+        plan->vectors = of_image;
+    }
     if (plan->phases * plan->plane * plan->images * most(plan->cin, plan->cout) > INT32_MAX)
         return -1;
     if (!(plan->memory = malloc(bytes)))

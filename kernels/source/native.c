@@ -7,5 +7,7 @@
 
 #include "convolution.h"
 
-int64_t lanes(void) { return LANES; }
 
+#include "unit.h"
+
+EXPORT int64_t lanes(void) { return LANES; }

@@ -23,6 +23,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 
 #if defined(__clang__)

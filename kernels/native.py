@@ -1,0 +1,256 @@
+"""What a derived network trains with on a CPU, in C: the functions of lean.py, the same computation.
+
+Each is an autograd function on two operators of torch.library, forward and backward, which have a fake form:
+torch.compile, torch.export and the count of memory see them as they see torch's own. What is kept for the
+backward pass is what lean.py keeps: the input and the convolution's result. The result is the same to the bit
+for any number of threads; they are as many as torch is told to use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+import lean
+from binary_ops import RPReLU
+from kernels.library import DTYPES, available, library
+
+__all__ = ["available", "avg_pool", "max_pool", "unit"]
+
+NO_RESIDUAL, INPUT, HALVED_INPUT, TENSOR = range(4)
+"""`enum residual_kind` of source/unit.h: what is added before PReLU."""
+
+
+def unit(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    convolution: lean.Convolution,
+    bn1: nn.BatchNorm2d,
+    bn2: nn.BatchNorm2d,
+    prelu: nn.PReLU,
+    *,
+    halved: bool = False,
+    factor: Tensor | None = None,
+    count: bool = True,
+) -> Tensor:
+    """lean.unit; but `residual` may also be x with `halved`, for the 2x2 averages of x (halving_pool), which
+    are then computed inside; and sample i of the result is multiplied by factor[i], a tensor (n,)."""
+    if count:
+        lean.count_batches([bn1, bn2])
+    kind = NO_RESIDUAL if residual is None else TENSOR
+    if residual is x:
+        residual, kind = None, HALVED_INPUT if halved else INPUT
+    shift = prelu.shift if isinstance(prelu, RPReLU) else None
+    settings = [*convolution.stride, *convolution.padding, *convolution.dilation]
+    settings += [convolution.groups, convolution.signs, kind, bn1.training]
+    affine = bn1.weight, bn1.bias, bn2.weight, bn2.bias
+    running = None, None, None, None
+    if not bn1.training:
+        running = bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var
+    y, moments1, moments2 = _Unit.apply(
+        settings, bn1.eps, running, factor, x, residual, weight, prelu.weight, shift, *affine
+    )
+    if bn1.training:
+        of_batch = moments1[0], moments1[2], moments2[0], moments2[2]
+        with torch.no_grad():
+            running = [bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var]
+            torch._foreach_lerp_(running, of_batch, bn1.momentum)
+    return y
+
+
+class _Unit(Function):
+    @staticmethod
+    def forward(ctx, settings, eps, running, factor, x, residual, weight, slope, shift, *affine):
+        out, y, moments1, moments2 = torch.ops.ebnas.unit(
+            x, residual, weight, slope, shift, factor, *affine, *running, settings, eps
+        )
+        ctx.settings, ctx.shifts = settings, shift is not None
+        ctx.save_for_backward(x, residual, weight, slope, factor, *affine, y, moments1, moments2)
+        ctx.mark_non_differentiable(moments1, moments2)
+        return out, moments1, moments2
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        gradients = torch.ops.ebnas.unit_backward(grad, *ctx.saved_tensors, ctx.shifts, ctx.settings)
+        x, residual, weight, slope, shift, *affine = gradients
+        residual = None if ctx.saved_tensors[1] is None else residual
+        return None, None, None, None, x, residual, weight, slope, shift if ctx.shifts else None, *affine
+
+
+# The operators. `settings`: stride, padding and dilation (two each), groups, signs, residual kind, training.
+
+_LIBRARY = torch.library.Library("ebnas", "FRAGMENT")
+_LIBRARY.define(
+    "unit(Tensor x, Tensor? residual, Tensor weight, Tensor slope, Tensor? shift, Tensor? factor, "
+    "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
+    "Tensor? mean1, Tensor? var1, Tensor? mean2, Tensor? var2, int[] settings, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "unit_backward(Tensor grad, Tensor x, Tensor? residual, Tensor weight, Tensor slope, Tensor? factor, "
+    "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
+    "Tensor y, Tensor moments1, Tensor moments2, bool shifts, int[] settings) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+class _UnitCall(ctypes.Structure):
+    """`struct unit` of source/unit.h."""
+
+    _integers = (
+        *("n", "channels_in", "channels_out", "groups", "height_in", "width_in", "height_out", "width_out"),
+        *("kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w"),
+        *("dilation_h", "dilation_w", "signs", "residual_kind", "training", "threads"),
+    )
+    _pointers = (
+        *("x", "residual", "weight", "slope", "shift", "factor"),
+        *("weight1", "bias1", "mean1", "var1", "weight2", "bias2", "mean2", "var2"),
+        *("statistics1", "statistics2", "y", "out"),
+        *("grad", "grad_x", "grad_residual", "grad_weight", "grad_slope", "grad_shift"),
+        *("grad_weight1", "grad_bias1", "grad_weight2", "grad_bias2"),
+    )
+    _fields_ = [(name, ctypes.c_int64) for name in _integers]
+    _fields_ += [("eps", ctypes.c_double)]
+    _fields_ += [(name, ctypes.c_void_p) for name in _pointers]
+    _fields_ += [("plan", ctypes.c_void_p), ("failed", ctypes.c_int64)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _result_size(size: torch.Size, kernel: torch.Size, settings: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) of a convolution's result."""
+    stride, padding, dilation = settings[:2], settings[2:4], settings[4:6]
+    return tuple(
+        (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+
+
+def _call(x: Tensor, weight: Tensor, settings: Sequence[int], size: torch.Size, **pointers: Tensor) -> _UnitCall:
+    groups, signs, kind, training = settings[6:]
+    n, channels, height, width = x.shape
+    call = _UnitCall(n, channels, weight.shape[0], groups, height, width, *size[2:], *weight.shape[2:])
+    call.stride_h, call.stride_w, call.padding_h, call.padding_w = settings[:4]
+    call.dilation_h, call.dilation_w = settings[4:6]
+    call.signs, call.residual_kind, call.training = signs, kind, training
+    call.threads = torch.get_num_threads()
+    call.x, call.weight = x.data_ptr(), weight.data_ptr()
+    for name, tensor in pointers.items():
+        if tensor is not None:
+            setattr(call, name, tensor.data_ptr())
+    return call
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _run(function, call: ctypes.Structure) -> None:
+    if function(ctypes.byref(call)):
+        raise MemoryError("the memory does not suffice for the scratch space of a convolution")
+
+
+def _unit(
+    x, residual, weight, slope, shift, factor, w1, b1, w2, b2, mean1, var1, mean2, var2, settings, eps
+):
+    out, y, moments1, moments2 = _unit_fake(
+        x, residual, weight, slope, shift, factor, w1, b1, w2, b2, mean1, var1, mean2, var2, settings, eps
+    )
+    x, residual, weight, factor = _contiguous(x, residual, weight, factor)
+    call = _call(
+        x,
+        weight,
+        settings,
+        out.shape,
+        residual=residual,
+        slope=slope,
+        shift=shift,
+        factor=factor,
+        weight1=w1,
+        bias1=b1,
+        weight2=w2,
+        bias2=b2,
+        mean1=mean1,
+        var1=var1,
+        mean2=mean2,
+        var2=var2,
+        statistics1=moments1,
+        statistics2=moments2,
+        y=y,
+        out=out,
+    )
+    call.eps = eps
+    _run(library(x.dtype).unit_forward, call)
+    return out, y, moments1, moments2
+
+
+def _unit_fake(
+    x, residual, weight, slope, shift, factor, w1, b1, w2, b2, mean1, var1, mean2, var2, settings, eps
+):
+    size = _result_size(x.shape[2:], weight.shape[2:], tuple(settings[:6]))
+    shape = x.shape[0], weight.shape[0], *size
+    moments = x.new_empty((3, x.shape[1])), x.new_empty((3, weight.shape[0]))
+    return x.new_empty(shape), x.new_empty(shape), *moments
+
+
+def _unit_backward(
+    grad, x, residual, weight, slope, factor, w1, b1, w2, b2, y, moments1, moments2, shifts, settings
+):
+    gradients = _unit_backward_fake(
+        grad, x, residual, weight, slope, factor, w1, b1, w2, b2, y, moments1, moments2, shifts, settings
+    )
+    grad, x, residual, weight, factor = _contiguous(grad, x, residual, weight, factor)
+    grad_x, grad_residual, grad_weight, grad_slope, grad_shift, *affine = gradients
+    call = _call(
+        x,
+        weight,
+        settings,
+        y.shape,
+        residual=residual,
+        slope=slope,
+        factor=factor,
+        weight1=w1,
+        bias1=b1,
+        weight2=w2,
+        bias2=b2,
+        statistics1=moments1,
+        statistics2=moments2,
+        y=y,
+        grad=grad,
+        grad_x=grad_x,
+        grad_residual=None if residual is None else grad_residual,
+        grad_weight=grad_weight,
+        grad_slope=grad_slope,
+        grad_shift=grad_shift if shifts else None,
+        grad_weight1=affine[0],
+        grad_bias1=affine[1],
+        grad_weight2=affine[2],
+        grad_bias2=affine[3],
+    )
+    _run(library(x.dtype).unit_backward, call)
+    return gradients
+
+
+def _unit_backward_fake(
+    grad, x, residual, weight, slope, factor, w1, b1, w2, b2, y, moments1, moments2, shifts, settings
+):
+    return (
+        x.new_empty(x.shape),
+        grad.new_empty(grad.shape if residual is not None else 0),
+        weight.new_empty(weight.shape),
+        torch.empty_like(slope),
+        slope.new_empty(slope.shape if shifts else 0),
+        *(torch.empty_like(tensor) for tensor in (w1, b1, w2, b2)),
+    )
+
+
+for _name, _real, _fake in (
+    ("unit", _unit, _unit_fake),
+    ("unit_backward", _unit_backward, _unit_backward_fake),
+):
+    _LIBRARY.impl(_name, _real, "CPU")
+    torch.library.register_fake(f"ebnas::{_name}", _fake, lib=_LIBRARY)

@@ -1,0 +1,576 @@
+/* A unit of a derived network, PReLU(BN2(conv(sign(BN1(x)))) + residual) + shift, forward and backward, one
+   group of channels at a time: statistics are of a channel and the convolution mixes the channels of one
+   group only, so a group goes through all of it for the whole batch while it is in the cache.
+
+   Tensors are contiguous, (n, channels, height, width). Forward keeps y, the convolution's result, and the
+   statistics of both BNs; the backward pass computes the rest again by the same expressions.
+
+   With a = BN1(x), z = BN2(y) + residual and G the gradient of PReLU(z): of z and of the residual it is G
+   where z > 0, else slope * G; of the slope the sum of G * z where z <= 0; of the shift the sum of G; of y
+   BN2's; of a the convolution's, times max(0, 2 - 2|a|) if it reads signs; of x BN1's. */
+
+enum residual_kind { NONE, INPUT, HALVED_INPUT, TENSOR };
+
+/* statistics1 (3, channels_in) and statistics2 (3, channels_out): mean, 1 / std, unbiased variance. */
+struct unit {
+    struct shape shape;
+    int64_t signs, residual_kind, training, threads;
+    double eps;
+    const real *x, *residual, *weight, *slope, *shift /* or NULL */, *factor /* [n] of the result, or NULL */;
+    const real *weight1, *bias1, *mean1, *var1, *weight2, *bias2, *mean2, *var2; /* running, if not training */
+    real *statistics1, *statistics2, *y, *out;
+    const real *grad; /* of out; from here on for the backward pass */
+    real *grad_x, *grad_residual, *grad_weight, *grad_slope, *grad_shift;
+    real *grad_weight1, *grad_bias1, *grad_weight2, *grad_bias2;
+    struct plan *plan; /* from here on set by the functions below */
+    int64_t failed;    /* for want of memory */
+};
+
+INLINE vec load_n(const real *p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
+INLINE void store_n(real *p, vec v, int64_t n)
+{
+    if (n >= LANES)
+        store(p, v);
+    else
+        store_part(p, v, n);
+}
+
+/* A sum of many numbers: in vectors, which are added to a double before they grow long. */
+struct total {
+    vec part;
+    double sum;
+};
+enum { LONGEST_PART = 64 }; /* vectors */
+
+INLINE void flush(struct total *total)
+{
+    total->sum += sum(total->part);
+    total->part = splat(0);
+}
+
+/* BN of a channel: (x - mean) * scale + bias. */
+struct norm {
+    real mean, inverse_std, scale, bias;
+};
+
+INLINE vec normalised(vec x, struct norm norm)
+{
+    return fma(x - splat(norm.mean), splat(norm.scale), splat(norm.bias));
+}
+
+/* The sign as 1 or -1, never 0; NaN stays NaN. */
+INLINE vec sign(vec a) { return if_nan(a, a, if_less(a, splat(0), splat(-1), splat(1))); }
+
+INLINE vec add_power(vec total, vec d, const int square)
+{
+    if (square)
+        return fma(d, d, total);
+    return total + d;
+}
+
+/* Sum of x - shift, or of its square, over n images of a channel. */
+INLINE double sum_of(
+    const real *x, int64_t n, int64_t image, int64_t size, real shift, const int square)
+{
+    vec part[4];
+    double total = 0;
+    int64_t vectors = 0;
+    UNROLL for (int k = 0; k < 4; k++) part[k] = splat(0);
+    for (int64_t i = 0; i < n; i++, x += image) {
+        int64_t p = 0;
+        for (; p + 4 * LANES <= size; p += 4 * LANES) {
+            UNROLL for (int k = 0; k < 4; k++)
+            {
+                const vec d = load(x + p + k * LANES) - splat(shift);
+                part[k] = add_power(part[k], d, square);
+            }
+            vectors += 4;
+            if (vectors >= 4 * LONGEST_PART) {
+                total += sum((part[0] + part[1]) + (part[2] + part[3]));
+                UNROLL for (int k = 0; k < 4; k++) part[k] = splat(0);
+                vectors = 0;
+            }
+        }
+        for (; p < size; p += LANES) {
+            const int64_t left = size - p;
+            vec d = load_n(x + p, left) - splat(shift);
+            if (left < LANES)
+                d = keep(d, left);
+            part[0] = add_power(part[0], d, square);
+            vectors++;
+        }
+    }
+    return total + sum((part[0] + part[1]) + (part[2] + part[3]));
+}
+
+/* The BN of channel c: with the batch's statistics, which it writes, or with the running ones. */
+static struct norm norm_of(
+    const struct unit *u,
+    const real *x,
+    int64_t channels,
+    int64_t c,
+    int64_t size,
+    const real *weight,
+    const real *bias,
+    const real *running_mean,
+    const real *running_var,
+    real *statistics)
+{
+    const int64_t n = u->shape.n;
+    double var;
+    real mean;
+    if (u->training) {
+        const double count = (double)(n * size);
+        mean = (real)(sum_of(x + c * size, n, channels * size, size, 0, 0) / count);
+        const double squares = sum_of(x + c * size, n, channels * size, size, mean, 1);
+        var = squares / count;
+        statistics[2 * channels + c] = (real)(squares / (count - 1));
+    } else {
+        mean = running_mean[c];
+        var = running_var[c];
+    }
+    const real inverse_std = (real)(1 / sqrt(var + u->eps));
+    statistics[c] = mean;
+    statistics[channels + c] = inverse_std;
+    return (struct norm){mean, inverse_std, weight[c] * inverse_std, bias[c]};
+}
+
+static struct norm norm_again(
+    const real *statistics, int64_t channels, int64_t c, const real *weight, const real *bias)
+{
+    const real inverse_std = statistics[channels + c];
+    return (struct norm){statistics[c], inverse_std, weight[c] * inverse_std, bias[c]};
+}
+
+/* What the convolution reads of a channel of one image, into its planes; `line` holds a line. */
+static void fill_input(
+    const struct unit *u, const real *x, struct norm norm, real *planes, real *restrict line)
+{
+    const struct plan *plan = u->plan;
+    const int64_t width = u->shape.width_in, height = u->shape.height_in;
+    const int strided = plan->phases > 1;
+    real *to = planes + plan->origin;
+    for (int64_t i = 0; i < height; i++, x += width, to += plan->pitch) {
+        real *target = strided ? line : to;
+        int64_t p = 0;
+        for (; p + LANES <= width; p += LANES) {
+            const vec a = normalised(load(x + p), norm);
+            store(target + p, u->signs ? sign(a) : a);
+        }
+        if (p < width) {
+            const vec a = normalised(load_part(x + p, width - p), norm);
+            store(target + p, keep(u->signs ? sign(a) : a, width - p));
+        }
+        if (strided)
+            fill_line(plan, planes, i, line, width);
+    }
+}
+
+/* 2x2 averages at stride 2 of one channel of an image; a window over an odd edge averages what it holds. */
+static void halve(const real *restrict x, int64_t height, int64_t width, real *restrict out)
+{
+    const int64_t across = (width + 1) / 2;
+    for (int64_t i = 0; i < height; i += 2, out += across) {
+        const real *upper = x + i * width, *lower = upper + width;
+        if (i + 1 < height) {
+            for (int64_t j = 0; j < width / 2; j++)
+                out[j] = (((upper[2 * j] + upper[2 * j + 1]) + lower[2 * j]) + lower[2 * j + 1]) * (real)0.25;
+            if (width & 1)
+                out[width / 2] = (upper[width - 1] + lower[width - 1]) * (real)0.5;
+        } else {
+            for (int64_t j = 0; j < width / 2; j++)
+                out[j] = (upper[2 * j] + upper[2 * j + 1]) * (real)0.5;
+            if (width & 1)
+                out[width / 2] = upper[width - 1];
+        }
+    }
+}
+
+/* Add the gradient of halve(). */
+static void add_halved(const real *restrict grad, int64_t height, int64_t width, real *restrict grad_x)
+{
+    const int64_t across = (width + 1) / 2;
+    for (int64_t i = 0; i < height; i++, grad_x += width) {
+        const real *from = grad + i / 2 * across;
+        const real factor = (i | 1) < height ? (real)0.25 : (real)0.5;
+        for (int64_t j = 0; j < width / 2; j++) {
+            grad_x[2 * j] += from[j] * factor;
+            grad_x[2 * j + 1] += from[j] * factor;
+        }
+        if (width & 1)
+            grad_x[width - 1] += from[width / 2] * (2 * factor);
+    }
+}
+
+/* The residual of filter f (of all) of an image, or NULL; `halved` holds a plane of results. */
+static const real *residual_of(const struct unit *u, int64_t image, int64_t f, real *halved)
+{
+    const struct shape *s = &u->shape;
+    const int64_t in = s->height_in * s->width_in, out = s->height_out * s->width_out;
+    switch (u->residual_kind) {
+    case INPUT:
+        return u->x + (image * s->channels_in + f) * in;
+    case TENSOR:
+        return u->residual + (image * s->channels_out + f) * out;
+    case HALVED_INPUT:
+        halve(u->x + (image * s->channels_in + f) * in, s->height_in, s->width_in, halved);
+        return halved;
+    default:
+        return NULL;
+    }
+}
+
+/* Results of one image and filter, without what was computed between the lines. */
+static void copy_lines(const struct plan *plan, const real *from, real *to)
+{
+    const int64_t width = plan->shape.width_out, height = plan->shape.height_out;
+    for (int64_t i = 0; i < height; i++, from += plan->line, to += width)
+        for (int64_t p = 0; p < width; p += LANES)
+            store_n(to + p, load(from + p), width - p);
+}
+
+/* The parts of a thread's scratch memory, in numbers. */
+struct parts {
+    int64_t inputs, grads, results, packed, sums, line, halved, kept, end;
+};
+
+static struct parts parts_of(const struct unit *u, int backward)
+{
+    const struct plan *plan = u->plan;
+    const int64_t size = u->shape.height_out * u->shape.width_out, weights = plan->cin * plan->cout * plan->taps;
+    const int64_t results = backward ? plan->cin * plan->phases : plan->cout;
+    struct parts at = {0};
+    at.grads = rounded_up(planes_size(plan, plan->cin, plan->phases), LANES);
+    at.results = at.grads + (backward ? rounded_up(planes_size(plan, plan->cout, 1), LANES) : 0);
+    at.packed = at.results + (results * plan->vectors + 1) * LANES;
+    at.sums = at.packed + rounded_up(weights, LANES);
+    at.line = at.sums + (backward ? weights * LANES : 0);
+    at.halved = at.line + rounded_up(u->shape.width_in, LANES) + LANES;
+    at.kept = at.halved + (u->residual_kind == HALVED_INPUT ? rounded_up(size, LANES) + LANES : 0);
+    at.end = at.kept;
+    if (backward && !u->grad_residual)
+        at.end += rounded_up(u->shape.n * plan->cout * size, LANES) + LANES;
+    return at;
+}
+
+static void activate(
+    const real *y, const real *residual, int64_t size, struct norm norm, real slope, real shift, real factor,
+    real *out, const int simple)
+{
+    for (int64_t p = 0; p < size; p += LANES) {
+        const int64_t left = size - p;
+        vec z = normalised(load_n(y + p, left), norm);
+        if (residual)
+            z = z + load_n(residual + p, left);
+        vec result = if_less(splat(0), z, z, z * splat(slope));
+        if (!simple)
+            result = (result + splat(shift)) * splat(factor);
+        store_n(out + p, result, left);
+    }
+}
+
+static void forward_group(void *argument, int64_t group)
+{
+    struct unit *u = argument;
+    const struct plan *plan = u->plan;
+    const struct shape *s = &u->shape;
+    const int64_t in = s->height_in * s->width_in, out = s->height_out * s->width_out;
+    const int64_t first_in = group * plan->cin, first_out = group * plan->cout;
+    const int64_t terms = plan->cin * plan->taps, of_image = plan->vectors / plan->images;
+    const struct parts at = parts_of(u, 0);
+    real *memory = scratch((at.end + plan->cin * sizeof(struct norm)) * sizeof(real));
+    if (!memory) {
+        __atomic_store_n(&u->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    real *inputs = memory, *results = memory + at.results, *packed = memory + at.packed;
+    struct norm *norms = (struct norm *)(memory + at.end);
+
+    for (int64_t c = 0; c < plan->cin; c++)
+        norms[c] = norm_of(
+            u, u->x, s->channels_in, first_in + c, in, u->weight1, u->bias1, u->mean1, u->var1,
+            u->statistics1);
+    clear_planes(inputs, plan, plan->cin, plan->phases);
+    pack_weights(plan, u->weight + first_out * terms, packed);
+    const int direct = plan->images == 1 && plan->line == s->width_out && plan->image == out;
+    for (int64_t n = 0; n < s->n; n += plan->images) {
+        const int64_t images = least(plan->images, s->n - n);
+        for (int64_t c = 0; c < plan->cin; c++)
+            for (int64_t i = 0; i < images; i++)
+                fill_input(
+                    u, u->x + ((n + i) * s->channels_in + first_in + c) * in, norms[c],
+                    inputs + (c * plan->phases * plan->images + i) * plan->plane, memory + at.line);
+        real *y = u->y + (n * s->channels_out + first_out) * out;
+        const int64_t stride = direct ? out : plan->vectors * LANES;
+        convolve(
+            inputs, plan->start, images * of_image, plan->offset, terms, packed, plan->cout,
+            direct ? y : results, stride);
+        if (!direct)
+            for (int64_t f = 0; f < plan->cout; f++)
+                for (int64_t i = 0; i < images; i++)
+                    copy_lines(
+                        plan, results + f * stride + i * plan->image, y + (i * s->channels_out + f) * out);
+    }
+    for (int64_t f = first_out; f < first_out + plan->cout; f++) {
+        const struct norm norm = norm_of(
+            u, u->y, s->channels_out, f, out, u->weight2, u->bias2, u->mean2, u->var2, u->statistics2);
+        const real slope = u->slope[f], shift = u->shift ? u->shift[f] : 0;
+        for (int64_t n = 0; n < s->n; n++) {
+            const int64_t place = (n * s->channels_out + f) * out;
+            const real *residual = residual_of(u, n, f, memory + at.halved);
+            activate(
+                u->y + place, residual, out, norm, slope, shift, u->factor ? u->factor[n] : 1, u->out + place,
+                !u->shift && !u->factor);
+        }
+    }
+}
+
+/* Sums over the batch of one channel for its BN's gradient, the slope's and the shift's. */
+struct channel_sums {
+    struct total grad, grad_y, slope, shift;
+};
+
+/* Of one image and filter: z's gradient, and what it adds to the sums. */
+static void activation_gradient(
+    const real *grad, const real *y, const real *residual, int64_t size, struct norm norm, real slope,
+    real factor, real *kept, struct channel_sums *sums)
+{
+    struct channel_sums s = *sums;
+    for (int64_t p = 0; p < size; p += LANES) {
+        const int64_t left = size - p;
+        const vec of_y = load_n(y + p, left), g = load_n(grad + p, left) * splat(factor);
+        vec z = normalised(of_y, norm);
+        if (residual)
+            z = z + load_n(residual + p, left);
+        const vec grad_z = if_less(splat(0), z, g, g * splat(slope));
+        store_n(kept + p, grad_z, left);
+        vec along = grad_z * (of_y - splat(norm.mean)), of_slope = if_less(splat(0), z, splat(0), g * z);
+        if (left < LANES) {
+            along = keep(along, left);
+            of_slope = keep(of_slope, left);
+        }
+        s.grad.part = s.grad.part + (left < LANES ? keep(grad_z, left) : grad_z);
+        s.grad_y.part = s.grad_y.part + along;
+        s.slope.part = s.slope.part + of_slope;
+        s.shift.part = s.shift.part + (left < LANES ? keep(g, left) : g);
+    }
+    flush(&s.grad);
+    flush(&s.grad_y);
+    flush(&s.slope);
+    flush(&s.shift);
+    *sums = s;
+}
+
+/* The gradient through BN: grad * scale + (x - mean) * along + constant; only grad * scale where the
+   statistics are the running ones. */
+struct norm_gradient {
+    real mean, scale, along, constant;
+    int batch;
+};
+
+static struct norm_gradient norm_gradient(
+    const struct unit *u, struct norm norm, double grad, double grad_x, double count, real *of_weight, real *of_bias)
+{
+    *of_weight = (real)(grad_x * norm.inverse_std);
+    *of_bias = (real)grad;
+    const double along = -grad_x / count * norm.inverse_std * norm.inverse_std * norm.scale;
+    return (struct norm_gradient){
+        norm.mean, norm.scale, (real)along, (real)(-grad / count * norm.scale), u->training != 0};
+}
+
+INLINE vec through_norm(vec grad, vec x, struct norm_gradient g, const int batch)
+{
+    if (!batch)
+        return grad * splat(g.scale);
+    return fma(grad, splat(g.scale), fma(x - splat(g.mean), splat(g.along), splat(g.constant)));
+}
+
+/* The gradient of the convolution's result, of one image and filter, into its plane. */
+static void fill_grad(
+    const struct plan *plan, const real *kept, const real *y, struct norm_gradient g, real *plane)
+{
+    const int64_t width = plan->shape.width_out, height = plan->shape.height_out;
+    real *to = plane + plan->origin;
+    for (int64_t i = 0; i < height; i++, kept += width, y += width, to += plan->pitch) {
+        int64_t p = 0;
+        for (; p + LANES <= width; p += LANES)
+            store(to + p, through_norm(load(kept + p), load(y + p), g, g.batch));
+        if (p < width) {
+            const int64_t left = width - p;
+            store(
+                to + p, keep(through_norm(load_part(kept + p, left), load_part(y + p, left), g, g.batch), left));
+        }
+    }
+}
+
+/* From the convolution's data gradient, of one image and channel, that of a = BN1(x), and BN1's sums. */
+static void input_gradient(
+    const struct unit *u, const real *results, int64_t phase_stride, const real *x, struct norm norm,
+    real *grad_x, struct total *grad, struct total *along, real *restrict line)
+{
+    const struct plan *plan = u->plan;
+    const int64_t *stride = plan->shape.stride, width = u->shape.width_in, height = u->shape.height_in;
+    const int signs = u->signs != 0;
+    vec grad_part = splat(0), along_part = splat(0);
+    for (int64_t i = 0; i < height; i++, x += width, grad_x += width) {
+        const real *from = results + i % stride[0] * stride[1] * phase_stride + i / stride[0] * plan->line;
+        if (stride[1] > 1) {
+            for (int64_t b = 0; b < stride[1]; b++, from += phase_stride)
+                for (int64_t p = 0; p * stride[1] + b < width; p++)
+                    line[p * stride[1] + b] = from[p];
+            from = line;
+        }
+        for (int64_t p = 0; p < width; p += LANES) {
+            const int64_t left = width - p;
+            const vec of_x = load_n(x + p, left), centred = of_x - splat(norm.mean);
+            vec g = load(from + p);
+            if (signs) {
+                const vec passed = fma(absolute(normalised(of_x, norm)), splat(-2), splat(2));
+                g = g * if_less(passed, splat(0), splat(0), passed);
+            }
+            vec product = g * centred;
+            if (left < LANES) {
+                g = keep(g, left);
+                product = keep(product, left);
+            }
+            grad_part = grad_part + g;
+            along_part = along_part + product;
+            store_n(grad_x + p, g, left);
+        }
+    }
+    grad->sum += sum(grad_part);
+    along->sum += sum(along_part);
+}
+
+static void backward_group(void *argument, int64_t group)
+{
+    struct unit *u = argument;
+    const struct plan *plan = u->plan;
+    const struct shape *s = &u->shape;
+    const int64_t in = s->height_in * s->width_in, out = s->height_out * s->width_out;
+    const int64_t first_in = group * plan->cin, first_out = group * plan->cout;
+    const int64_t terms = plan->cin * plan->taps, of_image = plan->vectors / plan->images;
+    const struct parts at = parts_of(u, 1);
+    const size_t of_norms = plan->cin * (sizeof(struct norm) + 2 * sizeof(struct total)) +
+                            plan->cout * sizeof(struct norm_gradient) + 64;
+    real *memory = scratch(at.end * sizeof(real) + of_norms);
+    if (!memory) {
+        __atomic_store_n(&u->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    real *inputs = memory, *grads = memory + at.grads, *results = memory + at.results;
+    real *packed = memory + at.packed, *sums = memory + at.sums, *line = memory + at.line;
+    struct total *grad_of = (struct total *)(memory + rounded_up(at.end, LANES)), *along_of = grad_of + plan->cin;
+    struct norm *norms = (struct norm *)(along_of + plan->cin);
+    struct norm_gradient *through = (struct norm_gradient *)(norms + plan->cin);
+
+    /* z's gradient, kept in the residual's or in scratch memory: image after image, filter after filter */
+    const int64_t kept_image = (u->grad_residual ? s->channels_out : plan->cout) * out;
+    real *kept = u->grad_residual ? u->grad_residual + first_out * out : memory + at.kept;
+    for (int64_t i = 0; i < plan->cout; i++) {
+        const int64_t f = first_out + i;
+        const struct norm norm = norm_again(u->statistics2, s->channels_out, f, u->weight2, u->bias2);
+        struct channel_sums of_channel = {0};
+        for (int64_t n = 0; n < s->n; n++) {
+            const int64_t place = (n * s->channels_out + f) * out;
+            activation_gradient(
+                u->grad + place, u->y + place, residual_of(u, n, f, memory + at.halved), out, norm,
+                u->slope[f], u->factor ? u->factor[n] : 1, kept + n * kept_image + i * out, &of_channel);
+        }
+        through[i] = norm_gradient(
+            u, norm, of_channel.grad.sum, of_channel.grad_y.sum, (double)(s->n * out), &u->grad_weight2[f],
+            &u->grad_bias2[f]);
+        u->grad_slope[f] = (real)of_channel.slope.sum;
+        if (u->grad_shift)
+            u->grad_shift[f] = (real)of_channel.shift.sum;
+    }
+
+    for (int64_t c = 0; c < plan->cin; c++) {
+        norms[c] = norm_again(u->statistics1, s->channels_in, first_in + c, u->weight1, u->bias1);
+        grad_of[c] = along_of[c] = (struct total){0};
+    }
+    clear_planes(inputs, plan, plan->cin, plan->phases);
+    clear_planes(grads, plan, plan->cout, 1);
+    memset(sums, 0, plan->cout * terms * LANES * sizeof(real));
+    const real *weight = u->weight + first_out * terms;
+    real *next = packed;
+    for (int64_t p = 0; p < plan->phases; p++) {
+        pack_transposed(plan, &plan->phase[p], weight, next);
+        next += plan->cin * plan->cout * plan->phase[p].taps;
+    }
+    const int direct = plan->images == 1 && plan->line == s->width_in && plan->image == in;
+    for (int64_t n = 0; n < s->n; n += plan->images) {
+        const int64_t images = least(plan->images, s->n - n), vectors = images * of_image;
+        for (int64_t f = 0; f < plan->cout; f++)
+            for (int64_t i = 0; i < images; i++)
+                fill_grad(
+                    plan, kept + (n + i) * kept_image + f * out,
+                    u->y + ((n + i) * s->channels_out + first_out + f) * out, through[f],
+                    grads + (f * plan->images + i) * plan->plane);
+        for (int64_t c = 0; c < plan->cin; c++)
+            for (int64_t i = 0; i < images; i++)
+                fill_input(
+                    u, u->x + ((n + i) * s->channels_in + first_in + c) * in, norms[c],
+                    inputs + (c * plan->phases * plan->images + i) * plan->plane, line);
+        correlate(
+            grads, plan->images * plan->plane, plan->cout, inputs, plan->start, vectors, plan->offset, terms,
+            sums);
+        real *grad_x = u->grad_x + (n * s->channels_in + first_in) * in;
+        const int64_t stride = direct ? in : plan->vectors * LANES;
+        next = packed;
+        for (int64_t p = 0; p < plan->phases; p++) {
+            const struct phase *phase = &plan->phase[p];
+            convolve(
+                grads, plan->start, vectors, phase->reverse, plan->cout * phase->taps, next, plan->cin,
+                direct ? grad_x : results + p * plan->cin * stride, stride);
+            next += plan->cin * plan->cout * phase->taps;
+        }
+        for (int64_t c = 0; c < plan->cin; c++)
+            for (int64_t i = 0; i < images; i++) {
+                const int64_t place = (i * s->channels_in + c) * in;
+                input_gradient(
+                    u, direct ? grad_x + place : results + c * stride + i * plan->image, plan->cin * stride,
+                    u->x + (n * s->channels_in + first_in) * in + place, norms[c], grad_x + place,
+                    &grad_of[c], &along_of[c], line);
+            }
+    }
+    for (int64_t i = 0; i < plan->cout * terms; i++)
+        u->grad_weight[first_out * terms + i] = sum(load(sums + i * LANES));
+
+    for (int64_t i = 0; i < plan->cin; i++) {
+        const int64_t c = first_in + i;
+        const struct norm_gradient g = norm_gradient(
+            u, norms[i], grad_of[i].sum, along_of[i].sum, (double)(s->n * in), &u->grad_weight1[c],
+            &u->grad_bias1[c]);
+        for (int64_t n = 0; n < s->n; n++) {
+            const int64_t place = (n * s->channels_in + c) * in;
+            const real *of_z = kept + n * kept_image + i * out, *x = u->x + place;
+            real *grad_x = u->grad_x + place;
+            for (int64_t p = 0; p < in; p += LANES) {
+                const int64_t left = in - p;
+                vec grad = through_norm(load_n(grad_x + p, left), load_n(x + p, left), g, g.batch);
+                if (u->residual_kind == INPUT)
+                    grad = grad + load_n(of_z + p, left);
+                store_n(grad_x + p, grad, left);
+            }
+            if (u->residual_kind == HALVED_INPUT)
+                add_halved(of_z, s->height_in, s->width_in, grad_x);
+        }
+    }
+}
+
+static int run_groups(struct unit *u, task_function *run)
+{
+    struct plan plan;
+    if (plan_convolution(&plan, &u->shape))
+        return -1;
+    u->plan = &plan;
+    u->failed = 0;
+    parallel_for(u->shape.groups, u->threads, run, u);
+    free_plan(&plan);
+    return u->failed ? -1 : 0;
+}
+
+/* Both return 0, or -1 where there is no memory. */
+EXPORT int unit_forward(struct unit *u) { return run_groups(u, forward_group); }
+EXPORT int unit_backward(struct unit *u) { return run_groups(u, backward_group); }
