@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -125,30 +122,6 @@ def binarize_weight(weight: Tensor, method: str = "plain") -> Tensor:
         signed = torch.where(spread, centred, weight) / torch.where(spread, std, 1)
         scale = torch.where(spread, signed.detach().abs().mean(dims, keepdim=True), 1)
     return (_ClippedSign.apply(signed) * scale).to(weight.dtype)
-
-
-def effective_weights(convolutions: Iterable[BinaryConv2d]) -> dict[BinaryConv2d, Tensor]:
-    """`effective_weight()` of each convolution, the same to the bit, in few operations: the filters of one
-    length are binarised together."""
-    weights, alike = {}, defaultdict(list)
-    for conv in convolutions:
-        if conv.weight_bits == 1:
-            alike[conv.weight_binarization, conv.weight[0].numel()].append(conv)
-        else:
-            weights[conv] = conv.weight
-    for (method, _), batch in alike.items():
-        rows = [_in_memory_order(conv.weight) for conv in batch]
-        binary = binarize_weight(torch.cat([row.flatten(1) for row in rows]), method)
-        for conv, row, part in zip(batch, rows, binary.split([len(row) for row in rows]), strict=True):
-            part = part.view_as(row)
-            weights[conv] = part if row is conv.weight else part.permute(0, 3, 1, 2)
-    return weights
-
-
-def _in_memory_order(weight: Tensor) -> Tensor:
-    """A channels-last weight (out, in, k, k) as (out, k, k, in): the last bit of a filter's mean depends on
-    the order of the sum, which is that in memory."""
-    return weight if weight.is_contiguous() else weight.permute(0, 2, 3, 1)
 
 
 class BinaryConv2d(nn.Conv2d):

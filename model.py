@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import lean
-from binary_ops import ACTIVATIONS, WEIGHT_BINARIZATIONS, BinaryConv2d, effective_weights
+from binary_ops import ACTIVATIONS, WEIGHT_BINARIZATIONS
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict, reduction_cells
-from operations import BinaryUnit, FactorizedReduce, Pool, Zero, drop_path, make_operation
+from operations import BinaryUnit, FactorizedReduce, Zero, drop_path, make_operation
 from utils import InputError, check_count, nearest_multiples
 
 FAMILIES = ("cifar", "imagenet")
@@ -116,38 +115,21 @@ class Cell(nn.Module):
         self.operations = nn.ModuleList(operations)
         self.out_channels = channels * len(concat)
 
-    def forward(
-        self,
-        s0: Tensor,
-        s1: Tensor,
-        keep: Tensor | None = None,
-        weights: Mapping[BinaryConv2d, Tensor] | None = None,
-    ) -> Tensor:
-        """With `keep`, drop-path keeps each result with this probability (see `drop_path`). `weights` are the
-        effective ones of all convolutions, where the network has computed them together."""
-        states = [_operated(self.preprocess0, s0, weights), _operated(self.preprocess1, s1, weights)]
-        maxima: dict[int, Tensor] = {}  # by source: all max pools of one state are one
+    def forward(self, s0: Tensor, s1: Tensor, keep: Tensor | None = None) -> Tensor:
+        """With `keep`, drop-path keeps each result with this probability (see `drop_path`)."""
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
         for node in range(0, len(self.operations), 2):
             terms = []
-            for operation, source in zip(
-                self.operations[node : node + 2], self.sources[node : node + 2], strict=True
-            ):
-                if isinstance(operation, Pool) and operation.kind == "max":
-                    y = maxima[source] = maxima[source] if source in maxima else operation(states[source])
-                else:
-                    y = _operated(operation, states[source], weights)
-                if keep is not None and not isinstance(operation, nn.Identity | Zero):
-                    y = drop_path(y, keep)
-                terms.append(y)
+            for edge in (node, node + 1):
+                y = self.operated(edge, states)
+                drops = keep is not None and not isinstance(self.operations[edge], nn.Identity | Zero)
+                terms.append(drop_path(y, keep) if drops else y)
             states.append(terms[0] + terms[1])
         return torch.cat([states[i] for i in self.concat], dim=1)
 
-
-def _operated(operation: nn.Module, x: Tensor, weights: Mapping[BinaryConv2d, Tensor] | None) -> Tensor:
-    """operation(x), with the weights that the network has binarised for it."""
-    if weights is None or not isinstance(operation, BinaryUnit | FactorizedReduce):
-        return operation(x)
-    return operation(x, *(weights[conv] for conv in operation.convolutions))
+    def operated(self, edge: int, states: list[Tensor]) -> Tensor:
+        """What the operation of an edge makes of the state that it reads."""
+        return self.operations[edge](states[self.sources[edge]])
 
 
 class AuxiliaryHead(nn.Module):
@@ -270,10 +252,6 @@ class CellNetwork(nn.Module):
             channels=channels,
         )
 
-    def binarized_weights(self) -> Mapping[BinaryConv2d, Tensor] | None:
-        """The effective weights of all convolutions, where it pays to compute them together."""
-        return None
-
     def register_update_rule(self, optimizer: torch.optim.Optimizer) -> None:
         """Have `optimizer` do, before each step, what the system does to latent weights and their gradients
         beyond autograd: nothing, unless the system says so."""
@@ -294,14 +272,10 @@ class CellNetwork(nn.Module):
         else:
             s0 = self.stem0(x)
             s1 = self.stem1(s0)
-        weights = self.binarized_weights() if torch.is_grad_enabled() else None
-        if weights is not None:  # the units then leave it to the network to count the batch
-            units = [m for m in self.modules() if isinstance(m, BinaryUnit | FactorizedReduce)]
-            lean.count_batches([bn for unit in units for bn in (unit.bn1, unit.bn2)])
         auxiliary_logits = None
         keep = self.keep if self.training and self.drops_paths else None
         for index, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, keep, weights)
+            s0, s1 = s1, cell(s0, s1, keep)
             if self.training and self.auxiliary_head is not None and index == self.config.reductions[1]:
                 auxiliary_logits = self.auxiliary_head(s1)
         return self.classifier(s1.mean((2, 3))), auxiliary_logits
@@ -334,10 +308,9 @@ class Network(CellNetwork):
     def operation(self, name: str, channels: int, stride: int) -> nn.Module:
         return make_operation(name, channels, stride, groups=self.config.groups, **self.unit_settings)
 
-    def binarized_weights(self) -> Mapping[BinaryConv2d, Tensor]:
-        return effective_weights(m for m in self.modules() if isinstance(m, BinaryConv2d))
-
 
 def build_model(config: Any) -> nn.Module:
-    """The network of a configuration, freshly initialised from torch's global random state, on the CPU."""
+    """The network of a configuration, freshly initialised from torch's global random state, on the CPU.
+
+    Its modules are the definitions; `kernels.accelerate` makes them fast."""
     return config.build()

@@ -1,32 +1,21 @@
 """The supernet: every cell holds all 14 edges, every edge all seven operations, on a part of its channels.
 
-Partial channel connections (Xu et al., PC-DARTS, ICLR 2020), binary activations, real weights. Two fusions
-change nothing in the mathematics: the operations are computed once per state and not once per edge
-(`SourceOperations`), and, the channel shuffle being linear, it is applied once per node to the sum.
+Partial channel connections (Xu et al., PC-DARTS, ICLR 2020), binary activations, real weights. These modules
+are the definition; `kernels.accelerate` puts faster ones of the same values in their place.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import lean
-from binary_ops import binary_sign
 from genotypes import EDGES, NODES, PRIMITIVES, Genotype, reduction_cells
-from operations import (
-    SearchPreprocess,
-    SourceOperations,
-    Statistics,
-    coefficients,
-    joined_kernels,
-    update_running,
-)
+from operations import SearchPreprocess, SourceOperations
 from utils import InputError, check_count, nearest_multiples
 
 EDGE_BIAS = (0.6931, 0.0, -0.4055)
@@ -84,22 +73,9 @@ class SearchConfig:
         return cls(**fields)
 
 
-def shuffled(first: Tensor, others: Tensor, groups: int) -> Tensor:
-    """Channel shuffle, for a network of `groups` groups of c channels: the first group (n, c, h, w) and the
-    others (n, (groups - 1) * c, h, w) interleaved; channel j of group i goes to j * groups + i."""
-    others = others.unflatten(1, (groups - 1, -1)).transpose(1, 2)  # (n, c, groups - 1, h, w)
-    return torch.cat([first.unsqueeze(2), others], 2).flatten(1, 2)
-
-
-def weighted(x: Tensor, weights: Tensor, total: Tensor | None = None) -> Tensor:
-    """x (n, c, h, w) times each of the weights (m, 1), added to `total` if given: (n, m, c, h, w)."""
-    if weights.requires_grad:  # in an architecture step, where a product would sum in another order
-        x, weights = x.unsqueeze(1), weights[:, :, None, None]
-        return weights * x if total is None else torch.addcmul(total, weights, x)
-    weights = weights.to(x.dtype).expand(len(x), -1, -1)
-    flat = x.flatten(1).unsqueeze(1)
-    product = torch.bmm(weights, flat) if total is None else torch.baddbmm(total.flatten(2), weights, flat)
-    return product.view(len(x), -1, *x.shape[1:])
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """Channel i * (c / groups) + j of x (n, c, h, w) goes to j * groups + i."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def edge_weights(beta: Tensor) -> Tensor:
@@ -115,10 +91,10 @@ def stride_of(source: int, reduction: bool) -> int:
 
 
 class SearchCell(nn.Module):
-    """A cell of the supernet: the signs of its two inputs, s0, s1 -> (n, 4 * channels, h', w').
+    """A cell of the supernet: s0 (n, c_older, h, w), s1 (n, c_newer, h, w) -> (n, 4 * channels, h', w').
 
-    By source, for the m edges that leave it: `mixing` holds the `coefficients` of their weight times
-    softmax(alpha), `weights` (m, 1) their weights, for the channels that bypass the operations.
+    `mixing` (14, 7) mixes the operations of each edge, `weights` (14,) the edges of each node. On an edge the
+    first channels / k go through the operations and the rest bypass them (partial channel connections).
     """
 
     def __init__(
@@ -135,44 +111,20 @@ class SearchCell(nn.Module):
             for source, edges in enumerate(LEAVING)
         )
 
-    @property
-    def counted(self) -> list[nn.BatchNorm2d]:
-        """The BNs that count their batches, as the original's do."""
-        return [
-            self.preprocess0.norm,
-            self.preprocess1.norm,
-            *(source.pool_norm for source in self.sources),
-        ]
-
-    def forward(
-        self,
-        s0: Tensor,
-        s1: Tensor,
-        mixing: list[tuple[Tensor, Tensor]],
-        weights: list[Tensor],
-        kernels: Mapping[SourceOperations, Sequence[Tensor]],
-        statistics: dict[nn.BatchNorm2d, Statistics],
-    ) -> Tensor:
-        """Adds to `statistics` those of the batch, in training."""
+    def forward(self, s0: Tensor, s1: Tensor, mixing: Tensor, weights: Tensor) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
+        nodes: list[list[Tensor]] = [[] for _ in range(NODES)]  # what enters each
         for source, operations in enumerate(self.sources):
-            sampled, rest = states[source].split([self.sampled, (self.k - 1) * self.sampled], 1)
+            edges = LEAVING[source]
+            sampled, bypassing = states[source].split([self.sampled, (self.k - 1) * self.sampled], 1)
+            mixed = operations(sampled, mixing[list(edges)])  # (n, edges, channels / k, h', w')
             if stride_of(source, self.reduction) == 2:
-                rest = F.max_pool2d(rest, 2, 2, ceil_mode=True)
-            outputs, of_batch = operations(sampled, *mixing[source], kernels[operations])
-            if of_batch is not None:
-                statistics[operations.norm] = of_batch
-            # sums over the edges into the nodes still to come, (n, nodes, c / k or the rest of c, h', w')
-            if source == 0:
-                mixed, bypassed = outputs, weighted(rest, weights[source])
-                continue
-            mixed, bypassed = mixed + outputs, weighted(rest, weights[source], bypassed)
-            # the first of these nodes now has all its edges
-            first_mixed, first_bypassed = mixed, bypassed
-            if source < NODES:
-                first_mixed, mixed = mixed.split([1, NODES - source], 1)
-                first_bypassed, bypassed = bypassed.split([1, NODES - source], 1)
-            states.append(shuffled(first_mixed.squeeze(1), first_bypassed.squeeze(1), self.k))
+                bypassing = F.max_pool2d(bypassing, 2, 2, ceil_mode=True)
+            for edge, y in zip(edges, mixed.unbind(1), strict=True):
+                together = channel_shuffle(torch.cat([y, bypassing], 1), self.k)
+                nodes[EDGES[edge][0]].append(weights[edge] * together)
+            if source >= 1:  # the first node has its two edges, and with each further state the next has all
+                states.append(sum(nodes[source - 1]))
         return torch.cat(states[2:], 1)
 
 
@@ -210,8 +162,6 @@ class Supernet(nn.Module):
                 f"alphas_{kind}", nn.Parameter(1e-3 * torch.randn(len(EDGES), len(PRIMITIVES)))
             )
             self.register_parameter(f"betas_{kind}", nn.Parameter(1e-3 * torch.randn(len(EDGES) - 2)))
-        by_source = torch.tensor([edge for edges in LEAVING for edge in edges])
-        self.register_buffer("by_source", by_source, persistent=False)
 
     def arch_parameters(self) -> list[nn.Parameter]:
         return list(self.arch_state().values())
@@ -225,30 +175,14 @@ class Supernet(nn.Module):
         return [parameter for parameter in self.parameters() if id(parameter) not in arch]
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        weights, mixing = {}, {}
-        leaving = [len(edges) for edges in LEAVING]
-        for reduction, alpha, beta in (
-            (False, self.alphas_normal, self.betas_normal),
-            (True, self.alphas_reduce, self.betas_reduce),
-        ):
-            of_edges = edge_weights(beta)[self.by_source].unsqueeze(1)  # (14, 1)
-            of_operations = of_edges * alpha.softmax(1)[self.by_source]  # (14, 7)
-            weights[reduction] = of_edges.split(leaving)
-            mixing[reduction] = [
-                coefficients(part, stride_of(source, reduction))
-                for source, part in enumerate(of_operations.split(leaving))
-            ]
-        kernels = joined_kernels(source for cell in self.cells for source in cell.sources)
-        statistics: dict[nn.BatchNorm2d, Statistics] = {}
-        x = self.stem(x)
-        s0 = s1 = binary_sign(x)
+        architecture = {  # by whether a cell is a reduction: the mixing of its operations, its edges' weights
+            False: (self.alphas_normal.softmax(1), edge_weights(self.betas_normal)),
+            True: (self.alphas_reduce.softmax(1), edge_weights(self.betas_reduce)),
+        }
+        s0 = s1 = self.stem(x)
         for cell in self.cells:
-            x = cell(s0, s1, mixing[cell.reduction], weights[cell.reduction], kernels, statistics)
-            s0, s1 = s1, binary_sign(x)
-        if statistics:
-            update_running(list(statistics), list(statistics.values()))
-        lean.count_batches(norm for cell in self.cells for norm in cell.counted)
-        return self.classifier(x.mean((2, 3))), None
+            s0, s1 = s1, cell(s0, s1, *architecture[cell.reduction])
+        return self.classifier(s1.mean((2, 3))), None
 
     @torch.no_grad()
     def make_discrete(self, genotype: Genotype) -> None:

@@ -1,8 +1,8 @@
-"""What a derived network trains with on a CPU, in C: the functions of lean.py, the same computation.
+"""Derived networks on a CPU, in C: the functions of fused.py, the same computation.
 
 Each is an autograd function on two operators of torch.library, forward and backward, which have a fake form:
 torch.compile, torch.export and the count of memory see them as they see torch's own. What is kept for the
-backward pass is what lean.py keeps: the input and the convolution's result. The result is the same to the bit
+backward pass is what fused.py keeps: the input and the convolution's result. The result is the same to the bit
 for any number of threads; they are as many as torch is told to use.
 """
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-import lean
+from kernels.fused import Convolution, FusedReduce, FusedUnit, count_batches
 from binary_ops import RPReLU
+from operations import BinaryUnit, Pool
 from kernels.library import DTYPES, available, library
 
 __all__ = ["available", "avg_pool", "max_pool", "unit"]
@@ -30,7 +31,7 @@ def unit(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
-    convolution: lean.Convolution,
+    convolution: Convolution,
     bn1: nn.BatchNorm2d,
     bn2: nn.BatchNorm2d,
     prelu: nn.PReLU,
@@ -39,10 +40,10 @@ def unit(
     factor: Tensor | None = None,
     count: bool = True,
 ) -> Tensor:
-    """lean.unit; but `residual` may also be x with `halved`, for the 2x2 averages of x (halving_pool), which
+    """fused.unit; but `residual` may also be x with `halved`, for the 2x2 averages of x (halving_pool), which
     are then computed inside; and sample i of the result is multiplied by factor[i], a tensor (n,)."""
     if count:
-        lean.count_batches([bn1, bn2])
+        count_batches([bn1, bn2])
     kind = NO_RESIDUAL if residual is None else TENSOR
     if residual is x:
         residual, kind = None, HALVED_INPUT if halved else INPUT
@@ -83,6 +84,30 @@ class _Unit(Function):
         return None, None, None, None, x, residual, weight, slope, shift if ctx.shifts else None, *affine
 
 
+def max_pool(x: Tensor, stride: int) -> Tensor:
+    """3x3 maximum, padding 1; the gradient goes to the first of equal pixels, row by row. Keeps x."""
+    return _Pool.apply(x, stride, False)
+
+
+def avg_pool(x: Tensor, stride: int) -> Tensor:
+    """3x3 average, padding 1, which is not counted. Keeps nothing."""
+    return _Pool.apply(x, stride, True)
+
+
+class _Pool(Function):
+    @staticmethod
+    def forward(ctx, x, stride, average):
+        ctx.stride, ctx.average, ctx.shape = stride, average, x.shape
+        if not average:
+            ctx.save_for_backward(x)
+        return torch.ops.ebnas.pool(x, stride, average)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = None if ctx.average else ctx.saved_tensors[0]
+        return torch.ops.ebnas.pool_backward(grad, x, ctx.shape, ctx.stride, ctx.average), None, None
+
+
 # The operators. `settings`: stride, padding and dilation (two each), groups, signs, residual kind, training.
 
 _LIBRARY = torch.library.Library("ebnas", "FRAGMENT")
@@ -98,6 +123,19 @@ _LIBRARY.define(
     "Tensor y, Tensor moments1, Tensor moments2, bool shifts, int[] settings) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_LIBRARY.define("pool(Tensor x, int stride, bool average) -> Tensor")
+_LIBRARY.define(
+    "pool_backward(Tensor grad, Tensor? x, SymInt[] size, int stride, bool average) -> Tensor"
+)
+
+
+class _PoolCall(ctypes.Structure):
+    """`struct pool_call` of source/pool.h."""
+
+    _integers = "planes", "height", "width", "height_out", "width_out", "stride", "average", "threads"
+    _fields_ = [(name, ctypes.c_int64) for name in _integers]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("x", "grad", "out", "grad_x")]
+    _fields_ += [("failed", ctypes.c_int64)]
 
 
 class _UnitCall(ctypes.Structure):
@@ -130,7 +168,9 @@ def _result_size(size: torch.Size, kernel: torch.Size, settings: tuple[int, ...]
     )
 
 
-def _call(x: Tensor, weight: Tensor, settings: Sequence[int], size: torch.Size, **pointers: Tensor) -> _UnitCall:
+def _call(
+    x: Tensor, weight: Tensor, settings: Sequence[int], size: torch.Size, **pointers: Tensor
+) -> _UnitCall:
     groups, signs, kind, training = settings[6:]
     n, channels, height, width = x.shape
     call = _UnitCall(n, channels, weight.shape[0], groups, height, width, *size[2:], *weight.shape[2:])
@@ -154,9 +194,7 @@ def _run(function, call: ctypes.Structure) -> None:
         raise MemoryError("the memory does not suffice for the scratch space of a convolution")
 
 
-def _unit(
-    x, residual, weight, slope, shift, factor, w1, b1, w2, b2, mean1, var1, mean2, var2, settings, eps
-):
+def _unit(x, residual, weight, slope, shift, factor, w1, b1, w2, b2, mean1, var1, mean2, var2, settings, eps):
     out, y, moments1, moments2 = _unit_fake(
         x, residual, weight, slope, shift, factor, w1, b1, w2, b2, mean1, var1, mean2, var2, settings, eps
     )
@@ -248,9 +286,66 @@ def _unit_backward_fake(
     )
 
 
+def _pool(x, stride, average):
+    out, x = _pool_fake(x, stride, average), x.contiguous()
+    n, c, height, width = x.shape
+    call = _PoolCall(n * c, height, width, *out.shape[2:], stride, average, torch.get_num_threads())
+    call.x, call.out = x.data_ptr(), out.data_ptr()
+    _run(library(x.dtype).pool_forward, call)
+    return out
+
+
+def _pool_fake(x, stride, average):
+    n, c, height, width = x.shape
+    return x.new_empty((n, c, -(-height // stride), -(-width // stride)))
+
+
+def _pool_backward(grad, x, size, stride, average):
+    grad_x, grad = _pool_backward_fake(grad, x, size, stride, average), grad.contiguous()
+    x = None if x is None else x.contiguous()
+    n, c, height, width = size
+    call = _PoolCall(n * c, height, width, *grad.shape[2:], stride, average, torch.get_num_threads())
+    call.x = None if x is None else x.data_ptr()
+    call.grad, call.grad_x = grad.data_ptr(), grad_x.data_ptr()
+    _run(library(grad.dtype).pool_backward, call)
+    return grad_x
+
+
+def _pool_backward_fake(grad, x, size, stride, average):
+    return grad.new_empty(size)
+
+
 for _name, _real, _fake in (
     ("unit", _unit, _unit_fake),
     ("unit_backward", _unit_backward, _unit_backward_fake),
+    ("pool", _pool, _pool_fake),
+    ("pool_backward", _pool_backward, _pool_backward_fake),
 ):
     _LIBRARY.impl(_name, _real, "CPU")
     torch.library.register_fake(f"ebnas::{_name}", _fake, lib=_LIBRARY)
+
+
+class NativeUnit(FusedUnit):
+    def forward(self, x: Tensor) -> Tensor:
+        (weight,) = self.weights or (self.conv.effective_weight(),)
+        residual = None if self.shortcut is None else x
+        return unit(
+            x,
+            residual,
+            weight,
+            Convolution.of(self.conv),
+            self.bn1,
+            self.bn2,
+            self.prelu,
+            halved=isinstance(self.shortcut, nn.AvgPool2d),
+            count=not self.weights,
+        )
+
+
+class NativePool(Pool):
+    def forward(self, x: Tensor) -> Tensor:
+        return (max_pool if self.kind == "max" else avg_pool)(x, self.stride)
+
+
+NATIVE = {BinaryUnit: NativeUnit, Pool: NativePool}
+"""By plain class, the one whose instances compute the same in C."""

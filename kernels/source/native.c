@@ -10,4 +10,8 @@
 
 #include "unit.h"
 
+#include "pointwise.h"
+
+#include "pool.h"
+
 EXPORT int64_t lanes(void) { return LANES; }

@@ -1,4 +1,5 @@
-"""What a derived network trains with: its unit and its max pool as autograd functions that keep little.
+"""Derived networks in fewer and larger tensor operations: the unit and the max pool as autograd functions that
+keep little, and all weights binarised together.
 
 As five modules a unit, PReLU(BN2(conv(sign(BN1(x)))) + r), keeps x, BN1's result, the convolution's and the
 sum. As one function it keeps x, which all operations on a state share, and the convolution's result. The rest
@@ -8,15 +9,19 @@ sign and no choice of a pool differs from that of the forward pass, also where r
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from binary_ops import BinaryConv2d, RPReLU, sign
+from baselines.bnas import BnasCell
+from binary_ops import BinaryConv2d, RPReLU, binarize_weight, sign
+from model import Cell, Network
+from operations import BinaryUnit, FactorizedReduce, Pool
 
 
 def unit(
@@ -190,3 +195,131 @@ class _MaxPool(Function):
 def max_pool(x: Tensor, stride: int) -> Tensor:
     """3x3 maximum, padding 1; the gradient goes to the first of equal pixels, row by row."""
     return _MaxPool.apply(x, stride)
+
+
+def effective_weights(convolutions: Iterable[BinaryConv2d]) -> dict[BinaryConv2d, Tensor]:
+    """`effective_weight()` of each convolution, the same to the bit, in few operations: the filters of one
+    length are binarised together."""
+    weights, alike = {}, defaultdict(list)
+    for conv in convolutions:
+        if conv.weight_bits == 1:
+            alike[conv.weight_binarization, conv.weight[0].numel()].append(conv)
+        else:
+            weights[conv] = conv.weight
+    for (method, _), batch in alike.items():
+        rows = [_in_memory_order(conv.weight) for conv in batch]
+        binary = binarize_weight(torch.cat([row.flatten(1) for row in rows]), method)
+        for conv, row, part in zip(batch, rows, binary.split([len(row) for row in rows]), strict=True):
+            part = part.view_as(row)
+            weights[conv] = part if row is conv.weight else part.permute(0, 3, 1, 2)
+    return weights
+
+
+def _in_memory_order(weight: Tensor) -> Tensor:
+    """A channels-last weight (out, in, k, k) as (out, k, k, in): the last bit of a filter's mean depends on
+    the order of the sum, which is that in memory."""
+    return weight if weight.is_contiguous() else weight.permute(0, 2, 3, 1)
+
+
+class FusedUnit(BinaryUnit):
+    """BinaryUnit; the network that it is in gives it its effective `weights`, and has counted the batch."""
+
+    weights: ClassVar[tuple[Tensor, ...]] = ()
+
+    @property
+    def convolutions(self) -> tuple[BinaryConv2d, ...]:
+        return (self.conv,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        (weight,) = self.weights or (self.conv.effective_weight(),)
+        residual = None if self.shortcut is None else self.shortcut(x)
+        convolution, alone = Convolution.of(self.conv), not self.weights
+        return unit(x, residual, weight, convolution, self.bn1, self.bn2, self.prelu, count=alone)
+
+
+class FusedReduce(FactorizedReduce):
+    """FactorizedReduce, likewise: both halves as one convolution of 2x2 kernels, which hold the first half's
+    weight at (0, 0), the second's at (1, 1). At an odd size they are 3x3, with a border of zeros, to read
+    beyond the edge."""
+
+    weights: ClassVar[tuple[Tensor, ...]] = ()
+
+    @property
+    def convolutions(self) -> tuple[BinaryConv2d, ...]:
+        return self.conv_1, self.conv_2
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        weights = self.weights or [conv.effective_weight() for conv in self.convolutions]
+        odd = (x.shape[2] | x.shape[3]) % 2
+        corners = ((odd, 1, odd, 1), (1 + odd, 0, 1 + odd, 0))
+        kernel = torch.cat([F.pad(weight, pad) for weight, pad in zip(weights, corners, strict=True)])
+        convolution = Convolution.of(self.conv_1)._replace(padding=(odd, odd))
+        alone = not self.weights
+        return unit(x, None, kernel, convolution, self.bn1, self.bn2, self.prelu, count=alone)
+
+
+class FusedPool(Pool):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "max" and torch.is_grad_enabled():
+            return max_pool(x, self.pool.stride)
+        return super().forward(x)
+
+
+class _SharedMaxima:
+    """A cell in which all max pools of one state are one."""
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        self.maxima: dict[int, Tensor] = {}  # by source
+        try:
+            return super().forward(*inputs)
+        finally:
+            self.maxima = {}
+
+    def operated(self, edge: int, states: list[Tensor]) -> Tensor:
+        operation, source = self.operations[edge], self.sources[edge]
+        if not isinstance(operation, Pool) or operation.kind != "max":
+            return super().operated(edge, states)
+        if source not in self.maxima:
+            self.maxima[source] = super().operated(edge, states)
+        return self.maxima[source]
+
+
+class FusedCell(_SharedMaxima, Cell):
+    pass
+
+
+class FusedBnasCell(_SharedMaxima, BnasCell):
+    pass
+
+
+class FusedNetwork(Network):
+    """Network, which binarises the weights of all units, and counts their batches, at once."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        units = [module for module in self.modules() if isinstance(module, FusedUnit | FusedReduce)]
+        weights = effective_weights(conv for unit in units for conv in unit.convolutions)
+        count_batches(bn for unit in units for bn in (unit.bn1, unit.bn2))
+        try:
+            for each in units:
+                each.weights = tuple(weights[conv] for conv in each.convolutions)
+            return super().forward(x)
+        finally:
+            for each in units:
+                each.weights = ()
+
+
+FUSED = {
+    BinaryUnit: FusedUnit,
+    FactorizedReduce: FusedReduce,
+    Pool: FusedPool,
+    Cell: FusedCell,
+    BnasCell: FusedBnasCell,
+    Network: FusedNetwork,
+}
+"""By plain class, the one whose instances compute the same in fewer operations."""

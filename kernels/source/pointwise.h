@@ -1,0 +1,637 @@
+/* 1x1 convolutions of all channels, and the factorised reduction, which is two of them at stride 2.
+
+       y = conv(sign(BN1(x))),  out = PReLU(BN2(y) [+ residual]) [* factor of the sample] [+ shift]
+
+   Each of BN1, the sign, BN2's weight and bias, the residual, PReLU, the factor and the shift may be missing.
+
+   The product visits the pixels in tiles of TILE pixels of one image; a tile is [channel][TILE] numbers, so
+   that the block kernels of convolution.h read it with offsets of channel * TILE. Tiles are grouped into
+   chunks, whose number depends on the shape alone: each thread takes whole chunks, sums over pixels are taken
+   chunk by chunk, and then over the chunks in order. So the result does not depend on the number of threads.
+
+   A factorised reduction has two halves. Half h reads the pixels (2i + h, 2j + h) and gives the filters from
+   h * channels_out / 2 on; where the image has no such pixel it reads zeros. */
+
+enum { TILE_VECTORS = REGISTERS == 32 ? 4 : 2, TILE = TILE_VECTORS * LANES, MOST_CHUNKS = 16, TERMS_AT_ONCE = 64 };
+
+struct pointwise {
+    int64_t n, channels_in, channels_out, height, width, height_out, width_out;
+    int64_t halves;         /* 1, or 2: a factorised reduction */
+    int64_t signs;          /* whether the product reads signs */
+    int64_t training;       /* whether BN uses the statistics of the batch */
+    int64_t normalized;     /* backward: y holds (y - mean2) * inverse_std2, as a BN without PReLU gives */
+    int64_t adds_input;     /* backward: the residual is x, so grad_x takes its gradient, too */
+    int64_t threads;
+    double eps;
+    const real *x, *residual;
+    const real *weight[2];          /* of each half: (channels_out / halves, channels_in) */
+    const real *weight1, *bias1;    /* BN1; NULL: there is none */
+    const real *weight2, *bias2;    /* BN2; NULL: 1 and 0 */
+    const real *slope, *shift;      /* NULL: none */
+    const real *factor;             /* (n,), NULL: none */
+    const real *mean1, *var1, *mean2, *var2; /* running, if not training */
+    real *statistics1, *statistics2; /* as in unit.h */
+    real *y, *out;                  /* may be the same where there is no backward pass to come */
+    const real *grad;               /* of out */
+    real *grad_x, *grad_residual;   /* NULL: not wanted, and so on */
+    real *grad_weight[2], *grad_weight1, *grad_bias1, *grad_weight2, *grad_bias2, *grad_slope, *grad_shift;
+};
+
+struct pointwise_run {
+    const struct pointwise *p;
+    int64_t pixels_in, pixels;     /* of an image, before and after */
+    int64_t tiles, chunks;         /* tiles of an image and half; chunks of all images' tiles */
+    int64_t filters;               /* of a half */
+    int64_t failed;                /* there was no memory */
+    int32_t *offset;               /* [largest number of channels]: i * TILE */
+    int32_t *pixel[2];             /* of a half: where each pixel of the result reads; -1: nowhere */
+    real *packed[2], *transposed[2];
+    struct norm *norm1, *norm2;
+    real *by_grad, *by_y, *offset_y;       /* the gradient of y is by_grad * gz + by_y * y + offset_y */
+    double *partial;                       /* sums of the chunks or images */
+    real *partial_weight;                  /* [chunk][weights] */
+    void *memory;
+};
+
+/* max(0, 2 - 2|a|), NaN where a is */
+INLINE vec sign_slope(vec a)
+{
+    const vec slope = splat(2) - (absolute(a) + absolute(a));
+    return if_less(slope, splat(0), splat(0), slope);
+}
+
+/* The number, the mean and the sum of squared differences from it, of values that come in parts. */
+struct moments {
+    double mean, squares;
+};
+
+INLINE struct moments plane_moments(const real *plane, int64_t count)
+{
+    vec total = splat(0), squares = splat(0);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        total = total + load(plane + i);
+    if (i < count)
+        total = total + load_part(plane + i, count - i);
+    const real mean = sum(total) / (real)count;
+    for (i = 0; i + LANES <= count; i += LANES) {
+        const vec apart = load(plane + i) - splat(mean);
+        squares = fma(apart, apart, squares);
+    }
+    if (i < count) {
+        const vec apart = keep(load_part(plane + i, count - i) - splat(mean), count - i);
+        squares = fma(apart, apart, squares);
+    }
+    return (struct moments){mean, sum(squares)};
+}
+
+/* Of parts of equal size `count`, `stride` apart. */
+static struct moments joined_moments(const struct moments *parts, int64_t number, int64_t stride, int64_t count)
+{
+    double mean = 0, squares = 0;
+    for (int64_t i = 0; i < number; i++)
+        mean += parts[i * stride].mean;
+    mean /= (double)number;
+    for (int64_t i = 0; i < number; i++) {
+        const double apart = parts[i * stride].mean - mean;
+        squares += parts[i * stride].squares + (double)count * apart * apart;
+    }
+    return (struct moments){mean, squares};
+}
+
+/* weight (filters, terms), at f * by_filter + t * by_term, as the block kernels read it */
+static void pack_matrix(
+    const real *weight, int64_t filters, int64_t terms, int64_t by_filter, int64_t by_term, real *packed)
+{
+    for (int64_t f = 0, block; f < filters; f += block) {
+        block = filter_block(filters - f);
+        for (int64_t t = 0; t < terms; t++)
+            for (int64_t i = 0; i < block; i++)
+                *packed++ = weight[(f + i) * by_filter + t * by_term];
+    }
+}
+
+static int32_t tile_start[TILE_VECTORS];
+
+static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p, int backward)
+{
+    memset(run, 0, sizeof *run);
+    run->p = p;
+    run->pixels_in = p->height * p->width;
+    run->pixels = p->height_out * p->width_out;
+    run->tiles = (run->pixels + TILE - 1) / TILE;
+    run->filters = p->channels_out / p->halves;
+    run->chunks = least(p->n * run->tiles, MOST_CHUNKS);
+    const int64_t weights = run->filters * p->channels_in, channels = most(p->channels_in, p->channels_out);
+    const int64_t parts = most(p->n, run->chunks);
+    size_t size = sizeof(double) * 4 * parts * channels + sizeof(real) * 3 * channels + 2 * sizeof(struct norm) * channels +
+                  sizeof(real) * weights * p->halves * (backward ? 2 + run->chunks : 1) +
+                  sizeof(int32_t) * (channels + 2 * run->pixels);
+    if (!(run->memory = malloc(size)))
+        return -1;
+    run->partial = run->memory;
+    real *next = (real *)(run->partial + 4 * parts * channels);
+    real **arrays[] = {&run->by_grad, &run->by_y, &run->offset_y};
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++, next += channels)
+        *arrays[i] = next;
+    for (int64_t h = 0; h < p->halves; h++, next += weights) {
+        run->packed[h] = next;
+        pack_matrix(p->weight[h], run->filters, p->channels_in, p->channels_in, 1, next);
+        if (backward) {
+            next += weights;
+            run->transposed[h] = next;
+            pack_matrix(p->weight[h], p->channels_in, run->filters, 1, p->channels_in, next);
+        }
+    }
+    run->norm1 = (struct norm *)next;
+    run->norm2 = run->norm1 + channels;
+    next = (real *)(run->norm2 + channels);
+    run->partial_weight = next;
+    if (backward)
+        next += run->chunks * p->halves * weights;
+    run->offset = (int32_t *)next;
+    for (int64_t i = 0; i < channels; i++)
+        run->offset[i] = (int32_t)(i * TILE);
+    for (int i = 0; i < TILE_VECTORS; i++)
+        tile_start[i] = i * LANES;
+    for (int64_t h = 0; h < 2 && p->halves == 2; h++) {
+        run->pixel[h] = run->offset + channels + h * run->pixels;
+        for (int64_t i = 0; i < p->height_out; i++)
+            for (int64_t j = 0; j < p->width_out; j++) {
+                const int64_t row = 2 * i + h, column = 2 * j + h;
+                run->pixel[h][i * p->width_out + j] =
+                    row < p->height && column < p->width ? (int32_t)(row * p->width + column) : -1;
+            }
+    }
+    return 0;
+}
+
+/* The BNs' settings, from the statistics that forward has written. */
+static void set_norms(
+    struct norm *norms, const real *statistics, int64_t channels, const real *weight, const real *bias)
+{
+    for (int64_t c = 0; c < channels; c++) {
+        const real inverse_std = statistics[channels + c];
+        norms[c] = (struct norm){
+            statistics[c], inverse_std, weight ? weight[c] * inverse_std : inverse_std, bias ? bias[c] : 0};
+    }
+}
+
+static void moments_of_image(void *argument, int64_t task)
+{
+    const struct pointwise_run *run = argument;
+    struct moments *parts = (struct moments *)run->partial + task * run->p->channels_in;
+    for (int64_t c = 0; c < run->p->channels_in; c++)
+        parts[c] = plane_moments(run->p->x + (task * run->p->channels_in + c) * run->pixels_in, run->pixels_in);
+}
+
+static void moments_of_result(void *argument, int64_t task)
+{
+    const struct pointwise_run *run = argument;
+    struct moments *parts = (struct moments *)run->partial + task * run->p->channels_out;
+    for (int64_t c = 0; c < run->p->channels_out; c++)
+        parts[c] = plane_moments(run->p->y + (task * run->p->channels_out + c) * run->pixels, run->pixels);
+}
+
+/* Of the batch in training, else the running ones: mean, 1 / std, unbiased variance. */
+static void set_statistics(
+    const struct pointwise_run *run, int64_t channels, int64_t pixels, double eps, const real *mean, const real *var,
+    real *statistics)
+{
+    const int64_t n = run->p->n;
+    const double count = (double)(n * pixels);
+    for (int64_t c = 0; c < channels; c++) {
+        struct moments all;
+        if (run->p->training) {
+            all = joined_moments((struct moments *)run->partial + c, n, channels, pixels);
+            statistics[2 * channels + c] = (real)(all.squares / (count - 1));
+        } else
+            all = (struct moments){mean[c], var[c] * count};
+        statistics[c] = (real)all.mean;
+        statistics[channels + c] = (real)(1 / sqrt(all.squares / count + eps));
+    }
+}
+
+/* A vector of channel c of x as the product reads it, and `a`, what the sign is taken of. */
+INLINE vec product_input(const struct pointwise_run *run, int64_t c, vec a)
+{
+    if (run->p->weight1)
+        a = normalised(a, run->norm1[c]);
+    return run->p->signs ? sign(a) : a;
+}
+
+/* Pixels from `first` on of an image's plane, for a half; what does not exist is 0. */
+INLINE int64_t tile_pixels(const struct pointwise_run *run, int64_t first) { return least(TILE, run->pixels - first); }
+
+static void fill_tile(const struct pointwise_run *run, int64_t half, int64_t image, int64_t first, real *tile)
+{
+    const int64_t count = tile_pixels(run, first), channels = run->p->channels_in;
+    const real *plane = run->p->x + image * channels * run->pixels_in;
+    for (int64_t c = 0; c < channels; c++, plane += run->pixels_in, tile += TILE) {
+        if (!run->pixel[half]) {
+            for (int64_t i = 0; i < TILE; i += LANES) {
+                const int64_t left = count - i;
+                store(tile + i, left >= LANES ? product_input(run, c, load(plane + first + i))
+                                : left > 0    ? keep(product_input(run, c, load_part(plane + first + i, left)), left)
+                                              : splat(0));
+            }
+            continue;
+        }
+        const int32_t *from = run->pixel[half] + first;
+        for (int64_t i = 0; i < TILE; i++)
+            tile[i] = i < count && from[i] >= 0 ? plane[from[i]] : 0;
+        for (int64_t i = 0; i < TILE; i += LANES)
+            store(tile + i, product_input(run, c, load(tile + i)));
+        for (int64_t i = 0; i < TILE; i++)
+            if (i >= count || from[i] < 0)
+                tile[i] = 0;
+    }
+}
+
+static void forward_chunk(void *argument, int64_t chunk)
+{
+    struct pointwise_run *run = argument;
+    const struct pointwise *p = run->p;
+    real *tile = scratch(sizeof(real) * TILE * (p->channels_in + run->filters));
+    if (!tile) {
+        run->failed = 1;
+        return;
+    }
+    real *aside = tile + TILE * p->channels_in;
+    const int64_t all = p->n * run->tiles;
+    for (int64_t t = chunk * all / run->chunks; t < (chunk + 1) * all / run->chunks; t++) {
+        const int64_t image = t / run->tiles, first = t % run->tiles * TILE, count = tile_pixels(run, first);
+        for (int64_t h = 0; h < p->halves; h++) {
+            real *y = p->y + (image * p->channels_out + h * run->filters) * run->pixels + first;
+            fill_tile(run, h, image, first, tile);
+            const int whole = count == TILE;
+            convolve(
+                tile, tile_start, TILE_VECTORS, run->offset, p->channels_in, run->packed[h], run->filters,
+                whole ? y : aside, whole ? run->pixels : TILE);
+            for (int64_t f = 0; f < run->filters && !whole; f++)
+                memcpy(y + f * run->pixels, aside + f * TILE, count * sizeof(real));
+        }
+    }
+}
+
+/* z = BN2(y) [+ residual] at `at` of a plane of channel c */
+INLINE vec before_activation(const struct pointwise_run *run, int64_t c, vec y, const real *residual, int64_t at, int64_t left)
+{
+    vec z = run->p->normalized ? y : normalised(y, run->norm2[c]);
+    if (residual)
+        z = z + load_n(residual + at, left);
+    return z;
+}
+
+static void activate_image(void *argument, int64_t image)
+{
+    const struct pointwise_run *run = argument;
+    const struct pointwise *p = run->p;
+    const vec factor = splat(p->factor ? p->factor[image] : 1);
+    for (int64_t c = 0; c < p->channels_out; c++) {
+        const int64_t plane = (image * p->channels_out + c) * run->pixels;
+        const real *residual = p->residual ? p->residual + plane : NULL;
+        const vec shift = splat(p->shift ? p->shift[c] : 0), slope = splat(p->slope ? p->slope[c] : 1);
+        for (int64_t i = 0; i < run->pixels; i += LANES) {
+            const int64_t left = run->pixels - i;
+            const vec y = load_n(p->y + plane + i, left);
+            vec z = before_activation(run, c, y, residual, i, left);
+            if (p->slope)
+                z = if_less(splat(0), z, z, z * slope);
+            if (p->shift)
+                z = z + shift;
+            if (p->factor)
+                z = z * factor;
+            store_n(p->out + plane + i, z, left);
+        }
+    }
+}
+
+/* Returns 0, or -1 where there is no memory. */
+EXPORT int64_t pointwise_forward(const struct pointwise *p)
+{
+    struct pointwise_run run;
+    if (begin_pointwise(&run, p, 0))
+        return -1;
+    if (p->weight1) {
+        if (p->training)
+            parallel_for(p->n, p->threads, moments_of_image, &run);
+        set_statistics(&run, p->channels_in, run.pixels_in, p->eps, p->mean1, p->var1, p->statistics1);
+        set_norms(run.norm1, p->statistics1, p->channels_in, p->weight1, p->bias1);
+    }
+    parallel_for(run.chunks, p->threads, forward_chunk, &run);
+    if (p->training)
+        parallel_for(p->n, p->threads, moments_of_result, &run);
+    set_statistics(&run, p->channels_out, run.pixels, p->eps, p->mean2, p->var2, p->statistics2);
+    set_norms(run.norm2, p->statistics2, p->channels_out, p->weight2, p->bias2);
+    parallel_for(p->n, p->threads, activate_image, &run);
+    free(run.memory);
+    return run.failed ? -1 : 0;
+}
+
+/* Backward */
+
+struct output_gradient {
+    vec of_z, y, of_slope, of_shift;
+};
+
+/* At pixel i of a channel's plane of an image, of which `left` pixels are left: lanes past them are 0. */
+INLINE struct output_gradient output_gradient(
+    const struct pointwise_run *run, int64_t image, int64_t c, int64_t i, int64_t left)
+{
+    const struct pointwise *p = run->p;
+    const int64_t plane = (image * p->channels_out + c) * run->pixels;
+    struct output_gradient g = {splat(0), splat(0), splat(0), splat(0)};
+    vec grad = load_n(p->grad + plane + i, left);
+    g.y = load_n(p->y + plane + i, left);
+    if (p->factor)
+        grad = grad * splat(p->factor[image]);
+    g.of_z = g.of_shift = grad;
+    if (p->slope) {
+        vec z = before_activation(run, c, g.y, p->residual ? p->residual + plane : NULL, i, left);
+        if (left < LANES)
+            z = keep(z, left);
+        g.of_slope = if_less(splat(0), z, splat(0), z * grad);
+        g.of_z = if_less(splat(0), z, grad, grad * splat(p->slope[c]));
+    }
+    return g;
+}
+
+enum { GRAD_SUMS = 4 };
+
+static void output_sums(void *argument, int64_t image)
+{
+    const struct pointwise_run *run = argument;
+    const struct pointwise *p = run->p;
+    double *sums = run->partial + image * p->channels_out * GRAD_SUMS;
+    for (int64_t c = 0; c < p->channels_out; c++, sums += GRAD_SUMS) {
+        vec total[GRAD_SUMS] = {splat(0), splat(0), splat(0), splat(0)};
+        const vec mean = splat(p->normalized ? 0 : run->norm2[c].mean);
+        for (int64_t i = 0; i < run->pixels; i += LANES) {
+            const int64_t left = run->pixels - i;
+            const struct output_gradient g = output_gradient(run, image, c, i, left);
+            total[0] = total[0] + g.of_z;
+            total[1] = fma(g.of_z, g.y - mean, total[1]);
+            total[2] = total[2] + g.of_slope;
+            total[3] = total[3] + g.of_shift;
+            if (p->grad_residual) {
+                store_n(p->grad_residual + (image * p->channels_out + c) * run->pixels + i, g.of_z, left);
+            }
+        }
+        for (int i = 0; i < GRAD_SUMS; i++)
+            sums[i] = sum(total[i]);
+    }
+    if (p->grad_x && p->halves == 2) /* whose pixels are not all read */
+        memset(p->grad_x + image * p->channels_in * run->pixels_in, 0, sizeof(real) * p->channels_in * run->pixels_in);
+}
+
+static void join_output_sums(struct pointwise_run *run)
+{
+    const struct pointwise *p = run->p;
+    const double count = (double)(p->n * run->pixels);
+    for (int64_t c = 0; c < p->channels_out; c++) {
+        double total[GRAD_SUMS] = {0};
+        for (int64_t image = 0; image < p->n; image++)
+            for (int i = 0; i < GRAD_SUMS; i++)
+                total[i] += run->partial[(image * p->channels_out + c) * GRAD_SUMS + i];
+        const double inverse = run->norm2[c].inverse_std, weight = p->weight2 ? p->weight2[c] : 1;
+        const double scale = inverse * weight, mean = p->normalized ? 0 : run->norm2[c].mean;
+        /* of y as it is given: normalised, or not */
+        const double of_y = p->normalized ? total[1] : total[1] * inverse * inverse;
+        run->by_grad[c] = (real)scale;
+        run->by_y[c] = p->training ? (real)(-scale * of_y / count) : 0;
+        run->offset_y[c] = p->training ? (real)(-scale * (total[0] - of_y * mean) / count) : 0;
+        if (p->grad_weight2)
+            p->grad_weight2[c] = (real)(total[1] * (p->normalized ? 1 : inverse));
+        if (p->grad_bias2)
+            p->grad_bias2[c] = (real)total[0];
+        if (p->grad_slope)
+            p->grad_slope[c] = (real)total[2];
+        if (p->grad_shift)
+            p->grad_shift[c] = (real)total[3];
+    }
+}
+
+/* sums[c] += da and da * (x - mean1) of the chunk, c an input channel */
+static void write_tile_gradient(
+    const struct pointwise_run *run, int64_t half, int64_t image, int64_t first, int64_t c0, int64_t channels,
+    const real *grads, double *sums)
+{
+    const struct pointwise *p = run->p;
+    const int64_t count = tile_pixels(run, first);
+    for (int64_t c = c0; c < c0 + channels; c++, grads += TILE) {
+        const int64_t plane = (image * p->channels_in + c) * run->pixels_in;
+        const real mean = p->weight1 ? run->norm1[c].mean : 0;
+        vec total = splat(0), along = splat(0);
+        for (int64_t i = 0; i < count; i += LANES) {
+            const int64_t left = least(LANES, count - i);
+            real line[LANES];
+            vec x;
+            const int32_t *from = run->pixel[half] ? run->pixel[half] + first + i : NULL;
+            if (from) {
+                for (int64_t j = 0; j < LANES; j++)
+                    line[j] = j < left && from[j] >= 0 ? p->x[plane + from[j]] : 0;
+                x = load(line);
+            } else
+                x = left == LANES ? load(p->x + plane + first + i) : load_part(p->x + plane + first + i, left);
+            vec da = load(grads + i);
+            if (p->signs) {
+                const vec a = p->weight1 ? normalised(x, run->norm1[c]) : x;
+                da = da * sign_slope(a);
+            }
+            if (from) {
+                store(line, da);
+                for (int64_t j = 0; j < LANES; j++) {
+                    if (j >= left || from[j] < 0)
+                        line[j] = 0;
+                    else
+                        p->grad_x[plane + from[j]] = line[j];
+                }
+                da = load(line);
+            } else if (left == LANES)
+                store(p->grad_x + plane + first + i, da);
+            else
+                store_part(p->grad_x + plane + first + i, da = keep(da, left), left);
+            if (p->weight1) {
+                vec apart = x - splat(mean);
+                total = total + da;
+                along = fma(da, left == LANES ? apart : keep(apart, left), along);
+            }
+        }
+        if (p->weight1) {
+            sums[2 * c] += sum(total);
+            sums[2 * c + 1] += sum(along);
+        }
+    }
+}
+
+enum { TILES_AT_ONCE = 16 };
+
+static void backward_chunk(void *argument, int64_t chunk)
+{
+    struct pointwise_run *run = argument;
+    const struct pointwise *p = run->p;
+    const int64_t cin = p->channels_in, filters = run->filters, rows = cin + filters, weights = cin * filters;
+    /* tiles of inputs and, behind them, of gradients of y */
+    real *panel = scratch(
+        sizeof(real) * (TILES_AT_ONCE * rows * TILE + MOST_FILTERS * TERMS_AT_ONCE * LANES + cin * TILE));
+    if (!panel) {
+        run->failed = 1;
+        return;
+    }
+    real *sums = panel + TILES_AT_ONCE * rows * TILE, *grads = sums + MOST_FILTERS * TERMS_AT_ONCE * LANES;
+    real *grad_weight = run->partial_weight + chunk * p->halves * weights;
+    double *input_sums = run->partial + chunk * cin * 2;
+    int32_t start[TILES_AT_ONCE * TILE_VECTORS];
+    for (int64_t i = 0; i < TILES_AT_ONCE * TILE_VECTORS; i++)
+        start[i] = (int32_t)(i / TILE_VECTORS * rows * TILE + i % TILE_VECTORS * LANES);
+    memset(input_sums, 0, sizeof(double) * cin * 2);
+    memset(grad_weight, 0, sizeof(real) * p->halves * weights);
+    const int64_t all = p->n * run->tiles, end = (chunk + 1) * all / run->chunks;
+    for (int64_t t0 = chunk * all / run->chunks; t0 < end; t0 += TILES_AT_ONCE)
+        for (int64_t h = 0; h < p->halves; h++) {
+            const int64_t tiles = least(TILES_AT_ONCE, end - t0);
+            for (int64_t t = 0; t < tiles; t++) {
+                const int64_t image = (t0 + t) / run->tiles, first = (t0 + t) % run->tiles * TILE;
+                real *inputs = panel + t * rows * TILE, *of_y = inputs + cin * TILE;
+                for (int64_t f = 0; f < filters; f++) {
+                    const int64_t c = h * filters + f;
+                    for (int64_t i = 0; i < TILE; i += LANES) {
+                        const int64_t left = run->pixels - first - i;
+                        if (left <= 0) {
+                            store(of_y + f * TILE + i, splat(0));
+                            continue;
+                        }
+                        const struct output_gradient g = output_gradient(run, image, c, first + i, left);
+                        vec grad = g.of_z * splat(run->by_grad[c]) + (g.y * splat(run->by_y[c]) + splat(run->offset_y[c]));
+                        if (left < LANES)
+                            grad = keep(grad, left);
+                        store(of_y + f * TILE + i, grad);
+                    }
+                }
+                if (p->grad_weight[h])
+                    fill_tile(run, h, image, first, inputs);
+                if (p->grad_x) {
+                    convolve(of_y, tile_start, TILE_VECTORS, run->offset, filters, run->transposed[h], cin, grads, TILE);
+                    write_tile_gradient(run, h, image, first, 0, cin, grads, input_sums);
+                }
+            }
+            if (!p->grad_weight[h])
+                continue;
+            real *to = grad_weight + h * weights;
+            for (int64_t f = 0, block; f < filters; f += block) {
+                block = filter_block(filters - f);
+                for (int64_t c = 0; c < cin; c += TERMS_AT_ONCE) {
+                    const int64_t terms = least(TERMS_AT_ONCE, cin - c);
+                    memset(sums, 0, sizeof(real) * block * terms * LANES);
+                    correlate(
+                        panel + (cin + f) * TILE, TILE, block, panel + c * TILE, start, tiles * TILE_VECTORS,
+                        run->offset, terms, sums);
+                    for (int64_t i = 0; i < block; i++)
+                        for (int64_t j = 0; j < terms; j++)
+                            to[(f + i) * cin + c + j] += sum(load(sums + (i * terms + j) * LANES));
+                }
+            }
+        }
+}
+
+static void finish_input(void *argument, int64_t image)
+{
+    const struct pointwise_run *run = argument;
+    const struct pointwise *p = run->p;
+    for (int64_t c = 0; c < p->channels_in; c++) {
+        const int64_t plane = (image * p->channels_in + c) * run->pixels_in;
+        const vec by_grad = splat(run->by_grad[c]), by_x = splat(run->by_y[c]), offset = splat(run->offset_y[c]);
+        for (int64_t i = 0; i < run->pixels_in; i += LANES) {
+            const int64_t left = run->pixels_in - i;
+            const vec x = load_n(p->x + plane + i, left);
+            real *to = p->grad_x + plane + i;
+            vec grad = load_n(to, left) * by_grad + (x * by_x + offset);
+            if (p->adds_input)
+                grad = grad + load_n(p->grad_residual + plane + i, left);
+            store_n(to, grad, left);
+        }
+    }
+}
+
+EXPORT int64_t pointwise_backward(const struct pointwise *p)
+{
+    struct pointwise_run run;
+    if (begin_pointwise(&run, p, 1))
+        return -1;
+    if (p->weight1)
+        set_norms(run.norm1, p->statistics1, p->channels_in, p->weight1, p->bias1);
+    set_norms(run.norm2, p->statistics2, p->channels_out, p->weight2, p->bias2);
+    parallel_for(p->n, p->threads, output_sums, &run);
+    join_output_sums(&run);
+    parallel_for(run.chunks, p->threads, backward_chunk, &run);
+    const int64_t weights = run.filters * p->channels_in;
+    for (int64_t h = 0; h < p->halves; h++)
+        if (p->grad_weight[h])
+            for (int64_t i = 0; i < weights; i++) {
+                real total = 0;
+                for (int64_t chunk = 0; chunk < run.chunks; chunk++)
+                    total += run.partial_weight[(chunk * p->halves + h) * weights + i];
+                p->grad_weight[h][i] = total;
+            }
+    if (p->weight1 && p->grad_x) {
+        const double count = (double)(p->n * run.pixels_in);
+        for (int64_t c = 0; c < p->channels_in; c++) {
+            double total = 0, along = 0;
+            for (int64_t chunk = 0; chunk < run.chunks; chunk++) {
+                total += run.partial[(chunk * p->channels_in + c) * 2];
+                along += run.partial[(chunk * p->channels_in + c) * 2 + 1];
+            }
+            const double inverse = run.norm1[c].inverse_std, scale = inverse * p->weight1[c];
+            const double of_x = along * inverse * inverse;
+            if (p->grad_weight1)
+                p->grad_weight1[c] = (real)(along * inverse);
+            if (p->grad_bias1)
+                p->grad_bias1[c] = (real)total;
+            run.by_grad[c] = (real)scale;
+            run.by_y[c] = p->training ? (real)(-scale * of_x / count) : 0;
+            run.offset_y[c] = p->training ? (real)(-scale * (total - of_x * run.norm1[c].mean) / count) : 0;
+        }
+        parallel_for(p->n, p->threads, finish_input, &run);
+    }
+    free(run.memory);
+    return run.failed ? -1 : 0;
+}
+
+/* A unit whose convolution is 1x1 over all channels. */
+static int is_pointwise(const struct unit *u)
+{
+    const struct shape *s = &u->shape;
+    return s->groups == 1 && s->kernel[0] == 1 && s->kernel[1] == 1 && s->stride[0] == 1 && s->stride[1] == 1 &&
+           s->padding[0] == 0 && s->padding[1] == 0;
+}
+
+static int run_pointwise(struct unit *u, int backward)
+{
+    const struct shape *s = &u->shape;
+    struct pointwise p = {
+        .n = s->n, .channels_in = s->channels_in, .channels_out = s->channels_out, .height = s->height_in,
+        .width = s->width_in, .height_out = s->height_out, .width_out = s->width_out, .halves = 1,
+        .signs = u->signs, .training = u->training, .threads = u->threads, .eps = u->eps, .x = u->x,
+        .residual = u->residual_kind == INPUT ? u->x : u->residual_kind == TENSOR ? u->residual : NULL,
+        .weight = {u->weight}, .weight1 = u->weight1, .bias1 = u->bias1, .weight2 = u->weight2,
+        .bias2 = u->bias2, .slope = u->slope, .shift = u->shift, .factor = u->factor, .mean1 = u->mean1,
+        .var1 = u->var1, .mean2 = u->mean2, .var2 = u->var2, .statistics1 = u->statistics1,
+        .statistics2 = u->statistics2, .y = u->y, .out = u->out, .grad = u->grad, .grad_x = u->grad_x,
+        .grad_residual = u->grad_residual, .grad_weight = {u->grad_weight}, .grad_weight1 = u->grad_weight1,
+        .grad_bias1 = u->grad_bias1, .grad_weight2 = u->grad_weight2, .grad_bias2 = u->grad_bias2,
+        .grad_slope = u->grad_slope, .grad_shift = u->grad_shift, .adds_input = u->residual_kind == INPUT,
+    };
+    if (!backward)
+        return (int)pointwise_forward(&p);
+    real *of_residual = NULL;
+    if (p.adds_input) {
+        of_residual = malloc(sizeof(real) * s->n * s->channels_out * s->height_out * s->width_out);
+        if (!of_residual)
+            return -1;
+        p.grad_residual = of_residual;
+    }
+    const int result = (int)pointwise_backward(&p);
+    free(of_residual);
+    return result;
+}
