@@ -54,6 +54,7 @@ from compilation import compile_regions
 from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
 from engine import Precision, choose_precision, in_memory_format, optimize, training_loss
+from kernels import Form, accelerate, choose_form
 from model import FAMILIES, CellNetwork, build_model
 from model_search import SearchConfig, Supernet
 from packed import PackedNetwork, Program, available_kernels, load, program_bytes
@@ -85,6 +86,7 @@ def parser() -> options.Parser:
         flag("--compile", action="store_true", help="torch.compile of our form")
         options.add_device_flags(benchmark)
         options.add_layout_flags(benchmark)
+        options.add_kernels_flag(benchmark)
         parser.idle |= benchmark.idle
     return parser
 
@@ -129,7 +131,8 @@ def search_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]
     """a weight step, and an architecture step with a weight step: ours, and the original's"""
     ours = Supernet(SearchConfig(args.init_channels, args.layers)).to(world.device)
     original = OriginalSupernet(copy.deepcopy(ours))
-    in_memory_format(ours, args.memory_format, auto="contiguous")
+    form = form_of(args, world.device)
+    in_memory_format(accelerate(ours, form.name), args.memory_format, auto="contiguous")
     if args.compile:
         compile_regions(ours)
     precision = precision_of(args, world.device)
@@ -389,9 +392,15 @@ def precision_of(args: argparse.Namespace, device: torch.device) -> Precision:
     return choose_precision(args.precision, device, tf32=args.tf32, cudnn_benchmark=args.cudnn_benchmark)
 
 
+def form_of(args: argparse.Namespace, device: torch.device) -> Form:
+    return choose_form(args.kernels, device, precision=args.precision, compiled=args.compile)
+
+
 def as_trained(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    auto = "channels_last" if device.type == "cpu" else "contiguous"
-    in_memory_format(model, args.memory_format, auto=auto)
+    form = form_of(args, device)
+    channels_last = device.type == "cpu" and form.name != "native"
+    auto = "channels_last" if channels_last else "contiguous"
+    in_memory_format(accelerate(model, form.name), args.memory_format, auto=auto)
     if args.compile:
         compile_regions(model)
     return model

@@ -17,6 +17,7 @@ from baselines import Config
 from data import Batch
 from engine import Precision, parts_of, training_loss
 from genotypes import GENOTYPES
+from kernels import accelerate
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
 
@@ -60,7 +61,7 @@ def count_bytes(step: Step) -> int:
     build = Supernet if isinstance(step.config, SearchConfig) else build_model
     precision = Precision(step.precision, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]), FakeTensorMode(), Allocations() as allocations:
-        model = build(step.config)
+        model = accelerate(build(step.config))
         images = torch.zeros(step.images, 3, step.image_size, step.image_size)
         batch = Batch(images, torch.zeros(step.images, dtype=torch.int64), step.images)
         if step.accumulate > 1:  # of the parts before

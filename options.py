@@ -233,6 +233,16 @@ def add_layout_flags(parser: Parser) -> None:
     parser.needs_gpu("cudnn_benchmark")
 
 
+def add_kernels_flag(parser: Parser) -> None:
+    parser.add_argument(
+        "--kernels",
+        choices=("auto", "plain", "torch", "native"),
+        default="auto",
+        help="what computes, the same but for rounding: native, C for a CPU; torch, fewer and larger tensor "
+        "operations; plain, the modules as they are read; auto: native on a CPU with a C compiler, or torch",
+    )
+
+
 def add_worker_flag(parser: Parser) -> None:
     default = min(4, os.cpu_count() or 1)
     parser.add_argument(
@@ -292,6 +302,7 @@ def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
     parser.needs("compile_mode", "compile")
     add_device_flags(parser)
     add_layout_flags(parser)
+    add_kernels_flag(parser)
     flag("--gpu", type=integer(0, 1024), default=0, help="number of the CUDA GPU")
     parser.needs_gpu("gpu")
     parser.retire("momentum", "Adam is the optimiser; a recipe with SGD has its own")

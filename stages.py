@@ -24,6 +24,7 @@ from compilation import compile_regions
 from data import Batch, Loader
 from engine import in_memory_format
 from figures import draw_curves
+from kernels import Form, accelerate, choose_form
 from model import build_model
 from recipes import Recipe, get_recipe
 from runs import Run, newest_checkpoint, read_args, read_metrics
@@ -245,6 +246,7 @@ class Training:
     recipe: Recipe
     header: dict[str, Any]
     start: str  # where its weights come from, in words
+    form: Form
     teacher: Teacher | None = None
     average: nn.Module | None = None  # of `model` over the steps, with --ema
 
@@ -282,6 +284,7 @@ def build(session: Session, loader: Loader, *, family: str, data: dict[str, Any]
     for the batches of `loader`."""
     args, world = session.args, session.world
     check_beyond(args)
+    form = choose_form(args.kernels, world.device, precision=args.precision, compiled=args.compile)
     if session.checkpoint:  # whatever has become of its genotype file since
         config, found, start = network_config(session.checkpoint), None, "its checkpoint"
     else:
@@ -297,7 +300,7 @@ def build(session: Session, loader: Loader, *, family: str, data: dict[str, Any]
                 f"--teacher {args.teacher} has trained on images that --holdout {args.holdout} holds out; "
                 "train it with the same --holdout and --seed"
             )
-        _place(teacher.network, world.device, args.memory_format)
+        _place(teacher.network, world.device, args.memory_format, form)
         criterion = DistillationLoss(
             criterion, weight=args.teacher_weight, temperature=args.teacher_temperature
         )
@@ -305,7 +308,7 @@ def build(session: Session, loader: Loader, *, family: str, data: dict[str, Any]
     model = build_model(config)
     if found is not None:
         load_start(model, found[1]["model"])
-    _place(model, world.device, args.memory_format)
+    _place(model, world.device, args.memory_format, form)
     torch.manual_seed(args.seed + world.rank)  # drop-path differs between processes
     decay, parameters = args.weight_decay, model.parameters()
     if args.stage1_weight_decay and not args.binary:
@@ -332,8 +335,9 @@ def build(session: Session, loader: Loader, *, family: str, data: dict[str, Any]
         optimizer,
         scheduler,
         recipe,
-        {"kind": stage(args), "config": config.to_dict(), "data": data},
+        {"kind": stage(args), "config": config.to_dict(), "data": data, "kernels": form.name},
         start,
+        form,
         teacher,
         average,
     )
@@ -359,11 +363,12 @@ def check_beyond(args: argparse.Namespace) -> None:
         )
 
 
-def _place(network: nn.Module, device: torch.device, memory_format: str) -> None:
-    """Bring it to the device, in the layout that is asked for: `auto`, the one known to be fastest there."""
-    network.to(device)
-    # pools and small grouped convolutions are 1.5 times faster so on a CPU
-    in_memory_format(network, memory_format, auto="channels_last" if device.type == "cpu" else "contiguous")
+def _place(network: nn.Module, device: torch.device, memory_format: str, form: Form) -> None:
+    """Bring it to the device, in its form and the layout that is asked for: `auto`, the fastest known."""
+    accelerate(network.to(device), form.name)
+    # torch's pools and small grouped convolutions are 1.5 times faster so on a CPU
+    channels_last = device.type == "cpu" and form.name != "native"
+    in_memory_format(network, memory_format, auto="channels_last" if channels_last else "contiguous")
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, *, warmup: int) -> LRScheduler:
@@ -378,7 +383,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, *
 # What is said of it
 
 
-def log_start(run: Run, args: argparse.Namespace, training: Training) -> None:
+def log_start(run: Run, args: argparse.Namespace, training: Training, checkpoint: dict | None) -> None:
     """Say which stage this is, of what size, and which weights it begins with."""
     config = training.model.config
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
@@ -387,6 +392,15 @@ def log_start(run: Run, args: argparse.Namespace, training: Training) -> None:
         f"{human(parameters)} parameters, starting from {training.start}"
     )
     run.log(f"recipe {args.recipe}: {training.recipe.words}")
+    log_form(run, training.form, checkpoint)
+
+
+def log_form(run: Run, form: Form, checkpoint: dict | None) -> None:
+    """Say what computes; and of a run that goes on from `checkpoint`, if something else did so far."""
+    run.log(form.words)
+    before = form.name if checkpoint is None else checkpoint.get("kernels", "torch")
+    if before != form.name:
+        run.log(f"so far it was {before}: the same computation, rounded otherwise")
 
 
 def epoch_record(train: dict, valid: dict, learning_rate: float) -> dict:

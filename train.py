@@ -25,6 +25,7 @@ from checkpoint import BEST, load_checkpoint
 from data import SETS, BatchLoader, ImageSet, holdout_split
 from distributed import World, setup
 from engine import evaluate, train_one_epoch
+from kernels import accelerate
 from recipes import EBNAS
 from session import Session, loader_settings, prepare_data
 from utils import run_main
@@ -60,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     model = training.model
 
     with session.start(model=training.network, stateful=training.stateful, **training.header) as run:
-        stages.log_start(run, args, training)
+        stages.log_start(run, args, training, session.checkpoint)
         for epoch in session.epochs():
             learning_rate = training.scheduler.get_last_lr()[0]
             run.log(f"epoch {epoch} lr {learning_rate:e}")
@@ -94,7 +95,9 @@ def main(args: argparse.Namespace) -> None:
         test = None
         if args.holdout:
             test = evaluate(
-                trained_network(load_checkpoint(session.folder, BEST)).to(world.device),
+                accelerate(trained_network(load_checkpoint(session.folder, BEST)), training.form.name).to(
+                    world.device
+                ),
                 test_loader,
                 world=world,
                 precision=precision,

@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     model = training.model
 
     with session.start(model=training.network, stateful=training.stateful, **training.header) as run:
-        stages.log_start(run, args, training)
+        stages.log_start(run, args, training, session.checkpoint)
         for epoch in session.epochs():
             learning_rate = training.scheduler.get_last_lr()[0]
             run.log(f"epoch {epoch} lr {learning_rate:e}")

@@ -43,9 +43,11 @@ from genotypes import (
     random_genotype,
     save_genotype,
 )
+from kernels import accelerate, choose_form
 from model_search import SearchConfig, Supernet
 from runs import Run
 from session import Session, loader_settings, prepare_data
+from stages import log_form
 from utils import InputError, run_main, seed_everything
 
 
@@ -111,7 +113,8 @@ def main(args: argparse.Namespace) -> None:
     config = SearchConfig(
         args.init_channels, args.layers, len(data["classes"]), k_normal=args.k_normal, k_reduce=args.k_reduce
     )
-    model = Supernet(config).to(world.device)
+    form = choose_form(args.kernels, world.device, precision=args.precision, compiled=args.compile)
+    model = accelerate(Supernet(config).to(world.device), form.name)
     in_memory_format(model, args.memory_format, auto="contiguous")  # channels-last is slower on a CPU
     if args.compile:
         compile_regions(model, mode=args.compile_mode)
@@ -140,8 +143,9 @@ def main(args: argparse.Namespace) -> None:
         world.average_buffers(discrete)
         return validate(discrete)["top1"]
 
-    header = {"kind": "search", "config": config.to_dict(), "data": data}
+    header = {"kind": "search", "config": config.to_dict(), "data": data, "kernels": form.name}
     with session.start(model=model, stateful=stateful, **header) as run:
+        log_form(run, form, session.checkpoint)
         for epoch in session.epochs():
             run.log(f"epoch {epoch} lr {args.learning_rate:e}")
             arch_step = None

@@ -1,18 +1,32 @@
-"""Fast forms of networks: the same values as the plain modules, which define them, in less time and memory."""
+"""Fast forms of networks: the values of the plain modules, which define them, in less time and memory."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import torch
 from torch import nn
 
 from kernels.fused import FUSED
 from kernels.fused_search import FUSED_SEARCH
+from kernels.library import chosen_path, unavailable
+from kernels.native import NATIVE
+from utils import InputError
 
 Module = TypeVar("Module", bound=nn.Module)
 
-FORMS: dict[str, dict[type, type]] = {"plain": {}, "torch": {**FUSED, **FUSED_SEARCH}}
-"""By name of a form, which class takes the place of which. A class that a form does not have stays plain."""
+FORMS: dict[str, dict[type, type]] = {
+    "plain": {},
+    "torch": {**FUSED, **FUSED_SEARCH},
+    "native": {**FUSED, **FUSED_SEARCH, **NATIVE},
+}
+"""By name of a form, which class takes the place of which: `plain` is the definitions themselves, `torch` has
+fewer and larger tensor operations, `native` has C for what takes time, on a CPU, in float32 or float64. A
+class that a form does not have stays as it is."""
+
+CHOICES = ("auto", *FORMS)
+
+_PLAIN = {fast: plain for form in FORMS.values() for plain, fast in form.items()}
 
 
 def accelerate(model: Module, form: str = "torch") -> Module:
@@ -27,4 +41,35 @@ def accelerate(model: Module, form: str = "torch") -> Module:
     return model
 
 
-_PLAIN = {fast: plain for form in FORMS.values() for plain, fast in form.items()}
+class Form(NamedTuple):
+    """What a run computes with: a name of FORMS, and words for its log."""
+
+    name: str
+    words: str
+
+
+def choose_form(
+    wanted: str, device: torch.device, *, precision: str = "fp32", compiled: bool = False
+) -> Form:
+    """The form that `--kernels` asks for; `auto` is native where it can be, else torch.
+
+    Native kernels run on a CPU, in fp32, and not in what torch.compile makes. Raises InputError where they
+    are asked for and cannot run.
+    """
+    if wanted in ("plain", "torch"):
+        return Form(wanted, f"kernels: {wanted}")
+    if device.type != "cpu":
+        reason = "they are for a CPU"
+    elif precision != "fp32":
+        reason = f"they compute in fp32, not in {precision}"
+    elif compiled:
+        reason = "--compile makes its own"
+    else:
+        reason = unavailable()
+    if reason is None:
+        return Form("native", f"kernels: native, {chosen_path()}")
+    if wanted == "native":
+        raise InputError(f"--kernels native cannot run here: {reason}; leave it out")
+    if device.type == "cpu" and precision == "fp32" and not compiled:
+        return Form("torch", f"kernels: torch, at a half to a third of the native ones' speed: {reason}")
+    return Form("torch", "kernels: torch")

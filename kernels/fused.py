@@ -1,5 +1,5 @@
-"""Derived networks in fewer and larger tensor operations: the unit and the max pool as autograd functions that
-keep little, and all weights binarised together.
+"""Derived networks in fewer and larger tensor operations: the unit and the max pool as autograd functions
+that keep little, and all weights binarised together.
 
 As five modules a unit, PReLU(BN2(conv(sign(BN1(x)))) + r), keeps x, BN1's result, the convolution's and the
 sum. As one function it keeps x, which all operations on a state share, and the convolution's result. The rest
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -224,7 +224,7 @@ def _in_memory_order(weight: Tensor) -> Tensor:
 class FusedUnit(BinaryUnit):
     """BinaryUnit; the network that it is in gives it its effective `weights`, and has counted the batch."""
 
-    weights: ClassVar[tuple[Tensor, ...]] = ()
+    weights: tuple[Tensor, ...] | None = None
 
     @property
     def convolutions(self) -> tuple[BinaryConv2d, ...]:
@@ -233,9 +233,10 @@ class FusedUnit(BinaryUnit):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x)
-        (weight,) = self.weights or (self.conv.effective_weight(),)
+        alone = self.weights is None
+        weight = self.conv.effective_weight() if alone else self.weights[0]
         residual = None if self.shortcut is None else self.shortcut(x)
-        convolution, alone = Convolution.of(self.conv), not self.weights
+        convolution = Convolution.of(self.conv)
         return unit(x, residual, weight, convolution, self.bn1, self.bn2, self.prelu, count=alone)
 
 
@@ -244,7 +245,7 @@ class FusedReduce(FactorizedReduce):
     weight at (0, 0), the second's at (1, 1). At an odd size they are 3x3, with a border of zeros, to read
     beyond the edge."""
 
-    weights: ClassVar[tuple[Tensor, ...]] = ()
+    weights: tuple[Tensor, ...] | None = None
 
     @property
     def convolutions(self) -> tuple[BinaryConv2d, ...]:
@@ -253,12 +254,12 @@ class FusedReduce(FactorizedReduce):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x)
-        weights = self.weights or [conv.effective_weight() for conv in self.convolutions]
+        alone = self.weights is None
+        weights = [conv.effective_weight() for conv in self.convolutions] if alone else self.weights
         odd = (x.shape[2] | x.shape[3]) % 2
         corners = ((odd, 1, odd, 1), (1 + odd, 0, 1 + odd, 0))
         kernel = torch.cat([F.pad(weight, pad) for weight, pad in zip(weights, corners, strict=True)])
         convolution = Convolution.of(self.conv_1)._replace(padding=(odd, odd))
-        alone = not self.weights
         return unit(x, None, kernel, convolution, self.bn1, self.bn2, self.prelu, count=alone)
 
 
@@ -311,7 +312,7 @@ class FusedNetwork(Network):
             return super().forward(x)
         finally:
             for each in units:
-                each.weights = ()
+                each.weights = None
 
 
 FUSED = {

@@ -11,7 +11,6 @@ import functools
 import os
 import platform
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
@@ -74,13 +73,12 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 @functools.cache
-def available() -> bool:
-    """Whether networks can use the kernel; without a compiler one warning says why not."""
-    if chosen_path() == "torch":
-        return False
+def unavailable() -> str | None:
+    """Why the kernel cannot run here; None where it can. Compiles it."""
     try:
+        if chosen_path() == "torch":
+            return "EBNAS_KERNEL is torch"
         library(torch.float32)
-    except (NoCompiler, OSError) as error:
-        warnings.warn(f"training runs on PyTorch alone, 2 to 10 times slower: {error}", RuntimeWarning)
-        return False
-    return True
+    except (NoCompiler, OSError, ValueError) as error:
+        return str(error)
+    return None

@@ -2,8 +2,8 @@
 
 Each is an autograd function on two operators of torch.library, forward and backward, which have a fake form:
 torch.compile, torch.export and the count of memory see them as they see torch's own. What is kept for the
-backward pass is what fused.py keeps: the input and the convolution's result. The result is the same to the bit
-for any number of threads; they are as many as torch is told to use.
+backward pass is what fused.py keeps: the input and the convolution's result. The result is the same to the
+bit for any number of threads; they are as many as torch is told to use.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from kernels.fused import Convolution, FusedReduce, FusedUnit, count_batches
 from binary_ops import RPReLU
-from operations import BinaryUnit, Pool
-from kernels.library import DTYPES, available, library
-
-__all__ = ["available", "avg_pool", "max_pool", "unit"]
+from kernels.fused import Convolution, FusedReduce, FusedUnit, count_batches
+from kernels.library import library
+from operations import BinaryUnit, FactorizedReduce, Pool
 
 NO_RESIDUAL, INPUT, HALVED_INPUT, TENSOR = range(4)
 """`enum residual_kind` of source/unit.h: what is added before PReLU."""
@@ -108,6 +106,67 @@ class _Pool(Function):
         return torch.ops.ebnas.pool_backward(grad, x, ctx.shape, ctx.stride, ctx.average), None, None
 
 
+def pointwise(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm1: nn.BatchNorm2d | None,
+    norm2: nn.BatchNorm2d,
+    prelu: nn.PReLU | None,
+    *,
+    signs: bool,
+) -> Tensor:
+    """PReLU(BN2(conv(sign(BN1(x))))) of a 1x1 convolution of all channels; of two `weights`, each (out / 2,
+    in, 1, 1), a factorised reduction: at stride 2, the second reading one pixel further right and down.
+
+    (n, in, h, w) -> (n, out, h', w'). Without BN1 and PReLU, and where BN2 has no affine parameters, these
+    are left out. Running statistics are updated; counting the batches is left to the caller.
+    """
+    affine = None if norm1 is None else norm1.weight, None if norm1 is None else norm1.bias
+    affine += norm2.weight, norm2.bias
+    training = norm2.training
+    running = [norm1.running_mean, norm1.running_var] if norm1 is not None else [None, None]
+    running += [norm2.running_mean, norm2.running_var]
+    slope = None if prelu is None else prelu.weight
+    shift = prelu.shift if isinstance(prelu, RPReLU) else None
+    odd = weights[1] if len(weights) == 2 else None
+    settings = [signs, training]
+    out, moments1, moments2 = _Pointwise.apply(
+        settings, norm2.eps, [None] * 4 if training else running, x, weights[0], odd, slope, shift, *affine
+    )
+    if training:
+        with torch.no_grad():
+            moved = [(running[2], moments2[0]), (running[3], moments2[2])]
+            if norm1 is not None:
+                moved += [(running[0], moments1[0]), (running[1], moments1[2])]
+            running, of_batch = zip(*moved, strict=True)
+            torch._foreach_lerp_(list(running), list(of_batch), norm2.momentum)
+    return out
+
+
+class _Pointwise(Function):
+    @staticmethod
+    def forward(ctx, settings, eps, running, x, weight, odd, slope, shift, *affine):
+        out, y, moments1, moments2 = torch.ops.ebnas.pointwise(
+            x, weight, odd, slope, shift, *affine, *running, settings, eps
+        )
+        ctx.settings, ctx.shifts, ctx.odd = settings, shift is not None, odd is not None
+        kept = out if slope is None else y  # without PReLU y is normalised in place
+        ctx.save_for_backward(x, weight, odd, slope, *affine, kept, moments1, moments2)
+        ctx.mark_non_differentiable(moments1, moments2)
+        return out, moments1, moments2
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, weight, odd, slope, *affine, y, moments1, moments2 = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[3], ctx.needs_input_grad[4]]
+        gradients = torch.ops.ebnas.pointwise_backward(
+            grad, x, weight, odd, slope, *affine, y, moments1, moments2, ctx.shifts, wanted, ctx.settings
+        )
+        present = [*wanted, wanted[1] and ctx.odd, slope is not None, ctx.shifts]
+        present += [parameter is not None for parameter in affine]
+        return None, None, None, *(g if p else None for g, p in zip(gradients, present, strict=True))
+
+
 # The operators. `settings`: stride, padding and dilation (two each), groups, signs, residual kind, training.
 
 _LIBRARY = torch.library.Library("ebnas", "FRAGMENT")
@@ -123,10 +182,20 @@ _LIBRARY.define(
     "Tensor y, Tensor moments1, Tensor moments2, bool shifts, int[] settings) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_LIBRARY.define("pool(Tensor x, int stride, bool average) -> Tensor")
 _LIBRARY.define(
-    "pool_backward(Tensor grad, Tensor? x, SymInt[] size, int stride, bool average) -> Tensor"
+    "pointwise(Tensor x, Tensor weight, Tensor? odd, Tensor? slope, Tensor? shift, "
+    "Tensor? weight1, Tensor? bias1, Tensor? weight2, Tensor? bias2, "
+    "Tensor? mean1, Tensor? var1, Tensor? mean2, Tensor? var2, bool[] settings, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
+_LIBRARY.define(
+    "pointwise_backward(Tensor grad, Tensor x, Tensor weight, Tensor? odd, Tensor? slope, "
+    "Tensor? weight1, Tensor? bias1, Tensor? weight2, Tensor? bias2, "
+    "Tensor y, Tensor moments1, Tensor moments2, bool shifts, bool[] wanted, bool[] settings) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define("pool(Tensor x, int stride, bool average) -> Tensor")
+_LIBRARY.define("pool_backward(Tensor grad, Tensor? x, SymInt[] size, int stride, bool average) -> Tensor")
 
 
 class _PoolCall(ctypes.Structure):
@@ -136,6 +205,24 @@ class _PoolCall(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in _integers]
     _fields_ += [(name, ctypes.c_void_p) for name in ("x", "grad", "out", "grad_x")]
     _fields_ += [("failed", ctypes.c_int64)]
+
+
+class _PointwiseCall(ctypes.Structure):
+    """`struct pointwise` of source/pointwise.h."""
+
+    _integers = (
+        *("n", "channels_in", "channels_out", "height", "width", "height_out", "width_out"),
+        *("halves", "signs", "training", "normalized", "adds_input", "threads"),
+    )
+    _pointers = (
+        *("x", "residual", "weight_even", "weight_odd", "weight1", "bias1", "weight2", "bias2"),
+        *("slope", "shift", "factor", "mean1", "var1", "mean2", "var2", "statistics1", "statistics2"),
+        *("y", "out", "grad", "grad_x", "grad_residual", "grad_weight_even", "grad_weight_odd"),
+        *("grad_weight1", "grad_bias1", "grad_weight2", "grad_bias2", "grad_slope", "grad_shift"),
+    )
+    _fields_ = [(name, ctypes.c_int64) for name in _integers]
+    _fields_ += [("eps", ctypes.c_double)]
+    _fields_ += [(name, ctypes.c_void_p) for name in _pointers]
 
 
 class _UnitCall(ctypes.Structure):
@@ -286,6 +373,81 @@ def _unit_backward_fake(
     )
 
 
+def _pointwise(x, weight, odd, slope, shift, w1, b1, w2, b2, mean1, var1, mean2, var2, settings, eps):
+    out, y, moments1, moments2 = _pointwise_fake(
+        x, weight, odd, slope, shift, w1, b1, w2, b2, mean1, var1, mean2, var2, settings, eps
+    )
+    x, weight, odd = _contiguous(x, weight, odd)
+    call = _pointwise_call(
+        x, out.shape, settings, weight_even=weight, weight_odd=odd, slope=slope, shift=shift
+    )
+    _point(call, weight1=w1, bias1=b1, weight2=w2, bias2=b2, mean1=mean1, var1=var1, mean2=mean2, var2=var2)
+    _point(call, statistics1=moments1, statistics2=moments2, out=out, y=out if slope is None else y)
+    call.eps = eps
+    _run(library(x.dtype).pointwise_forward, call)
+    return out, y, moments1, moments2
+
+
+def _pointwise_fake(x, weight, odd, slope, shift, w1, b1, w2, b2, mean1, var1, mean2, var2, settings, eps):
+    n, channels_in, height, width = x.shape
+    if odd is None:
+        shape = n, weight.shape[0], height, width
+    else:
+        shape = n, 2 * weight.shape[0], -(-height // 2), -(-width // 2)
+    moments = x.new_empty((3, channels_in if w1 is not None else 0)), x.new_empty((3, shape[1]))
+    return x.new_empty(shape), x.new_empty(0 if slope is None else shape), *moments
+
+
+def _pointwise_call(
+    x: Tensor, size: torch.Size, settings: Sequence[bool], **pointers: Tensor
+) -> _PointwiseCall:
+    n, channels, height, width = x.shape
+    call = _PointwiseCall(n, channels, size[1], height, width, *size[2:])
+    call.halves = 1 if pointers["weight_odd"] is None else 2
+    call.signs, call.training = settings
+    call.threads = torch.get_num_threads()
+    _point(call, x=x, **pointers)
+    return call
+
+
+def _point(call: ctypes.Structure, **pointers: Tensor | None) -> None:
+    for name, tensor in pointers.items():
+        if tensor is not None:
+            setattr(call, name, tensor.data_ptr())
+
+
+def _pointwise_backward(
+    grad, x, weight, odd, slope, w1, b1, w2, b2, y, moments1, moments2, shifts, wanted, settings
+):
+    gradients = _pointwise_backward_fake(
+        grad, x, weight, odd, slope, w1, b1, w2, b2, y, moments1, moments2, shifts, wanted, settings
+    )
+    grad, x, weight, odd = _contiguous(grad, x, weight, odd)
+    call = _pointwise_call(x, y.shape, settings, weight_even=weight, weight_odd=odd, slope=slope)
+    _point(call, weight1=w1, bias1=b1, weight2=w2, bias2=b2, statistics1=moments1, statistics2=moments2)
+    names = "grad_x", "grad_weight_even", "grad_weight_odd", "grad_slope", "grad_shift"
+    names += "grad_weight1", "grad_bias1", "grad_weight2", "grad_bias2"
+    _point(call, y=y, grad=grad, **{name: g for name, g in zip(names, gradients, strict=True) if g.numel()})
+    call.normalized = slope is None
+    _run(library(x.dtype).pointwise_backward, call)
+    return gradients
+
+
+def _pointwise_backward_fake(
+    grad, x, weight, odd, slope, w1, b1, w2, b2, y, moments1, moments2, shifts, wanted, settings
+):
+    of_x, of_weight = wanted
+    none = x.new_empty
+    return (
+        x.new_empty(x.shape if of_x or w1 is not None else 0),
+        weight.new_empty(weight.shape if of_weight else 0),
+        weight.new_empty(weight.shape if of_weight and odd is not None else 0),
+        none(0) if slope is None else torch.empty_like(slope),
+        none(slope.shape if shifts else 0),
+        *(none(0) if tensor is None else torch.empty_like(tensor) for tensor in (w1, b1, w2, b2)),
+    )
+
+
 def _pool(x, stride, average):
     out, x = _pool_fake(x, stride, average), x.contiguous()
     n, c, height, width = x.shape
@@ -318,6 +480,8 @@ def _pool_backward_fake(grad, x, size, stride, average):
 for _name, _real, _fake in (
     ("unit", _unit, _unit_fake),
     ("unit_backward", _unit_backward, _unit_backward_fake),
+    ("pointwise", _pointwise, _pointwise_fake),
+    ("pointwise_backward", _pointwise_backward, _pointwise_backward_fake),
     ("pool", _pool, _pool_fake),
     ("pool_backward", _pool_backward, _pool_backward_fake),
 ):
@@ -327,7 +491,8 @@ for _name, _real, _fake in (
 
 class NativeUnit(FusedUnit):
     def forward(self, x: Tensor) -> Tensor:
-        (weight,) = self.weights or (self.conv.effective_weight(),)
+        alone = self.weights is None
+        weight = self.conv.effective_weight() if alone else self.weights[0]
         residual = None if self.shortcut is None else x
         return unit(
             x,
@@ -338,8 +503,18 @@ class NativeUnit(FusedUnit):
             self.bn2,
             self.prelu,
             halved=isinstance(self.shortcut, nn.AvgPool2d),
-            count=not self.weights,
+            count=alone,
         )
+
+
+class NativeReduce(FusedReduce):
+    def forward(self, x: Tensor) -> Tensor:
+        alone = self.weights is None
+        weights = [conv.effective_weight() for conv in self.convolutions] if alone else self.weights
+        if alone:
+            count_batches([self.bn1, self.bn2])
+        signs = self.conv_1.activation_bits == 1
+        return pointwise(x, weights, self.bn1, self.bn2, self.prelu, signs=signs)
 
 
 class NativePool(Pool):
@@ -347,5 +522,5 @@ class NativePool(Pool):
         return (max_pool if self.kind == "max" else avg_pool)(x, self.stride)
 
 
-NATIVE = {BinaryUnit: NativeUnit, Pool: NativePool}
+NATIVE = {BinaryUnit: NativeUnit, FactorizedReduce: NativeReduce, Pool: NativePool}
 """By plain class, the one whose instances compute the same in C."""

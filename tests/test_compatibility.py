@@ -43,32 +43,12 @@ random states, another order of the images, a step twice or a fresh optimiser ch
 
 RUN_ALL = """
 import json, runpy, sys
-import torch
-from operations import BinaryUnit, FactorizedReduce, Pool, pad_to_half
-
-def uncount(self, weights):
-    if weights:  # from a network, which has counted the batch, as the modules will
-        torch._foreach_sub_([self.bn1.num_batches_tracked, self.bn2.num_batches_tracked], 1)
-
-def unit(self, x, *weights):
-    uncount(self, weights)
-    y = self.bn2(self.conv(self.bn1(x)))
-    return self.prelu(y if self.shortcut is None else y + self.shortcut(x))
-
-def reduction(self, x, *weights):
-    uncount(self, weights)
-    x = self.bn1(x)
-    y = torch.cat([self.conv_1(x), pad_to_half(self.conv_2(x[:, :, 1:, 1:]), x)], 1)
-    return self.prelu(self.bn2(y))
-
-BinaryUnit.forward, FactorizedReduce.forward = unit, reduction
-Pool.forward, Pool.kind = lambda self, x: self.pool(x), property(lambda self: "", lambda self, kind: None)
 
 for sys.argv in json.loads(sys.argv[1]):
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Runs scripts with units and pools module by module, as that program had them: the forms of lean.py compute
-the same (test_lean.py compares them), but round their gradients otherwise."""
+FORM = {"train_search.py": "torch", "train.py": "plain", "train_imagenet.py": "plain"}
+"""What that program computed with: units and pools module by module, the supernet in fewer operations."""
 
 
 def finish(folder: Path) -> str:
@@ -77,7 +57,7 @@ def finish(folder: Path) -> str:
     One process for all of them, since torch takes seconds to import.
     """
     run = {name: str(find(folder, name).relative_to(folder)) for name in RUNS}
-    commands = [(script, "--resume", run[name]) for name, script in RUNS.items()]
+    commands = [(script, "--resume", run[name], "--kernels", FORM[script]) for name, script in RUNS.items()]
     commands.append(("export.py", run["eval-old-stage2"], "--output", "exported.ebnas"))
     commands.append(("evaluate.py", *list(run.values())[1:], "--workers", "0"))
     commands = json.dumps([(str(ROOT / script), *flags) for script, *flags in commands])

@@ -11,18 +11,11 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from genotypes import GENOTYPES, PRIMITIVES
+from kernels import accelerate
+from kernels.fused_search import FusedSourceOperations, coefficients, joined_kernels, update_running
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
-from operations import (
-    FactorizedReduce,
-    SearchPreprocess,
-    SourceOperations,
-    coefficients,
-    drop_path,
-    joined_kernels,
-    make_operation,
-    update_running,
-)
+from operations import FactorizedReduce, SearchPreprocess, SourceOperations, drop_path, make_operation
 from utils import InputError
 
 BITS = {"weight_bits": 1, "activation_bits": 1, "weight_binarization": "plain"}
@@ -46,7 +39,9 @@ def test_derived_operation_gives_the_size_of_its_edge(name, stride, size):
 
 
 def mixed(source, x, mixing):
-    """What a SourceOperations gives alone; in training, its running statistics are updated."""
+    """What a SourceOperations gives alone, in either form; in training it moves its running statistics."""
+    if not isinstance(source, FusedSourceOperations):
+        return source(x, mixing)
     y, statistics = source(x, *coefficients(mixing, source.stride), joined_kernels([source])[source])
     if statistics is not None:
         update_running([source.norm], [statistics])
@@ -55,8 +50,9 @@ def mixed(source, x, mixing):
 
 @pytest.mark.parametrize("size", [(8, 8), (33, 33), (7, 10)])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_search_operations_give_the_size_of_their_edges(stride, size):
-    operations = SourceOperations(2, 3, stride)
+@pytest.mark.parametrize("form", ["plain", "torch"])
+def test_search_operations_give_the_size_of_their_edges(form, stride, size):
+    operations = accelerate(SourceOperations(2, 3, stride), form)
     x = torch.randn(2, 2, *size)
     before = x.clone()
     for index in range(len(PRIMITIVES)):
@@ -93,16 +89,17 @@ def first_of_the_largest(x, stride):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [(8, 8), (7, 10)])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_max_pools_gradient_goes_to_the_first_of_equal_pixels(stride, size, memory_format):
+@pytest.mark.parametrize("form", ["plain", "torch"])
+def test_max_pools_gradient_goes_to_the_first_of_equal_pixels(form, stride, size, memory_format):
     """In the derived form and, mixed alone, in the search form."""
     x = torch.randint(-1, 2, (2, 2, *size)).double().to(memory_format=memory_format).requires_grad_()
-    source = SourceOperations(2, 1, stride).double().eval()  # whose BN then divides by about 1
+    source = accelerate(SourceOperations(2, 1, stride), form).double().eval()  # its BN divides by about 1
     mixing = torch.zeros(1, len(PRIMITIVES), dtype=torch.float64)
     mixing[0, PRIMITIVES.index("max_pool_3x3")] = (1 + source.pool_norm.eps) ** 0.5
     expected = first_of_the_largest(x, stride)
     grad = torch.randn_like(expected)
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
-    derived = make_operation("max_pool_3x3", 2, stride, groups=1, bits=BITS)(x)
+    derived = accelerate(make_operation("max_pool_3x3", 2, stride, groups=1, bits=BITS), form)(x)
     for y in (derived, mixed(source, x, mixing)[:, 0]):
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], expected_grad)
@@ -155,7 +152,7 @@ def test_search_operations_under_autocast(stride, dtype):
     """
     x = torch.randn(4, 2, 9, 9).to(dtype).float().requires_grad_()
     mixing = torch.randn(3, len(PRIMITIVES), requires_grad=True)
-    narrow = SourceOperations(2, 3, stride)
+    narrow = accelerate(SourceOperations(2, 3, stride))
     wide = copy.deepcopy(narrow)
     outcomes = []
     for operations, autocast in ((narrow, True), (wide, False)):
@@ -173,7 +170,7 @@ def test_search_operations_under_autocast(stride, dtype):
 def test_supernet_under_autocast(dtype):
     """Logits stay close to single precision's. Of its signs a few turn, and gradients with them: those of the
     classifier, behind the signs, stay close; all are finite and in single precision."""
-    network = Supernet(SearchConfig(8, 3, 7))
+    network = accelerate(Supernet(SearchConfig(8, 3, 7)))
     images, targets = torch.randn(8, 3, 16, 16), torch.arange(8) % 7
     outcomes = []
     for autocast in (True, False):
@@ -232,8 +229,9 @@ def test_drop_path_acts_in_training_alone_and_grows_with_its_probability():
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_operations_equal_eager_ones(stride, training):
     """Each is one graph: nothing in it waits for the host, or makes torch.compile give up."""
-    source = SourceOperations(2, 3, stride).double().train(training)
-    unit = make_operation("bin_dil_conv_3x3", 4, stride, groups=2, bits=BITS).double().train(training)
+    source = accelerate(SourceOperations(2, 3, stride)).double().train(training)
+    unit = accelerate(make_operation("bin_dil_conv_3x3", 4, stride, groups=2, bits=BITS)).double()
+    unit.train(training)
     mixing = coefficients(torch.randn(3, len(PRIMITIVES), dtype=torch.float64, requires_grad=True), stride)
     kernels = [kernel.detach().requires_grad_() for kernel in joined_kernels([source])[source]]
     for module, inputs in (
@@ -252,7 +250,7 @@ def test_compiled_operations_equal_eager_ones(stride, training):
 
 def test_a_compiled_network_follows_drop_path_without_another_compilation():
     config = ModelConfig(GENOTYPES["EBNAS"], init_channels=4, layers=3, groups=2)
-    network, images = build_model(config), torch.randn(4, 3, 16, 16)
+    network, images = accelerate(build_model(config)), torch.randn(4, 3, 16, 16)
     counter = CompileCounter()
     network.compile(backend=counter, fullgraph=True)
     for probability in (0.1, 0.2, 0.3):

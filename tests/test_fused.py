@@ -1,18 +1,18 @@
-"""The lean forms equal the modules they stand for, decide as the forward pass did, and keep what they say."""
+"""The fused forms equal the modules they stand for, decide as the forward pass did, keep what they say."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-import lean
-from binary_ops import WEIGHT_BINARIZATIONS, BinaryConv2d, effective_weights
+from binary_ops import WEIGHT_BINARIZATIONS, BinaryConv2d
 from genotypes import GENOTYPES, PRIMITIVES
+from kernels import accelerate, fused
+from kernels.fused import effective_weights
 from model import ModelConfig, build_model
-from operations import CONVOLUTIONS, BinaryUnit, FactorizedReduce, Pool, make_operation, pad_to_half
+from operations import CONVOLUTIONS, BinaryUnit, FactorizedReduce, Pool, make_operation
 
 BITS = [(1, 1), (1, 32), (32, 1), (32, 32)]
 UNITS = [
@@ -54,24 +54,12 @@ def make_unit(name, stride, bits=(1, 1), method="plain", activation="prelu"):
     return unit
 
 
-def by_modules(unit, x, *weights):
-    """What a unit computes, module by module."""
-    if weights:  # from a network, which has counted the batch
-        torch._foreach_sub_([unit.bn1.num_batches_tracked, unit.bn2.num_batches_tracked], 1)
-    a = unit.bn1(x)
-    if isinstance(unit, FactorizedReduce):
-        y = torch.cat([unit.conv_1(a), pad_to_half(unit.conv_2(a[:, :, 1:, 1:]), a)], 1)
-        return unit.prelu(unit.bn2(y))
-    y = unit.bn2(unit.conv(a))
-    return unit.prelu(y if unit.shortcut is None else y + unit.shortcut(x))
-
-
 def outcomes(unit, x, *, autocast=False):
-    """Results, gradients and buffers of the lean form, and of the modules on a copy."""
+    """Results, gradients and buffers of the fused form, and of the modules on a copy."""
     results = []
-    for module, forward in ((unit, unit), (theirs := copy.deepcopy(unit), partial(by_modules, theirs))):
+    for module in (accelerate(unit), accelerate(copy.deepcopy(unit), "plain")):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = forward(x)
+            y = module(x)
         torch.manual_seed(1)
         gradients = torch.autograd.grad(y, (x, *module.parameters()), torch.randn(y.shape).to(y))
         results.append((y.detach(), *gradients, *module.buffers()))
@@ -130,7 +118,7 @@ def test_the_backward_pass_sees_the_values_of_the_forward_pass(
     name, stride, training, dtype, memory_format, monkeypatch
 ):
     """To the bit, where a third of the signs are rounding's: of x = 1, BN1 gives 0 but for a few ulps."""
-    unit = make_unit(name, stride).train(training)
+    unit = accelerate(make_unit(name, stride)).train(training)
     x = torch.randint(0, 3, (4, 8, 9, 7)).to(dtype).to(memory_format=memory_format).requires_grad_()
     bn = unit.bn1
     mean, var = bn.running_mean, bn.running_var
@@ -140,12 +128,12 @@ def test_the_backward_pass_sees_the_values_of_the_forward_pass(
         bn.bias.copy_((mean - 1) * (bn.weight * (var + bn.eps).rsqrt()) + torch.linspace(-1e-6, 1e-6, 8))
     normalised = []
 
-    def recorded(norm, *arguments, forward=lean.Norm.forward):
+    def recorded(norm, *arguments, forward=fused.Norm.forward):
         result = forward(norm, *arguments)
         normalised.append(result[0].clone())
         return result
 
-    monkeypatch.setattr(lean.Norm, "forward", recorded)
+    monkeypatch.setattr(fused.Norm, "forward", recorded)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         total = unit(x).sum()
     total.backward()
@@ -162,7 +150,7 @@ def test_the_backward_pass_sees_the_values_of_the_forward_pass(
 def test_max_pool_equals_torchs_on_ties(stride, size, memory_format, dtype):
     x = torch.randint(-1, 2, (2, 4, *size)).to(dtype).to(memory_format=memory_format).requires_grad_()
     expected = F.max_pool2d(x, 3, stride, 1)
-    actual = lean.max_pool(x, stride)
+    actual = fused.max_pool(x, stride)
     assert torch.equal(actual, expected)
     grad = torch.randn_like(expected)
     (ours,), (theirs,) = (torch.autograd.grad(y, x, grad) for y in (actual, expected))
@@ -186,7 +174,7 @@ def kept(run):
 
 @pytest.mark.parametrize(("name", "stride"), UNITS)
 def test_a_unit_keeps_its_input_and_its_convolutions_result(name, stride):
-    unit = make_unit(name, stride)
+    unit = accelerate(make_unit(name, stride))
     x = torch.randn(5, 8, 12, 12, requires_grad=True)
     y_shape = tuple(unit(x).shape)
     halved = [(5, 8, 6, 6)] if name in CONVOLUTIONS and stride == 2 else []  # the residual
@@ -195,7 +183,7 @@ def test_a_unit_keeps_its_input_and_its_convolutions_result(name, stride):
 
 def test_a_max_pool_keeps_its_input():
     x = torch.randn(5, 8, 12, 12, requires_grad=True)
-    assert kept(lambda: Pool("max", 1)(x)) == [tuple(x.shape)]
+    assert kept(lambda: accelerate(Pool("max", 1))(x)) == [tuple(x.shape)]
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -237,13 +225,8 @@ def training_step(network, forward, images):
 
 def test_a_network_equals_its_modules():
     """Activations of 32 bits: with 1 bit rounding would decide which of equal pixels a max pool picks."""
-    network = small_network(activation_bits=32).double()
-    plain = copy.deepcopy(network)
-    for module in plain.modules():
-        if isinstance(module, BinaryUnit | FactorizedReduce):
-            module.forward = partial(by_modules, module)
-        elif isinstance(module, Pool):
-            module.forward = module.pool
+    plain = small_network(activation_bits=32).double()
+    network = accelerate(copy.deepcopy(plain))
     images = torch.randn(4, 3, 17, 17, dtype=torch.float64)
     steps = [training_step(form, form, images) for form in (network, plain)]
     for ours, theirs in zip(*steps, strict=True):
@@ -251,7 +234,7 @@ def test_a_network_equals_its_modules():
 
 
 def test_a_network_is_one_graph():
-    network = small_network()
+    network = accelerate(small_network())
     images = torch.randn(4, 3, 16, 16)
     network.drop_path_prob = 0.0  # eager and compiled code draw different numbers
     compiled = copy.deepcopy(network)
