@@ -276,7 +276,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _run(function, call: ctypes.Structure) -> None:
+def run(function, call: ctypes.Structure) -> None:
     if function(ctypes.byref(call)):
         raise MemoryError("the memory does not suffice for the scratch space of a convolution")
 
@@ -309,7 +309,7 @@ def _unit(x, residual, weight, slope, shift, factor, w1, b1, w2, b2, mean1, var1
         out=out,
     )
     call.eps = eps
-    _run(library(x.dtype).unit_forward, call)
+    run(library(x.dtype).unit_forward, call)
     return out, y, moments1, moments2
 
 
@@ -356,7 +356,7 @@ def _unit_backward(
         grad_weight2=affine[2],
         grad_bias2=affine[3],
     )
-    _run(library(x.dtype).unit_backward, call)
+    run(library(x.dtype).unit_backward, call)
     return gradients
 
 
@@ -384,7 +384,7 @@ def _pointwise(x, weight, odd, slope, shift, w1, b1, w2, b2, mean1, var1, mean2,
     _point(call, weight1=w1, bias1=b1, weight2=w2, bias2=b2, mean1=mean1, var1=var1, mean2=mean2, var2=var2)
     _point(call, statistics1=moments1, statistics2=moments2, out=out, y=out if slope is None else y)
     call.eps = eps
-    _run(library(x.dtype).pointwise_forward, call)
+    run(library(x.dtype).pointwise_forward, call)
     return out, y, moments1, moments2
 
 
@@ -429,7 +429,7 @@ def _pointwise_backward(
     names += "grad_weight1", "grad_bias1", "grad_weight2", "grad_bias2"
     _point(call, y=y, grad=grad, **{name: g for name, g in zip(names, gradients, strict=True) if g.numel()})
     call.normalized = slope is None
-    _run(library(x.dtype).pointwise_backward, call)
+    run(library(x.dtype).pointwise_backward, call)
     return gradients
 
 
@@ -453,7 +453,7 @@ def _pool(x, stride, average):
     n, c, height, width = x.shape
     call = _PoolCall(n * c, height, width, *out.shape[2:], stride, average, torch.get_num_threads())
     call.x, call.out = x.data_ptr(), out.data_ptr()
-    _run(library(x.dtype).pool_forward, call)
+    run(library(x.dtype).pool_forward, call)
     return out
 
 
@@ -469,7 +469,7 @@ def _pool_backward(grad, x, size, stride, average):
     call = _PoolCall(n * c, height, width, *grad.shape[2:], stride, average, torch.get_num_threads())
     call.x = None if x is None else x.data_ptr()
     call.grad, call.grad_x = grad.data_ptr(), grad_x.data_ptr()
-    _run(library(grad.dtype).pool_backward, call)
+    run(library(grad.dtype).pool_backward, call)
     return grad_x
 
 

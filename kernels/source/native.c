@@ -14,4 +14,6 @@
 
 #include "pool.h"
 
+#include "search.h"
+
 EXPORT int64_t lanes(void) { return LANES; }

@@ -44,6 +44,7 @@ struct pointwise_run {
     int64_t filters;               /* of a half */
     int64_t failed;                /* there was no memory */
     int32_t *offset;               /* [largest number of channels]: i * TILE */
+    int whole_halves;              /* of an even size: all these pixels exist */
     int32_t *pixel[2];             /* of a half: where each pixel of the result reads; -1: nowhere */
     real *packed[2], *transposed[2];
     struct norm *norm1, *norm2;
@@ -121,6 +122,7 @@ static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p,
     run->pixels = p->height_out * p->width_out;
     run->tiles = (run->pixels + TILE - 1) / TILE;
     run->filters = p->channels_out / p->halves;
+    run->whole_halves = p->halves == 2 && p->height % 2 == 0 && p->width % 2 == 0;
     run->chunks = least(p->n * run->tiles, MOST_CHUNKS);
     const int64_t weights = run->filters * p->channels_in, channels = most(p->channels_in, p->channels_out);
     const int64_t parts = most(p->n, run->chunks);
@@ -238,6 +240,17 @@ static void fill_tile(const struct pointwise_run *run, int64_t half, int64_t ima
             continue;
         }
         const int32_t *from = run->pixel[half] + first;
+        if (run->whole_halves && count == TILE) { /* pixels two apart, line by line */
+            for (int64_t i = 0, line; i < TILE; i += line) {
+                line = least(TILE - i, run->p->width_out - (first + i) % run->p->width_out);
+                const real *pixel = plane + from[i];
+                for (int64_t j = 0; j < line; j++)
+                    tile[i + j] = pixel[2 * j];
+            }
+            for (int64_t i = 0; i < TILE; i += LANES)
+                store(tile + i, product_input(run, c, load(tile + i)));
+            continue;
+        }
         for (int64_t i = 0; i < TILE; i++)
             tile[i] = i < count && from[i] >= 0 ? plane[from[i]] : 0;
         for (int64_t i = 0; i < TILE; i += LANES)
@@ -428,7 +441,14 @@ static void write_tile_gradient(
             real line[LANES];
             vec x;
             const int32_t *from = run->pixel[half] ? run->pixel[half] + first + i : NULL;
-            if (from) {
+            const int two_apart = from && run->whole_halves && left == LANES &&
+                                  (first + i) % p->width_out + LANES <= p->width_out;
+            if (two_apart) {
+                const real *pixel = p->x + plane + from[0];
+                for (int64_t j = 0; j < LANES; j++)
+                    line[j] = pixel[2 * j];
+                x = load(line);
+            } else if (from) {
                 for (int64_t j = 0; j < LANES; j++)
                     line[j] = j < left && from[j] >= 0 ? p->x[plane + from[j]] : 0;
                 x = load(line);
@@ -439,7 +459,12 @@ static void write_tile_gradient(
                 const vec a = p->weight1 ? normalised(x, run->norm1[c]) : x;
                 da = da * sign_slope(a);
             }
-            if (from) {
+            if (two_apart) {
+                store(line, da);
+                real *pixel = p->grad_x + plane + from[0];
+                for (int64_t j = 0; j < LANES; j++)
+                    pixel[2 * j] = line[j];
+            } else if (from) {
                 store(line, da);
                 for (int64_t j = 0; j < LANES; j++) {
                     if (j >= left || from[j] < 0)

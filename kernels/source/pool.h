@@ -53,7 +53,7 @@ INLINE vec sum_of_window(const real *corner, int64_t pitch)
     return total;
 }
 
-/* 1 / the number of pixels of a window that lie in the image, along one side. */
+/* How many pixels of a window lie in the image, along one side. */
 INLINE int64_t inside(int64_t at, int64_t stride, int64_t size)
 {
     const int64_t first = most(at * stride - 1, 0), last = least(at * stride + 1, size - 1);
@@ -64,7 +64,7 @@ static void pool_plane(void *argument, int64_t task)
 {
     struct pool_call *p = argument;
     const struct padded to = padded_plane(p);
-    real *plane = scratch((to.size + LANES + p->width_out) * sizeof(real));
+    real *plane = scratch((to.size + LANES) * sizeof(real));
     if (!plane) {
         p->failed = 1;
         return;
@@ -96,70 +96,89 @@ static void pool_plane(void *argument, int64_t task)
     }
 }
 
+/* The pixels of a window, row by row, that the gradient goes to: 0 to 8. */
+INLINE vec first_of_largest(const real *corner, int64_t pitch)
+{
+    const vec found = largest_of_window(corner, pitch);
+    vec first = splat(8);
+    UNROLL for (int t = 7; t >= 0; t--)
+        first = if_equal(load(corner + t / 3 * pitch + t % 3), found, splat((real)t), first);
+    return first;
+}
+
+/* At stride 1: each pixel takes the gradients of the nine windows that hold it, where they chose it. */
+static void pool_backward_line(
+    const struct pool_call *p, const real *which, const real *grads, int64_t pitch, real *grad_x)
+{
+    for (int64_t j = 0; j < p->width; j += LANES) {
+        vec total = splat(0);
+        UNROLL for (int t = 0; t < 9; t++)
+        {
+            const int64_t window = (2 - t / 3) * pitch + 2 - t % 3 + j;
+            const vec grad = load(grads + window);
+            total = total + (p->average ? grad : if_equal(load(which + window), splat((real)t), grad, splat(0)));
+        }
+        store_n(grad_x + j, total, p->width - j);
+    }
+}
+
 static void pool_plane_backward(void *argument, int64_t task)
 {
     struct pool_call *p = argument;
     const struct padded to = padded_plane(p);
-    real *plane = scratch((2 * to.size + 2 * LANES + rounded_up(p->width_out, LANES)) * sizeof(real));
+    const int64_t size = rounded_up(to.size, LANES);
+    real *plane = scratch(3 * size * sizeof(real));
     if (!plane) {
         p->failed = 1;
         return;
     }
-    real *grad_x = plane + rounded_up(to.size, LANES), *line = grad_x + rounded_up(to.size, LANES);
+    real *grads = plane + size, *which = grads + size; /* [window], with a border of 0; at stride 2, [pixel] */
     const real *grad = p->grad + task * p->height_out * p->width_out;
-    for (int64_t i = 0; i < to.size; i += LANES)
-        store(grad_x + i, splat(0));
+    real *result = p->grad_x + task * p->height * p->width;
+    for (int64_t i = 0; i < size; i += LANES)
+        store(grads + i, splat(0));
     if (!p->average)
         pad(p->x + task * p->height * p->width, p->height, p->width, (real)-INFINITY, to, plane);
+    if (p->stride == 1) {
+        for (int64_t i = 0; i < p->height; i++, grad += p->width) {
+            real *line = grads + (i + 1) * to.pitch + 1;
+            memcpy(line, grad, p->width * sizeof(real));
+            if (p->average)
+                for (int64_t j = 0; j < p->width; j++)
+                    line[j] /= (real)(inside(i, 1, p->height) * inside(j, 1, p->width));
+            else
+                for (int64_t j = 0; j < p->width; j += LANES)
+                    store(which + (i + 1) * to.pitch + 1 + j, first_of_largest(plane + i * to.pitch + j, to.pitch));
+        }
+        for (int64_t i = 0; i < p->height; i++)
+            pool_backward_line(p, which + i * to.pitch, grads + i * to.pitch, to.pitch, result + i * p->width);
+        return;
+    }
     for (int64_t i = 0; i < p->height_out; i++, grad += p->width_out) {
         const int64_t corner = i * p->stride * to.pitch;
-        const real *given = grad;
-        if (p->average) {
-            for (int64_t j = 0; j < p->width_out; j++)
-                line[j] = grad[j] / (real)(inside(i, p->stride, p->height) * inside(j, p->stride, p->width));
-            given = line;
+        for (int64_t j = 0; j < p->width_out; j++) {
+            const real *at = plane + corner + j * p->stride;
+            real *to_x = grads + corner + j * p->stride;
+            if (p->average) {
+                const real part =
+                    grad[j] / (real)(inside(i, p->stride, p->height) * inside(j, p->stride, p->width));
+                for (int t = 0; t < 9; t++)
+                    to_x[t / 3 * to.pitch + t % 3] += part;
+                continue;
+            }
+            int64_t first = 0;
+            real found = at[0];
+            for (int t = 1; t < 9; t++) {
+                const int64_t tap = t / 3 * to.pitch + t % 3;
+                const int better = at[tap] > found || at[tap] != at[tap];
+                first = better ? tap : first;
+                found = better ? at[tap] : found;
+            }
+            to_x[first] += grad[j];
         }
-        if (p->stride == 1)
-            for (int64_t j = 0; j < p->width; j += LANES) {
-                const real *at = plane + corner + j;
-                real *to_x = grad_x + corner + j;
-                vec left = load_n(given + j, p->width - j);
-                const vec found = p->average ? splat(0) : largest_of_window(at, to.pitch);
-                UNROLL for (int t = 0; t < 9; t++)
-                {
-                    const int64_t tap = t / 3 * to.pitch + t % 3;
-                    vec taken = left;
-                    if (!p->average) {
-                        const vec pixel = load(at + tap);
-                        taken = if_equal(pixel, found, left, splat(0));
-                        left = if_equal(pixel, found, splat(0), left);
-                    }
-                    store(to_x + tap, load(to_x + tap) + taken);
-                }
-            }
-        else
-            for (int64_t j = 0; j < p->width_out; j++) {
-                const real *at = plane + corner + j * p->stride;
-                real *to_x = grad_x + corner + j * p->stride;
-                if (p->average) {
-                    for (int t = 0; t < 9; t++)
-                        to_x[t / 3 * to.pitch + t % 3] += given[j];
-                    continue;
-                }
-                int64_t first = 0;
-                real found = at[0];
-                for (int t = 1; t < 9; t++) {
-                    const int64_t tap = t / 3 * to.pitch + t % 3;
-                    const int better = at[tap] > found || at[tap] != at[tap];
-                    first = better ? tap : first;
-                    found = better ? at[tap] : found;
-                }
-                to_x[first] += given[j];
-            }
     }
-    real *result = p->grad_x + task * p->height * p->width;
     for (int64_t i = 0; i < p->height; i++)
-        memcpy(result + i * p->width, grad_x + (i + 1) * to.pitch + 1, p->width * sizeof(real));
+        memcpy(result + i * p->width, grads + (i + 1) * to.pitch + 1, p->width * sizeof(real));
 }
 
 /* Both return 0, or -1 where there is no memory. */
