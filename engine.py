@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -229,6 +230,7 @@ def train_one_epoch(
     statistics, and moves the running ones once.
     """
     model.train()
+    gc.freeze()  # what there is will stay; to look through it again and again takes a tenth of a small step
     totals = Sums(world.device, start.sums if start.sums and world.is_main else None)
     watch = FiniteWatch(start.epoch)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import weakref
 from collections import Counter
@@ -36,6 +37,7 @@ def measure(
     """A row for each case: seconds of a call (median, min, max), images per second, memory and, with `count`,
     operations. Cases take turns; `ratio` is the median over the rounds of a case's rate over the other's."""
     now = CLOCKS[clock]
+    gc.freeze()  # as training does
     memory = {case.name: measure_memory(case.run, device) for case in cases}
     operations = {case.name: count_operations(case.run) for case in cases} if count else {}
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}

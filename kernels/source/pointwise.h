@@ -4,15 +4,16 @@
 
    Each of BN1, the sign, BN2's weight and bias, the residual, PReLU, the factor and the shift may be missing.
 
-   The product visits the pixels in tiles of TILE pixels of one image; a tile is [channel][TILE] numbers, so
-   that the block kernels of convolution.h read it with offsets of channel * TILE. Tiles are grouped into
+   The product visits the pixels in tiles of run->tile pixels of one image; a tile is [channel][tile] numbers, so
+   that the block kernels of convolution.h read it with offsets of channel * tile. Long tiles are read
+   from memory faster than short ones, whose lines are a whole plane apart. Tiles are grouped into
    chunks, whose number depends on the shape alone: each thread takes whole chunks, sums over pixels are taken
    chunk by chunk, and then over the chunks in order. So the result does not depend on the number of threads.
 
    A factorised reduction has two halves. Half h reads the pixels (2i + h, 2j + h) and gives the filters from
    h * channels_out / 2 on; where the image has no such pixel it reads zeros. */
 
-enum { TILE_VECTORS = REGISTERS == 32 ? 4 : 2, TILE = TILE_VECTORS * LANES, MOST_CHUNKS = 16, TERMS_AT_ONCE = 64 };
+enum { LONGEST_TILE = 128, MOST_TILE_VECTORS = LONGEST_TILE / LANES, MOST_CHUNKS = 16, TERMS_AT_ONCE = 64 };
 
 struct pointwise {
     int64_t n, channels_in, channels_out, height, width, height_out, width_out;
@@ -40,10 +41,11 @@ struct pointwise {
 struct pointwise_run {
     const struct pointwise *p;
     int64_t pixels_in, pixels;     /* of an image, before and after */
+    int64_t tile, tile_vectors;    /* pixels of a tile */
     int64_t tiles, chunks;         /* tiles of an image and half; chunks of all images' tiles */
     int64_t filters;               /* of a half */
     int64_t failed;                /* there was no memory */
-    int32_t *offset;               /* [largest number of channels]: i * TILE */
+    int32_t *offset;               /* [largest number of channels]: i * tile */
     int whole_halves;              /* of an even size: all these pixels exist */
     int32_t *pixel[2];             /* of a half: where each pixel of the result reads; -1: nowhere */
     real *packed[2], *transposed[2];
@@ -112,7 +114,7 @@ static void pack_matrix(
     }
 }
 
-static int32_t tile_start[TILE_VECTORS];
+static int32_t tile_start[MOST_TILE_VECTORS];
 
 static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p, int backward)
 {
@@ -120,7 +122,10 @@ static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p,
     run->p = p;
     run->pixels_in = p->height * p->width;
     run->pixels = p->height_out * p->width_out;
-    run->tiles = (run->pixels + TILE - 1) / TILE;
+    run->tiles = (run->pixels + LONGEST_TILE - 1) / LONGEST_TILE;
+    run->tile = rounded_up((run->pixels + run->tiles - 1) / run->tiles, LANES);
+    run->tiles = (run->pixels + run->tile - 1) / run->tile;
+    run->tile_vectors = run->tile / LANES;
     run->filters = p->channels_out / p->halves;
     run->whole_halves = p->halves == 2 && p->height % 2 == 0 && p->width % 2 == 0;
     run->chunks = least(p->n * run->tiles, MOST_CHUNKS);
@@ -153,8 +158,8 @@ static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p,
         next += run->chunks * p->halves * weights;
     run->offset = (int32_t *)next;
     for (int64_t i = 0; i < channels; i++)
-        run->offset[i] = (int32_t)(i * TILE);
-    for (int i = 0; i < TILE_VECTORS; i++)
+        run->offset[i] = (int32_t)(i * run->tile);
+    for (int i = 0; i < MOST_TILE_VECTORS; i++)
         tile_start[i] = i * LANES;
     for (int64_t h = 0; h < 2 && p->halves == 2; h++) {
         run->pixel[h] = run->offset + channels + h * run->pixels;
@@ -223,15 +228,15 @@ INLINE vec product_input(const struct pointwise_run *run, int64_t c, vec a)
 }
 
 /* Pixels from `first` on of an image's plane, for a half; what does not exist is 0. */
-INLINE int64_t tile_pixels(const struct pointwise_run *run, int64_t first) { return least(TILE, run->pixels - first); }
+INLINE int64_t tile_pixels(const struct pointwise_run *run, int64_t first) { return least(run->tile, run->pixels - first); }
 
 static void fill_tile(const struct pointwise_run *run, int64_t half, int64_t image, int64_t first, real *tile)
 {
     const int64_t count = tile_pixels(run, first), channels = run->p->channels_in;
     const real *plane = run->p->x + image * channels * run->pixels_in;
-    for (int64_t c = 0; c < channels; c++, plane += run->pixels_in, tile += TILE) {
+    for (int64_t c = 0; c < channels; c++, plane += run->pixels_in, tile += run->tile) {
         if (!run->pixel[half]) {
-            for (int64_t i = 0; i < TILE; i += LANES) {
+            for (int64_t i = 0; i < run->tile; i += LANES) {
                 const int64_t left = count - i;
                 store(tile + i, left >= LANES ? product_input(run, c, load(plane + first + i))
                                 : left > 0    ? keep(product_input(run, c, load_part(plane + first + i, left)), left)
@@ -240,22 +245,22 @@ static void fill_tile(const struct pointwise_run *run, int64_t half, int64_t ima
             continue;
         }
         const int32_t *from = run->pixel[half] + first;
-        if (run->whole_halves && count == TILE) { /* pixels two apart, line by line */
-            for (int64_t i = 0, line; i < TILE; i += line) {
-                line = least(TILE - i, run->p->width_out - (first + i) % run->p->width_out);
+        if (run->whole_halves && count == run->tile) { /* pixels two apart, line by line */
+            for (int64_t i = 0, line; i < run->tile; i += line) {
+                line = least(run->tile - i, run->p->width_out - (first + i) % run->p->width_out);
                 const real *pixel = plane + from[i];
                 for (int64_t j = 0; j < line; j++)
                     tile[i + j] = pixel[2 * j];
             }
-            for (int64_t i = 0; i < TILE; i += LANES)
+            for (int64_t i = 0; i < run->tile; i += LANES)
                 store(tile + i, product_input(run, c, load(tile + i)));
             continue;
         }
-        for (int64_t i = 0; i < TILE; i++)
+        for (int64_t i = 0; i < run->tile; i++)
             tile[i] = i < count && from[i] >= 0 ? plane[from[i]] : 0;
-        for (int64_t i = 0; i < TILE; i += LANES)
+        for (int64_t i = 0; i < run->tile; i += LANES)
             store(tile + i, product_input(run, c, load(tile + i)));
-        for (int64_t i = 0; i < TILE; i++)
+        for (int64_t i = 0; i < run->tile; i++)
             if (i >= count || from[i] < 0)
                 tile[i] = 0;
     }
@@ -265,24 +270,24 @@ static void forward_chunk(void *argument, int64_t chunk)
 {
     struct pointwise_run *run = argument;
     const struct pointwise *p = run->p;
-    real *tile = scratch(sizeof(real) * TILE * (p->channels_in + run->filters));
+    real *tile = scratch(sizeof(real) * run->tile * (p->channels_in + run->filters));
     if (!tile) {
         run->failed = 1;
         return;
     }
-    real *aside = tile + TILE * p->channels_in;
+    real *aside = tile + run->tile * p->channels_in;
     const int64_t all = p->n * run->tiles;
     for (int64_t t = chunk * all / run->chunks; t < (chunk + 1) * all / run->chunks; t++) {
-        const int64_t image = t / run->tiles, first = t % run->tiles * TILE, count = tile_pixels(run, first);
+        const int64_t image = t / run->tiles, first = t % run->tiles * run->tile, count = tile_pixels(run, first);
         for (int64_t h = 0; h < p->halves; h++) {
             real *y = p->y + (image * p->channels_out + h * run->filters) * run->pixels + first;
             fill_tile(run, h, image, first, tile);
-            const int whole = count == TILE;
+            const int whole = count == run->tile;
             convolve(
-                tile, tile_start, TILE_VECTORS, run->offset, p->channels_in, run->packed[h], run->filters,
-                whole ? y : aside, whole ? run->pixels : TILE);
+                tile, tile_start, run->tile_vectors, run->offset, p->channels_in, run->packed[h], run->filters,
+                whole ? y : aside, whole ? run->pixels : run->tile);
             for (int64_t f = 0; f < run->filters && !whole; f++)
-                memcpy(y + f * run->pixels, aside + f * TILE, count * sizeof(real));
+                memcpy(y + f * run->pixels, aside + f * run->tile, count * sizeof(real));
         }
     }
 }
@@ -432,7 +437,7 @@ static void write_tile_gradient(
 {
     const struct pointwise *p = run->p;
     const int64_t count = tile_pixels(run, first);
-    for (int64_t c = c0; c < c0 + channels; c++, grads += TILE) {
+    for (int64_t c = c0; c < c0 + channels; c++, grads += run->tile) {
         const int64_t plane = (image * p->channels_in + c) * run->pixels_in;
         const real mean = p->weight1 ? run->norm1[c].mean : 0;
         vec total = splat(0), along = splat(0);
@@ -490,54 +495,55 @@ static void write_tile_gradient(
     }
 }
 
-enum { TILES_AT_ONCE = 16 };
+enum { VECTORS_AT_ONCE = 64 };
 
 static void backward_chunk(void *argument, int64_t chunk)
 {
     struct pointwise_run *run = argument;
     const struct pointwise *p = run->p;
     const int64_t cin = p->channels_in, filters = run->filters, rows = cin + filters, weights = cin * filters;
+    const int64_t tiles_at_once = VECTORS_AT_ONCE / run->tile_vectors;
     /* tiles of inputs and, behind them, of gradients of y */
     real *panel = scratch(
-        sizeof(real) * (TILES_AT_ONCE * rows * TILE + MOST_FILTERS * TERMS_AT_ONCE * LANES + cin * TILE));
+        sizeof(real) * (tiles_at_once * rows * run->tile + MOST_FILTERS * TERMS_AT_ONCE * LANES + cin * run->tile));
     if (!panel) {
         run->failed = 1;
         return;
     }
-    real *sums = panel + TILES_AT_ONCE * rows * TILE, *grads = sums + MOST_FILTERS * TERMS_AT_ONCE * LANES;
+    real *sums = panel + tiles_at_once * rows * run->tile, *grads = sums + MOST_FILTERS * TERMS_AT_ONCE * LANES;
     real *grad_weight = run->partial_weight + chunk * p->halves * weights;
     double *input_sums = run->partial + chunk * cin * 2;
-    int32_t start[TILES_AT_ONCE * TILE_VECTORS];
-    for (int64_t i = 0; i < TILES_AT_ONCE * TILE_VECTORS; i++)
-        start[i] = (int32_t)(i / TILE_VECTORS * rows * TILE + i % TILE_VECTORS * LANES);
+    int32_t start[VECTORS_AT_ONCE];
+    for (int64_t i = 0; i < tiles_at_once * run->tile_vectors; i++)
+        start[i] = (int32_t)(i / run->tile_vectors * rows * run->tile + i % run->tile_vectors * LANES);
     memset(input_sums, 0, sizeof(double) * cin * 2);
     memset(grad_weight, 0, sizeof(real) * p->halves * weights);
     const int64_t all = p->n * run->tiles, end = (chunk + 1) * all / run->chunks;
-    for (int64_t t0 = chunk * all / run->chunks; t0 < end; t0 += TILES_AT_ONCE)
+    for (int64_t t0 = chunk * all / run->chunks; t0 < end; t0 += tiles_at_once)
         for (int64_t h = 0; h < p->halves; h++) {
-            const int64_t tiles = least(TILES_AT_ONCE, end - t0);
+            const int64_t tiles = least(tiles_at_once, end - t0);
             for (int64_t t = 0; t < tiles; t++) {
-                const int64_t image = (t0 + t) / run->tiles, first = (t0 + t) % run->tiles * TILE;
-                real *inputs = panel + t * rows * TILE, *of_y = inputs + cin * TILE;
+                const int64_t image = (t0 + t) / run->tiles, first = (t0 + t) % run->tiles * run->tile;
+                real *inputs = panel + t * rows * run->tile, *of_y = inputs + cin * run->tile;
                 for (int64_t f = 0; f < filters; f++) {
                     const int64_t c = h * filters + f;
-                    for (int64_t i = 0; i < TILE; i += LANES) {
+                    for (int64_t i = 0; i < run->tile; i += LANES) {
                         const int64_t left = run->pixels - first - i;
                         if (left <= 0) {
-                            store(of_y + f * TILE + i, splat(0));
+                            store(of_y + f * run->tile + i, splat(0));
                             continue;
                         }
                         const struct output_gradient g = output_gradient(run, image, c, first + i, left);
                         vec grad = g.of_z * splat(run->by_grad[c]) + (g.y * splat(run->by_y[c]) + splat(run->offset_y[c]));
                         if (left < LANES)
                             grad = keep(grad, left);
-                        store(of_y + f * TILE + i, grad);
+                        store(of_y + f * run->tile + i, grad);
                     }
                 }
                 if (p->grad_weight[h])
                     fill_tile(run, h, image, first, inputs);
                 if (p->grad_x) {
-                    convolve(of_y, tile_start, TILE_VECTORS, run->offset, filters, run->transposed[h], cin, grads, TILE);
+                    convolve(of_y, tile_start, run->tile_vectors, run->offset, filters, run->transposed[h], cin, grads, run->tile);
                     write_tile_gradient(run, h, image, first, 0, cin, grads, input_sums);
                 }
             }
@@ -550,7 +556,7 @@ static void backward_chunk(void *argument, int64_t chunk)
                     const int64_t terms = least(TERMS_AT_ONCE, cin - c);
                     memset(sums, 0, sizeof(real) * block * terms * LANES);
                     correlate(
-                        panel + (cin + f) * TILE, TILE, block, panel + c * TILE, start, tiles * TILE_VECTORS,
+                        panel + (cin + f) * run->tile, run->tile, block, panel + c * run->tile, start, tiles * run->tile_vectors,
                         run->offset, terms, sums);
                     for (int64_t i = 0; i < block; i++)
                         for (int64_t j = 0; j < terms; j++)
