@@ -26,7 +26,7 @@ METRICS, ARGS, RESULT, LOCK = "metrics.jsonl", "args.json", "result.json", ".loc
 
 LOCATION = (
     *("resume", "device", "gpu", "compile", "compile_mode", "workers"),
-    *("report_freq", "save_freq", "note", "model_path", "data", "tmp_data_dir"),
+    *("kernels", "report_freq", "save_freq", "note", "model_path", "data", "tmp_data_dir"),
 )
 """Flags that say where or how a run is made, not what it computes: they may differ when it is resumed."""
 

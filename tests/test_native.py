@@ -1,0 +1,357 @@
+"""The native kernels compute what the modules do: values, gradients and running statistics, on every path
+that this machine runs, with any number of threads; and who cannot run them is told so."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY_STAGE, receive
+from torch import nn
+from torch.nn import functional as F
+
+from kernels import accelerate, choose_form, library
+from kernels.fused import Convolution
+from kernels.library import paths, unavailable
+from kernels.native import avg_pool, max_pool, pointwise, unit
+from kernels.native_search import convolutions, mixture
+from operations import CONVOLUTIONS, BinaryUnit, FactorizedReduce
+from utils import InputError
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason="no C compiler")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=paths())
+def path(request, monkeypatch) -> str:
+    """Each path of the kernel in turn."""
+    monkeypatch.setenv("EBNAS_KERNEL", request.param)
+    return request.param
+
+
+def assert_close(ours, theirs, tolerance=1e-9):
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    ours, theirs = ours.double(), theirs.double()
+    # where a BN follows, gradients of what shifts its input are 0 but for rounding
+    assert (ours - theirs).norm() <= tolerance * (theirs.norm() + 1)
+
+
+def random_unit(generator) -> tuple[nn.Module, tuple[int, ...]]:
+    """A unit of any geometry, and the size of its input."""
+
+    def draw(*choices):
+        return choices[torch.randint(len(choices), (), generator=generator)]
+
+    groups, c_in, c_out = draw(1, 2, 3), draw(1, 2, 3, 6), draw(1, 2, 4, 7)
+    kernel, dilation = draw((1, 1), (3, 1), (3, 2), (5, 1), (5, 2))
+    stride, residual = draw(1, 2), draw(False, True)
+    stride = 1 if kernel == 1 else stride
+    bits = dict(
+        zip(("weight_bits", "activation_bits"), draw((1, 1), (1, 32), (32, 1), (32, 32)), strict=True)
+    )
+    made = BinaryUnit(
+        groups * c_in,
+        groups * (c_in if residual else c_out),
+        kernel,
+        bits=bits,
+        stride=stride,
+        padding=kernel // 2 * dilation,
+        dilation=dilation,
+        groups=groups,
+        residual=residual,
+        activation=draw("prelu", "rprelu"),
+    )
+    size = draw(1, 2, 3, 5), groups * c_in, draw(1, 2, 3, 7, 8, 13, 32), draw(1, 2, 4, 7, 9, 16, 33)
+    return made, size
+
+
+def spread(module: nn.Module) -> nn.Module:
+    """Parameters and running statistics that are not the initial ones, slopes on both sides of 0."""
+    for parameter in module.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+    return module.double()
+
+
+def outcome(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The result, all gradients and all buffers."""
+    y = module(x)
+    torch.manual_seed(1)
+    gradients = torch.autograd.grad(y, (x, *module.parameters()), torch.randn_like(y))
+    return [y.detach(), *gradients, *module.buffers()]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("number", range(40))
+def test_units_of_random_geometry_equal_their_modules(number, training, path):
+    plain, size = random_unit(torch.Generator().manual_seed(number))
+    if training and size[0] * size[2] * size[3] < 8:
+        size = (5, size[1], 5, 3)  # BN needs values; few of them leave a variance of rounding errors
+    spread(plain).train(training)
+    native = accelerate(copy.deepcopy(plain), "native")
+    x = (2 * torch.randn(size, dtype=torch.float64) + 1).requires_grad_()
+    for ours, theirs in zip(outcome(native, x), outcome(plain, x), strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (33, 33), (4, 5)])
+def test_a_factorised_reduction_equals_its_modules(size, training, path):
+    bits = {"weight_bits": 1, "activation_bits": 1}
+    plain = spread(FactorizedReduce(6, 10, bits=bits)).train(training)
+    native = accelerate(copy.deepcopy(plain), "native")
+    x = torch.randn(3, 6, *size, dtype=torch.float64, requires_grad=True)
+    for ours, theirs in zip(outcome(native, x), outcome(plain, x), strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("c_in", "c_out"), [(3, 5), (48, 16), (130, 33)])
+def test_a_1x1_convolution_and_bn_without_parameters(c_in, c_out, training, path):
+    """The supernet's preprocessing."""
+    norm = nn.BatchNorm2d(c_out, affine=False).double().train(training)
+    theirs = copy.deepcopy(norm)
+    x = torch.randn(3, c_in, 9, 7, dtype=torch.float64).sign().requires_grad_()
+    weight = torch.randn(c_out, c_in, 1, 1, dtype=torch.float64, requires_grad=True)
+    results = pointwise(x, [weight], None, norm, None, signs=False), theirs(F.conv2d(x, weight))
+    grad = torch.randn_like(results[0])
+    assert_close(*(y.detach() for y in results))
+    for pair in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in results), strict=True):
+        assert_close(*pair)
+    assert_close(norm.running_mean, theirs.running_mean)
+    assert_close(norm.running_var, theirs.running_var)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (33, 31), (1, 1), (2, 3), (1, 20), (16, 5)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pools_equal_torchs_on_ties(stride, size, dtype, path):
+    """A maximum to the bit, its gradient to the first of equal pixels."""
+    x = torch.randint(-1, 2, (2, 3, *size)).to(dtype).requires_grad_()
+    ours, theirs = max_pool(x, stride), F.max_pool2d(x, 3, stride, 1)
+    assert torch.equal(ours, theirs)
+    average = avg_pool(x, stride), F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
+    torch.testing.assert_close(*average)
+    grad = torch.randn_like(ours)
+    for pair in ((ours, theirs), average):
+        torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in pair))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_maximum_is_nan_where_torchs_is(stride, path):
+    x = torch.randn(1, 1, 9, 20)
+    x[0, 0, 2, 3], x[0, 0, 5, 5], x[0, 0, 0, 0] = float("nan"), float("inf"), -float("inf")
+    torch.testing.assert_close(
+        max_pool(x, stride), F.max_pool2d(x, 3, stride, 1), equal_nan=True, rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_what_is_not_finite_comes_out(kernel, bad, path):
+    """So that a run with a NaN ends: it must not become a sign."""
+    plain = BinaryUnit(4, 4, kernel, bits={}, padding=kernel // 2)
+    native = accelerate(copy.deepcopy(plain), "native")
+    x = torch.randn(2, 4, 6, 6)
+    x[1, 2, 3, 3] = bad
+    assert torch.equal(native(x).isfinite(), plain(x).isfinite())
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_the_backward_pass_has_the_signs_of_the_forward_pass(groups, path):
+    """Where rounding decides a third of them: of x = 1, BN1 gives 0 but for a few ulps."""
+    norm1, norm2, prelu = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.PReLU(6)
+    x = torch.randint(0, 3, (16, 6, 9, 7)).float().requires_grad_()
+    mean, var = x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3), unbiased=False)
+    with torch.no_grad():
+        norm1.bias.copy_((mean - 1) * (var + norm1.eps).rsqrt() + torch.linspace(-1e-6, 1e-6, 6))
+    weight = torch.eye(6).view(6, 6, 1, 1) if groups == 1 else torch.ones(6, 1, 1, 1)
+    weight.requires_grad_()
+    convolution = Convolution((1, 1), (0, 0), (1, 1), groups, True)
+    out = unit(x, None, weight, convolution, norm1, norm2, prelu)
+    saved = [tensor for tensor in out.grad_fn.saved_tensors if tensor is not None]
+    (signs,) = [t for t in saved if t.shape == x.shape and t.abs().eq(1).all()]  # of the convolution's result
+    ties = signs[x == 1]
+    assert (ties < 0).any() and (ties > 0).any()
+
+    y = signs.double().requires_grad_()
+    moments = y.mean((0, 2, 3), keepdim=True), y.var((0, 2, 3), unbiased=False, keepdim=True)
+    grad = torch.randn_like(out)
+    (of_y,) = torch.autograd.grad(
+        F.prelu((y - moments[0]) * (moments[1] + norm2.eps).rsqrt(), prelu.weight.double()), y, grad.double()
+    )
+    expected = (of_y * signs).sum((0, 2, 3))
+    (actual,) = torch.autograd.grad(out, weight, grad)
+    actual = actual.flatten(1).diagonal() if groups == 1 else actual.flatten()
+    step = 2 * of_y.abs().median()  # of one sign
+    assert (actual - expected).abs().max() < step / 10
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("channels", "edges", "size"), [(2, 5, (32, 32)), (3, 2, (7, 10)), (8, 3, (5, 4))])
+def test_convolutions_of_a_state(channels, edges, size, stride, path):
+    """Of the signs, of all four kinds; the gradient of x is binary_sign's."""
+    x = torch.randn(5, channels, *size, dtype=torch.float64, requires_grad=True)
+    filters = edges * channels
+    weights = [
+        torch.randn(filters, channels, k, k, dtype=torch.float64, requires_grad=True)
+        for k, _, _ in CONVOLUTIONS.values()
+    ]
+    signs = torch.where(x >= 0, 1.0, -1.0).double().detach().requires_grad_()
+    geometry = [(padding, dilation) for _, padding, dilation in CONVOLUTIONS.values()]
+    theirs = torch.cat(
+        [F.conv2d(signs, w, None, stride, *g) for w, g in zip(weights, geometry, strict=True)], 1
+    )
+    ours = convolutions(x, weights, stride)
+    assert_close(ours.detach(), theirs.detach())
+    grad = torch.randn_like(ours)
+    of_x, *of_weights = torch.autograd.grad(ours, (x, *weights), grad)
+    of_signs, *expected = torch.autograd.grad(theirs, (signs, *weights), grad)
+    assert_close(of_x, of_signs * (2 - 2 * x.detach().abs()).clamp_min(0))
+    for pair in zip(of_weights, expected, strict=True):
+        assert_close(*pair)
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_mixture_of_normalised_results(running, path):
+    y = torch.randn(3, 4, 5, 2, 7, 9, dtype=torch.float64, requires_grad=True)
+    coefficient = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    given = (torch.randn(40).double(), torch.rand(40).double() + 0.5) if running else None
+    ours, statistics = mixture(y, coefficient, given, 1e-5)
+    flat = y.flatten(1, 3)
+    mean, var = given or (None, None)
+    normalised = F.batch_norm(flat, mean, var, training=not running).view_as(y)
+    theirs = (normalised * coefficient[..., None, None, None]).sum(1)
+    assert_close(ours.detach(), theirs.detach())
+    grad = torch.randn_like(ours)
+    for pair in zip(*(torch.autograd.grad(z, (y, coefficient), grad) for z in (ours, theirs)), strict=True):
+        assert_close(*pair)
+    if not running:
+        assert_close(statistics[0], flat.detach().mean((0, 2, 3)))
+        assert_close(statistics[2], flat.detach().var((0, 2, 3)))
+
+
+@pytest.fixture
+def threads():
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    units = [
+        BinaryUnit(12, 12, 3, bits={}, padding=1, groups=6, residual=True),
+        BinaryUnit(40, 20, 1, bits={}),
+        FactorizedReduce(8, 12, bits={}),
+    ]
+    inputs = [torch.randn(37, c, 16, 16, requires_grad=True) for c in (12, 40, 8)]
+    x = torch.randn(37, 2, 16, 16, requires_grad=True)
+    weights = [torch.randn(6, 2, k, k, requires_grad=True) for k, _, _ in CONVOLUTIONS.values()]
+    coefficient = torch.randn(4, 3, requires_grad=True)
+    results = []
+    for count in (1, 2, 3, 5):
+        threads(count)
+        made = [
+            outcome(accelerate(copy.deepcopy(m), "native"), i) for m, i in zip(units, inputs, strict=True)
+        ]
+        y = convolutions(x, weights, 1)
+        mixed, _ = mixture(y.unflatten(1, (4, 3, 2)), coefficient, None, 1e-5)
+        pools = max_pool(x, 1).square().sum() + avg_pool(x, 2).square().sum()
+        of = torch.autograd.grad(mixed.square().sum() + pools, (x, coefficient, *weights))
+        results.append([tensor for part in made for tensor in part] + [y.detach(), mixed.detach(), *of])
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_operators_have_true_fakes():
+    """What torch.compile, torch.export and the count of memory see."""
+    x, grad, stride = torch.randn(2, 6, 7, 9), torch.randn(2, 6, 4, 5), 2
+    check = {"test_utils": ("test_schema", "test_faketensor")}
+    pool = torch.ops.ebnas.pool.default, torch.ops.ebnas.pool_backward.default
+    torch.library.opcheck(pool[0], (x, stride, False), **check)
+    torch.library.opcheck(pool[1], (grad, x, x.shape, stride, False), **check)
+    weights = [torch.randn(4, 6, k, k) for k, _, _ in CONVOLUTIONS.values()]
+    torch.library.opcheck(torch.ops.ebnas.search_convolutions.default, (x, weights, stride), **check)
+    vectors = [torch.rand(6) for _ in range(4)]
+    arguments = (x, None, torch.randn(6, 2, 3, 3), torch.rand(6), None, None, *vectors, *(None,) * 4)
+    settings = [1, 1, 1, 1, 1, 1, 3, 1, 1, 1]
+    torch.library.opcheck(torch.ops.ebnas.unit.default, (*arguments, settings, 1e-5), **check)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    for function in (library.load, library.unavailable):
+        function.cache_clear()
+    yield
+    for function in (library.load, library.unavailable):
+        function.cache_clear()
+
+
+def test_without_a_compiler_torch_computes_and_says_so(no_compiler):
+    form = choose_form("auto", CPU)
+    assert form.name == "torch" and "no C compiler" in form.words and "speed" in form.words
+    with pytest.raises(InputError, match="--kernels native cannot run here: no C compiler"):
+        choose_form("native", CPU)
+
+
+def test_the_form_follows_what_is_asked_for():
+    assert choose_form("auto", CPU).name == "native"
+    for wanted in ("plain", "torch"):
+        assert choose_form(wanted, CPU).name == wanted
+    assert choose_form("auto", CPU, precision="bf16").name == "torch"
+    assert choose_form("auto", CPU, compiled=True).name == "torch"
+    with pytest.raises(InputError, match="not in bf16"):
+        choose_form("native", CPU, precision="bf16")
+
+
+def test_a_run_goes_on_in_another_form_and_says_so(scripts, data_flags, at_step, without_pictures):
+    at_step(2, receive(signal.SIGTERM))
+    flags = [*data_flags, *TINY_STAGE, "--kernels", "torch"]
+    scripts.run("train.py", *flags, code=143)
+    (run,) = scripts.runs("*")
+    at_step(10**6, receive(signal.SIGTERM))
+    scripts.run("train.py", "--resume", run, "--kernels", "native")
+    text = (run / "log.txt").read_text()
+    assert (
+        "kernels: native" in text and "so far it was torch: the same computation, rounded otherwise" in text
+    )
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("path_name", paths())
+def test_under_sanitizers(path_name, tmp_path):
+    """These tests, with the kernels compiled under the address and undefined-behaviour sanitizers."""
+    if os.environ.get("EBNAS_CFLAGS"):
+        pytest.skip("this is the run under sanitizers")
+    runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True)
+    libraries = [runtime.stdout.strip(), "libstdc++.so.6"]
+    if runtime.returncode or not os.path.isabs(libraries[0]):
+        pytest.skip("gcc has no address sanitizer here")
+    environment = {
+        **os.environ,
+        "EBNAS_KERNEL": path_name,
+        "EBNAS_CFLAGS": "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all",
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "XDG_CACHE_HOME": str(tmp_path),
+        "CC": "gcc",
+    }
+    chosen = f"{path_name} and (random or factorised or 1x1 or pools or state or mixture)"
+    flags = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", *flags, str(ROOT / "tests" / "test_native.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
