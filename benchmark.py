@@ -50,11 +50,11 @@ from comparison.engines import RIVALS, Logits, float_network, make_runner
 from comparison.measure import CLOCKS, MEMORY, Case, measure
 from comparison.original_network import original_network
 from comparison.original_search import OriginalSupernet
-from compilation import compile_regions
 from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
 from engine import Precision, choose_precision, in_memory_format, optimize, training_loss
 from kernels import Form, accelerate, choose_form
+from kernels.compilation import compile_regions
 from model import FAMILIES, CellNetwork, build_model
 from model_search import SearchConfig, Supernet
 from packed import PackedNetwork, Program, available_kernels, load, program_bytes

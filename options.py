@@ -252,7 +252,7 @@ def add_worker_flag(parser: Parser) -> None:
 
 def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
     """Flags of everything that trains."""
-    from compilation import MODES
+    from kernels.compilation import MODES
 
     flag = parser.add_argument
     flag(

@@ -34,10 +34,10 @@ import torch
 import options
 from augment import Normalize
 from checkpoint import Checkpointer, load_checkpoint
-from compilation import CUDA_GRAPH_MODES
 from data import ImageSet, Share, channel_statistics, load_set
 from distributed import Vote, World, launch_name, restarted
 from engine import AfterStep, Position, Sums, choose_precision
+from kernels.compilation import CUDA_GRAPH_MODES
 from memory import GB, Step, free_bytes
 from runs import Run, create_run, find_launched, find_resumable
 from utils import InputError, RunFailed, is_out_of_memory, one_line, os_error_message

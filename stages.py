@@ -20,11 +20,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 import options
 from baselines import Config, label, make_config, settings_of, system_of, usual_size
 from checkpoint import LIVE, load_checkpoint, network_config, resolve_checkpoint
-from compilation import compile_regions
 from data import Batch, Loader
 from engine import in_memory_format
 from figures import draw_curves
 from kernels import Form, accelerate, choose_form
+from kernels.compilation import compile_regions
 from model import build_model
 from recipes import Recipe, get_recipe
 from runs import Run, newest_checkpoint, read_args, read_metrics

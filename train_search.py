@@ -30,7 +30,6 @@ from torch import nn
 import options
 from architect import Architect
 from augment import Augmentation
-from compilation import compile_regions
 from data import SETS, Batch, BatchLoader, ImageSet, split_halves
 from distributed import World, setup
 from engine import evaluate, in_memory_format, train_one_epoch
@@ -44,6 +43,7 @@ from genotypes import (
     save_genotype,
 )
 from kernels import accelerate, choose_form
+from kernels.compilation import compile_regions
 from model_search import SearchConfig, Supernet
 from runs import Run
 from session import Session, loader_settings, prepare_data

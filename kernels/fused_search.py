@@ -161,7 +161,7 @@ def update_running(norms: Sequence[nn.BatchNorm2d], statistics: Sequence[Statist
 
 
 def normalized(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """norm(x), but that the batch is not counted: the network does that for all (`lean.count_batches`)."""
+    """norm(x), but that the batch is not counted: the network does that for all (`count_batches`)."""
     running = norm.running_mean, norm.running_var
     return F.batch_norm(x, *running, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps)
 

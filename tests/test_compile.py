@@ -15,10 +15,10 @@ from architect import Architect
 from baselines.bats import BatsConfig, BatsUnit
 from baselines.bnas import BnasUnit
 from baselines.dcp_nas import DcpConvolution
-from compilation import REGIONS, compile_regions
 from data import Batch
 from engine import Position, Precision, evaluate, optimize, train_one_epoch, training_loss
 from genotypes import GENOTYPES
+from kernels.compilation import compile_regions, regions
 from model import ModelConfig, Network, build_model
 from model_search import SearchConfig, Supernet
 
@@ -46,13 +46,13 @@ def compilations(model: nn.Module, images: torch.Tensor) -> int:
 def test_regions_are_compiled_once_per_shape_not_once_per_occurrence():
     """From 6 cells on a network has every shape that it can have."""
     images = torch.randn(2, 3, 16, 16)
-    counts, regions = {}, {}
+    counts, numbers = {}, {}
     for layers in (6, 9):
         torch._dynamo.reset()
         model = network(layers)
-        regions[layers] = sum(isinstance(module, REGIONS) for module in model.modules())
+        numbers[layers] = sum(isinstance(module, regions()) for module in model.modules())
         counts[layers] = compilations(model, images)
-    assert counts[6] == counts[9] < regions[6] < regions[9]
+    assert counts[6] == counts[9] < numbers[6] < numbers[9]
 
 
 def outcome(module: nn.Module, images: torch.Tensor) -> tuple:

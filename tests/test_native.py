@@ -3,6 +3,7 @@ that this machine runs, with any number of threads; and who cannot run them is t
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -329,6 +330,32 @@ def test_a_run_goes_on_in_another_form_and_says_so(scripts, data_flags, at_step,
     assert (
         "kernels: native" in text and "so far it was torch: the same computation, rounded otherwise" in text
     )
+
+
+def driven(folder, compiler: str, *flags: str, emulator: tuple[str, ...] = ()) -> list[tuple[str, float]]:
+    """What native_driver.c prints, compiled so: names and numbers."""
+    program = folder / f"driver-{compiler}"
+    source = ROOT / "tests" / "native_driver.c"
+    warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-function")
+    include = f"-I{ROOT / 'kernels' / 'source'}"
+    command = [compiler, *library.FLAGS, "-O1", *flags, *warnings, include, source, "-o", program, "-lm"]
+    subprocess.run(command, check=True)
+    done = subprocess.run([*emulator, program], check=True, capture_output=True, text=True)
+    lines = (line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    return [(name, float(number)) for name, number in lines]
+
+
+def test_the_neon_path_computes_what_plain_c_does(tmp_path):
+    """Under an emulator, in float64."""
+    compiler, emulator = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+    if missing := [tool for tool in (compiler, emulator) if shutil.which(tool) is None]:
+        pytest.skip(f"{' and '.join(missing)} not installed")
+    root = ("-L", "/usr/aarch64-linux-gnu")
+    neon = driven(tmp_path, compiler, "-DDOUBLE", emulator=(emulator, *root))
+    plain = driven(tmp_path, "gcc", "-DDOUBLE", "-DPLAIN_C")
+    assert len(neon) == len(plain) > 5_000
+    for (name, ours), (same, theirs) in zip(neon, plain, strict=True):
+        assert name == same and ours == pytest.approx(theirs, rel=1e-8, abs=1e-9), name
 
 
 @pytest.mark.sanitizer

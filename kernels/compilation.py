@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import torch._dynamo
 from torch import nn
-from torchvision.models.resnet import BasicBlock
-
-from baselines.bats import BatsFactorizedReduce, BatsUnit
-from baselines.bnas import BnasUnit
-from baselines.dcp_nas import DcpConvolution, DcpFactorizedReduce, DcpUnit
-from operations import BinaryUnit, FactorizedReduce, SearchPreprocess, SourceOperations
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 MODES = ("default", *CUDA_GRAPH_MODES, "max-autotune-no-cudagraphs")
 
-REGIONS = (
-    *(BinaryUnit, FactorizedReduce, SearchPreprocess, SourceOperations),
-    *(BnasUnit, BatsUnit, BatsFactorizedReduce, DcpUnit, DcpFactorizedReduce, DcpConvolution, BasicBlock),
-)
-"""The units of cells. All of a class share their graphs, which take the parameters as inputs. Whole cells
-compile longer and run no faster (docs/performance.md)."""
-
 GRAPHS = 1024
-"""Of one class of regions, for its shapes and settings; by default torch gives up after 8."""
+"""How many compiled graphs one class of regions may have, one for each shape and setting. torch's default is
+8."""
+
+
+def regions() -> tuple[type, ...]:
+    """The units of cells. All of a class share their graphs, which take the parameters as inputs. Whole cells
+    compile longer and run no faster (docs/performance.md)."""
+    from torchvision.models.resnet import BasicBlock
+
+    from baselines.bats import BatsFactorizedReduce, BatsUnit
+    from baselines.bnas import BnasUnit
+    from baselines.dcp_nas import DcpConvolution, DcpFactorizedReduce, DcpUnit
+    from operations import BinaryUnit, FactorizedReduce, SearchPreprocess, SourceOperations
+
+    ours = BinaryUnit, FactorizedReduce, SearchPreprocess, SourceOperations
+    theirs = BnasUnit, BatsUnit, BatsFactorizedReduce, DcpUnit, DcpFactorizedReduce, DcpConvolution
+    return *ours, *theirs, BasicBlock
 
 
 def compile_regions(model: nn.Module, *, mode: str = "default", backend: str = "inductor") -> None:
@@ -30,10 +32,13 @@ def compile_regions(model: nn.Module, *, mode: str = "default", backend: str = "
 
     A region is one graph of fixed sizes: what would split it, or take sizes as variables, is an error.
     """
+    import torch._dynamo  # takes seconds, and most runs do not compile
+
     torch._dynamo.config.cache_size_limit = GRAPHS  # torch 2.6's name of recompile_limit
     torch._dynamo.config.accumulated_cache_size_limit = GRAPHS
+    kinds = regions()
     for module in model.modules():
-        if isinstance(module, REGIONS):
+        if isinstance(module, kinds):
             module.compile(fullgraph=True, dynamic=False, backend=backend, mode=mode)
     if mode in CUDA_GRAPH_MODES:
         # else torch guesses where a step begins, and may write over what an earlier region has given

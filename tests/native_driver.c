@@ -1,0 +1,99 @@
+/* Prints what the training kernels compute of made-up numbers, for a test that compares two builds. */
+
+#include "native.c"
+
+#include <stdio.h>
+
+static uint32_t state = 1;
+
+static real *numbers(int64_t count)
+{
+    real *made = malloc((size_t)count * sizeof(real));
+    for (int64_t i = 0; i < count; i++) {
+        state = state * 1664525u + 1013904223u;
+        made[i] = (real)((state >> 8) / 8388608.0 - 1.0);
+    }
+    return made;
+}
+
+static void print(const char *name, const real *values, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++)
+        printf("%s %.12g\n", name, (double)values[i]);
+}
+
+static void try_unit(int64_t groups, int64_t kernel, int64_t stride, int64_t dilation, int64_t size, int64_t residual)
+{
+    enum { N = 3, C = 6 };
+    const int64_t out = (size + stride - 1) / stride, per = C / groups, padding = kernel / 2 * dilation;
+    const int64_t in_count = N * C * size * size, out_count = N * C * out * out, weights = C * per * kernel * kernel;
+    struct unit u = {
+        .shape = {N, C, C, groups, size, size, out, out, {kernel, kernel}, {stride, stride}, {padding, padding},
+                  {dilation, dilation}},
+        .signs = 1, .residual_kind = residual, .training = 1, .threads = 2, .eps = 1e-5,
+        .x = numbers(in_count), .weight = numbers(weights), .slope = numbers(C), .weight1 = numbers(C),
+        .bias1 = numbers(C), .weight2 = numbers(C), .bias2 = numbers(C), .statistics1 = numbers(3 * C),
+        .statistics2 = numbers(3 * C), .y = numbers(out_count), .out = numbers(out_count),
+        .grad = numbers(out_count), .grad_x = numbers(in_count), .grad_weight = numbers(weights),
+        .grad_slope = numbers(C), .grad_weight1 = numbers(C), .grad_bias1 = numbers(C),
+        .grad_weight2 = numbers(C), .grad_bias2 = numbers(C)};
+    if (unit_forward(&u) || unit_backward(&u))
+        exit(1);
+    print("out", u.out, out_count);
+    print("x", u.grad_x, in_count);
+    print("weight", u.grad_weight, weights);
+    print("slope", u.grad_slope, C);
+}
+
+static void try_pool(int64_t stride, int64_t average, int64_t size)
+{
+    const int64_t out = (size + stride - 1) / stride;
+    struct pool_call p = {
+        .planes = 4, .height = size, .width = size, .height_out = out, .width_out = out, .stride = stride,
+        .average = average, .threads = 2, .x = numbers(4 * size * size), .grad = numbers(4 * out * out),
+        .out = numbers(4 * out * out), .grad_x = numbers(4 * size * size)};
+    if (pool_forward(&p) || pool_backward(&p))
+        exit(1);
+    print("pool", p.out, 4 * out * out);
+    print("pool x", p.grad_x, 4 * size * size);
+}
+
+static void try_search(int64_t stride, int64_t size)
+{
+    enum { N = 5, C = 2, F = 6 };
+    const int64_t out = (size + stride - 1) / stride;
+    struct search_call s = {
+        .n = N, .channels = C, .filters = F, .height = size, .width = size, .height_out = out, .width_out = out,
+        .kinds = 2, .threads = 2, .size = {3, 5}, .dilation = {1, 2}, .stride = stride,
+        .x = numbers(N * C * size * size), .weight = {numbers(F * C * 9), numbers(F * C * 25)},
+        .y = numbers(N * 2 * F * out * out), .grad = numbers(N * 2 * F * out * out),
+        .grad_x = numbers(N * C * size * size), .grad_weight = {numbers(F * C * 9), numbers(F * C * 25)}};
+    if (search_convolutions(&s) || search_convolutions_backward(&s))
+        exit(1);
+    print("y", s.y, N * 2 * F * out * out);
+    print("search x", s.grad_x, N * C * size * size);
+    print("search weight", s.grad_weight[1], F * C * 25);
+    struct mixture_call m = {
+        .n = N, .kinds = 2, .edges = 3, .channels = 2, .pixels = out * out, .training = 1, .threads = 2,
+        .eps = 1e-5, .y = s.y, .coefficient = numbers(6), .statistics = numbers(3 * 2 * F),
+        .out = numbers(N * F * out * out), .grad = numbers(N * F * out * out),
+        .grad_y = numbers(N * 2 * F * out * out), .grad_coefficient = numbers(2 * F)};
+    search_mixture(&m);
+    search_mixture_backward(&m);
+    print("mixed", m.out, N * F * out * out);
+    print("mixed y", m.grad_y, N * 2 * F * out * out);
+}
+
+int main(void)
+{
+    try_unit(2, 3, 1, 1, 9, INPUT);
+    try_unit(6, 5, 1, 2, 8, INPUT);
+    try_unit(3, 3, 2, 1, 7, HALVED_INPUT);
+    try_unit(1, 1, 1, 1, 9, NONE);
+    for (int64_t stride = 1; stride <= 2; stride++) {
+        try_pool(stride, 0, 11);
+        try_pool(stride, 1, 8);
+        try_search(stride, 9);
+    }
+    return 0;
+}
