@@ -19,7 +19,7 @@ Module = TypeVar("Module", bound=nn.Module)
 FORMS: dict[str, dict[type, type]] = {
     "plain": {},
     "torch": {**FUSED, **FUSED_SEARCH},
-    "native": {**FUSED, **FUSED_SEARCH, **NATIVE, **NATIVE_SEARCH},
+    "native": {**FUSED, **NATIVE, **NATIVE_SEARCH},
 }
 """By name of a form, which class takes the place of which: `plain` is the definitions themselves, `torch` has
 fewer and larger tensor operations, `native` has C for what takes time, on a CPU, in float32 or float64. A

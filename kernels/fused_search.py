@@ -242,9 +242,6 @@ class FusedSearchCell(SearchCell):
 
 
 class FusedSupernet(Supernet):
-    def joined_kernels(self) -> Mapping[SourceOperations, Sequence[Tensor]]:
-        return joined_kernels(source for cell in self.cells for source in cell.sources)
-
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         weights, mixing = {}, {}
         by_source = [edge for edges in LEAVING for edge in edges]
@@ -260,7 +257,7 @@ class FusedSupernet(Supernet):
                 coefficients(part, stride_of(source, reduction))
                 for source, part in enumerate(of_operations.split(leaving))
             ]
-        kernels = self.joined_kernels()
+        kernels = joined_kernels(source for cell in self.cells for source in cell.sources)
         statistics: dict[nn.BatchNorm2d, Statistics] = {}
         x = self.stem(x)
         s0 = s1 = binary_sign(x)

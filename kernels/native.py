@@ -207,7 +207,7 @@ class _PoolCall(ctypes.Structure):
     _fields_ += [("failed", ctypes.c_int64)]
 
 
-class _PointwiseCall(ctypes.Structure):
+class PointwiseCall(ctypes.Structure):
     """`struct pointwise` of source/pointwise.h."""
 
     _integers = (
@@ -400,9 +400,9 @@ def _pointwise_fake(x, weight, odd, slope, shift, w1, b1, w2, b2, mean1, var1, m
 
 def _pointwise_call(
     x: Tensor, size: torch.Size, settings: Sequence[bool], **pointers: Tensor
-) -> _PointwiseCall:
+) -> PointwiseCall:
     n, channels, height, width = x.shape
-    call = _PointwiseCall(n, channels, size[1], height, width, *size[2:])
+    call = PointwiseCall(n, channels, size[1], height, width, *size[2:])
     call.halves = 1 if pointers["weight_odd"] is None else 2
     call.signs, call.training = settings
     call.threads = torch.get_num_threads()

@@ -60,28 +60,35 @@ static void try_pool(int64_t stride, int64_t average, int64_t size)
 
 static void try_search(int64_t stride, int64_t size)
 {
-    enum { N = 5, C = 2, F = 6 };
-    const int64_t out = (size + stride - 1) / stride;
-    struct search_call s = {
-        .n = N, .channels = C, .filters = F, .height = size, .width = size, .height_out = out, .width_out = out,
-        .kinds = 2, .threads = 2, .size = {3, 5}, .dilation = {1, 2}, .stride = stride,
-        .x = numbers(N * C * size * size), .weight = {numbers(F * C * 9), numbers(F * C * 25)},
-        .y = numbers(N * 2 * F * out * out), .grad = numbers(N * 2 * F * out * out),
-        .grad_x = numbers(N * C * size * size), .grad_weight = {numbers(F * C * 9), numbers(F * C * 25)}};
-    if (search_convolutions(&s) || search_convolutions_backward(&s))
+    enum { N = 3, K = 4, C = 8, S = C / K };
+    const int64_t out = (size + stride - 1) / stride, pixels = out * out;
+    struct cell c = {
+        .n = N, .channels = C, .k = K, .stride = stride, .height = size, .width = size, .height_out = out,
+        .width_out = out, .training = 1, .threads = 2, .eps = 1e-5,
+        .state = {numbers(N * C * size * size), numbers(N * C * size * size)}, .edges = numbers(14),
+        .operations = numbers(98), .out = numbers(N * 4 * C * pixels), .grad = numbers(N * 4 * C * pixels),
+        .grad_state = {numbers(N * C * size * size), numbers(N * C * size * size)},
+        .grad_edges = calloc(14, sizeof(real)), .grad_operations = calloc(98, sizeof(real))};
+    int64_t kept = 0;
+    for (int64_t s = 0; s < SOURCES; s++) {
+        const int64_t halves = s < 2 && stride == 2, filters = edges_of[s] * S;
+        kept += (KINDS + halves) * filters + (2 + halves) * S;
+        for (int64_t p = 0; p < KINDS + 2 * halves; p++) {
+            const int64_t taps = p < KINDS ? kind_shape[p].size * kind_shape[p].size : 1;
+            const int64_t weights = (p < KINDS ? filters : filters / 2) * S * taps;
+            c.weight[s][p] = numbers(weights);
+            c.grad_weight[s][p] = numbers(weights);
+        }
+    }
+    c.kept = numbers(N * kept * pixels);
+    c.statistics = numbers(3 * kept);
+    if (cell_forward(&c) || cell_backward(&c))
         exit(1);
-    print("y", s.y, N * 2 * F * out * out);
-    print("search x", s.grad_x, N * C * size * size);
-    print("search weight", s.grad_weight[1], F * C * 25);
-    struct mixture_call m = {
-        .n = N, .kinds = 2, .edges = 3, .channels = 2, .pixels = out * out, .training = 1, .threads = 2,
-        .eps = 1e-5, .y = s.y, .coefficient = numbers(6), .statistics = numbers(3 * 2 * F),
-        .out = numbers(N * F * out * out), .grad = numbers(N * F * out * out),
-        .grad_y = numbers(N * 2 * F * out * out), .grad_coefficient = numbers(2 * F)};
-    search_mixture(&m);
-    search_mixture_backward(&m);
-    print("mixed", m.out, N * F * out * out);
-    print("mixed y", m.grad_y, N * 2 * F * out * out);
+    print("cell", c.out, N * 4 * C * pixels);
+    print("cell state", c.grad_state[0], N * C * size * size);
+    print("cell weight", c.grad_weight[1][2], edges_of[1] * S * S * 9);
+    print("cell edges", c.grad_edges, 14);
+    print("cell operations", c.grad_operations, 98);
 }
 
 int main(void)

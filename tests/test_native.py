@@ -18,8 +18,10 @@ from kernels import accelerate, choose_form, library
 from kernels.fused import Convolution
 from kernels.library import paths, unavailable
 from kernels.native import avg_pool, max_pool, pointwise, unit
-from kernels.native_search import convolutions, mixture
-from operations import CONVOLUTIONS, BinaryUnit, FactorizedReduce
+from kernels.native_search import cell as search_cell
+from kernels.native_search import preprocess
+from model_search import SearchConfig, Supernet
+from operations import BinaryUnit, FactorizedReduce
 from utils import InputError
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason="no C compiler")
@@ -200,48 +202,35 @@ def test_the_backward_pass_has_the_signs_of_the_forward_pass(groups, path):
     assert (actual - expected).abs().max() < step / 10
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("channels", "edges", "size"), [(2, 5, (32, 32)), (3, 2, (7, 10)), (8, 3, (5, 4))])
-def test_convolutions_of_a_state(channels, edges, size, stride, path):
-    """Of the signs, of all four kinds; the gradient of x is binary_sign's."""
-    x = torch.randn(5, channels, *size, dtype=torch.float64, requires_grad=True)
-    filters = edges * channels
-    weights = [
-        torch.randn(filters, channels, k, k, dtype=torch.float64, requires_grad=True)
-        for k, _, _ in CONVOLUTIONS.values()
-    ]
-    signs = torch.where(x >= 0, 1.0, -1.0).double().detach().requires_grad_()
-    geometry = [(padding, dilation) for _, padding, dilation in CONVOLUTIONS.values()]
-    theirs = torch.cat(
-        [F.conv2d(signs, w, None, stride, *g) for w, g in zip(weights, geometry, strict=True)], 1
-    )
-    ours = convolutions(x, weights, stride)
-    assert_close(ours.detach(), theirs.detach())
-    grad = torch.randn_like(ours)
-    of_x, *of_weights = torch.autograd.grad(ours, (x, *weights), grad)
-    of_signs, *expected = torch.autograd.grad(theirs, (signs, *weights), grad)
-    assert_close(of_x, of_signs * (2 - 2 * x.detach().abs()).clamp_min(0))
-    for pair in zip(of_weights, expected, strict=True):
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("of_architecture", [True, False])
+@pytest.mark.parametrize(
+    ("channels", "k", "size"), [(8, (8, 4), (10, 13)), (16, (4, 8), (9, 9)), (8, (8, 4), (32, 33))]
+)
+def test_a_supernet_equals_its_modules(channels, k, size, of_architecture, training, path):
+    """In an architecture step, and in a weight step: the gradients that are asked for, running statistics."""
+    plain = Supernet(SearchConfig(channels, 3, 7, *k)).double().train(training)
+    for parameter in plain.arch_parameters():
+        nn.init.normal_(parameter)
+    for norm in plain.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean, 0, 0.1)
+    native = accelerate(copy.deepcopy(plain), "native")
+    images, results = torch.randn(3, 3, *size, dtype=torch.float64), []
+    for network in (native, plain):
+        arch, weights = network.arch_parameters(), network.weight_parameters()
+        for parameter in arch:
+            parameter.requires_grad_(of_architecture)
+        for parameter in weights:
+            parameter.requires_grad_(not of_architecture)
+        logits, _ = network(images)
+        gradients = torch.autograd.grad(
+            F.cross_entropy(logits, torch.arange(3)), arch if of_architecture else weights
+        )
+        floats = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        results.append([logits.detach(), *gradients, *floats])
+    for pair in zip(*results, strict=True):
         assert_close(*pair)
-
-
-@pytest.mark.parametrize("running", [False, True])
-def test_a_mixture_of_normalised_results(running, path):
-    y = torch.randn(3, 4, 5, 2, 7, 9, dtype=torch.float64, requires_grad=True)
-    coefficient = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    given = (torch.randn(40).double(), torch.rand(40).double() + 0.5) if running else None
-    ours, statistics = mixture(y, coefficient, given, 1e-5)
-    flat = y.flatten(1, 3)
-    mean, var = given or (None, None)
-    normalised = F.batch_norm(flat, mean, var, training=not running).view_as(y)
-    theirs = (normalised * coefficient[..., None, None, None]).sum(1)
-    assert_close(ours.detach(), theirs.detach())
-    grad = torch.randn_like(ours)
-    for pair in zip(*(torch.autograd.grad(z, (y, coefficient), grad) for z in (ours, theirs)), strict=True):
-        assert_close(*pair)
-    if not running:
-        assert_close(statistics[0], flat.detach().mean((0, 2, 3)))
-        assert_close(statistics[2], flat.detach().var((0, 2, 3)))
 
 
 @pytest.fixture
@@ -258,19 +247,24 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
     ]
     inputs = [torch.randn(37, c, 16, 16, requires_grad=True) for c in (12, 40, 8)]
     x = torch.randn(37, 2, 16, 16, requires_grad=True)
-    weights = [torch.randn(6, 2, k, k, requires_grad=True) for k, _, _ in CONVOLUTIONS.values()]
-    coefficient = torch.randn(4, 3, requires_grad=True)
+    supernet = accelerate(Supernet(SearchConfig(8, 3)), "native")
+    signs = torch.randn(13, 24, 16, 16).sign()
     results = []
     for count in (1, 2, 3, 5):
         threads(count)
         made = [
             outcome(accelerate(copy.deepcopy(m), "native"), i) for m, i in zip(units, inputs, strict=True)
         ]
-        y = convolutions(x, weights, 1)
-        mixed, _ = mixture(y.unflatten(1, (4, 3, 2)), coefficient, None, 1e-5)
         pools = max_pool(x, 1).square().sum() + avg_pool(x, 2).square().sum()
-        of = torch.autograd.grad(mixed.square().sum() + pools, (x, coefficient, *weights))
-        results.append([tensor for part in made for tensor in part] + [y.detach(), mixed.detach(), *of])
+        made.append(torch.autograd.grad(pools, x))
+        cell = supernet.cells[0]  # the stem is torch's, whose sums depend on the threads
+        statistics: list = []
+        states = [preprocess(m, signs, statistics) for m in (cell.preprocess0, cell.preprocess1)]
+        edges, operations = torch.ones(14), torch.full((14, 7), 0.1, requires_grad=True)
+        y = search_cell(cell, *states, edges, operations, statistics)
+        of = operations, *(p for p in cell.parameters())
+        made.append([y.detach(), *torch.autograd.grad(y.square().sum(), of)])
+        results.append([tensor for part in made for tensor in part])
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
@@ -282,8 +276,6 @@ def test_operators_have_true_fakes():
     pool = torch.ops.ebnas.pool.default, torch.ops.ebnas.pool_backward.default
     torch.library.opcheck(pool[0], (x, stride, False), **check)
     torch.library.opcheck(pool[1], (grad, x, x.shape, stride, False), **check)
-    weights = [torch.randn(4, 6, k, k) for k, _, _ in CONVOLUTIONS.values()]
-    torch.library.opcheck(torch.ops.ebnas.search_convolutions.default, (x, weights, stride), **check)
     vectors = [torch.rand(6) for _ in range(4)]
     arguments = (x, None, torch.randn(6, 2, 3, 3), torch.rand(6), None, None, *vectors, *(None,) * 4)
     settings = [1, 1, 1, 1, 1, 1, 3, 1, 1, 1]
@@ -338,7 +330,7 @@ def driven(folder, compiler: str, *flags: str, emulator: tuple[str, ...] = ()) -
     source = ROOT / "tests" / "native_driver.c"
     warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-function")
     include = f"-I{ROOT / 'kernels' / 'source'}"
-    command = [compiler, *library.FLAGS, "-O1", *flags, *warnings, include, source, "-o", program, "-lm"]
+    command = [compiler, *library.FLAGS, "-O2", *flags, *warnings, include, source, "-o", program, "-lm"]
     subprocess.run(command, check=True)
     done = subprocess.run([*emulator, program], check=True, capture_output=True, text=True)
     lines = (line.rsplit(" ", 1) for line in done.stdout.splitlines())
@@ -371,13 +363,13 @@ def test_under_sanitizers(path_name, tmp_path):
     environment = {
         **os.environ,
         "EBNAS_KERNEL": path_name,
-        "EBNAS_CFLAGS": "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all",
+        "EBNAS_CFLAGS": "-O2 -fsanitize=address,undefined -fno-sanitize-recover=all",
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",
         "XDG_CACHE_HOME": str(tmp_path),
         "CC": "gcc",
     }
-    chosen = f"{path_name} and (random or factorised or 1x1 or pools or state or mixture)"
+    chosen = f"{path_name} and (random or factorised or 1x1 or pools or supernet)"
     flags = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", chosen]
     command = [sys.executable, "-m", "pytest", *flags, str(ROOT / "tests" / "test_native.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)

@@ -4,16 +4,16 @@
 
    Each of BN1, the sign, BN2's weight and bias, the residual, PReLU, the factor and the shift may be missing.
 
-   The product visits the pixels in tiles of run->tile pixels of one image; a tile is [channel][tile] numbers, so
-   that the block kernels of convolution.h read it with offsets of channel * tile. Long tiles are read
-   from memory faster than short ones, whose lines are a whole plane apart. Tiles are grouped into
+   The product visits the pixels in tiles of TILE pixels of one image; a tile is [channel][TILE] numbers, so
+   that the block kernels of convolution.h read it with offsets of channel * TILE. Tiles are grouped into
    chunks, whose number depends on the shape alone: each thread takes whole chunks, sums over pixels are taken
    chunk by chunk, and then over the chunks in order. So the result does not depend on the number of threads.
 
    A factorised reduction has two halves. Half h reads the pixels (2i + h, 2j + h) and gives the filters from
    h * channels_out / 2 on; where the image has no such pixel it reads zeros. */
 
-enum { LONGEST_TILE = 128, MOST_TILE_VECTORS = LONGEST_TILE / LANES, MOST_CHUNKS = 16, TERMS_AT_ONCE = 64 };
+enum { TILE_VECTORS = REGISTERS == 32 ? 4 : 2, TILE = TILE_VECTORS * LANES, MOST_CHUNKS = 16, MOST_TILES = 32 };
+enum { CACHED = 1 << 18 /* bytes that tiles may take */ };
 
 struct pointwise {
     int64_t n, channels_in, channels_out, height, width, height_out, width_out;
@@ -41,12 +41,10 @@ struct pointwise {
 struct pointwise_run {
     const struct pointwise *p;
     int64_t pixels_in, pixels;     /* of an image, before and after */
-    int64_t tile, tile_vectors;    /* pixels of a tile */
     int64_t tiles, chunks;         /* tiles of an image and half; chunks of all images' tiles */
     int64_t filters;               /* of a half */
     int64_t failed;                /* there was no memory */
-    int32_t *offset;               /* [largest number of channels]: i * tile */
-    int whole_halves;              /* of an even size: all these pixels exist */
+    int32_t *offset;               /* [largest number of channels]: i * TILE */
     int32_t *pixel[2];             /* of a half: where each pixel of the result reads; -1: nowhere */
     real *packed[2], *transposed[2];
     struct norm *norm1, *norm2;
@@ -114,7 +112,7 @@ static void pack_matrix(
     }
 }
 
-static int32_t tile_start[MOST_TILE_VECTORS];
+static int32_t tile_start[TILE_VECTORS];
 
 static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p, int backward)
 {
@@ -122,12 +120,8 @@ static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p,
     run->p = p;
     run->pixels_in = p->height * p->width;
     run->pixels = p->height_out * p->width_out;
-    run->tiles = (run->pixels + LONGEST_TILE - 1) / LONGEST_TILE;
-    run->tile = rounded_up((run->pixels + run->tiles - 1) / run->tiles, LANES);
-    run->tiles = (run->pixels + run->tile - 1) / run->tile;
-    run->tile_vectors = run->tile / LANES;
+    run->tiles = (run->pixels + TILE - 1) / TILE;
     run->filters = p->channels_out / p->halves;
-    run->whole_halves = p->halves == 2 && p->height % 2 == 0 && p->width % 2 == 0;
     run->chunks = least(p->n * run->tiles, MOST_CHUNKS);
     const int64_t weights = run->filters * p->channels_in, channels = most(p->channels_in, p->channels_out);
     const int64_t parts = most(p->n, run->chunks);
@@ -158,8 +152,8 @@ static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p,
         next += run->chunks * p->halves * weights;
     run->offset = (int32_t *)next;
     for (int64_t i = 0; i < channels; i++)
-        run->offset[i] = (int32_t)(i * run->tile);
-    for (int i = 0; i < MOST_TILE_VECTORS; i++)
+        run->offset[i] = (int32_t)(i * TILE);
+    for (int i = 0; i < TILE_VECTORS; i++)
         tile_start[i] = i * LANES;
     for (int64_t h = 0; h < 2 && p->halves == 2; h++) {
         run->pixel[h] = run->offset + channels + h * run->pixels;
@@ -227,69 +221,84 @@ INLINE vec product_input(const struct pointwise_run *run, int64_t c, vec a)
     return run->p->signs ? sign(a) : a;
 }
 
-/* Pixels from `first` on of an image's plane, for a half; what does not exist is 0. */
-INLINE int64_t tile_pixels(const struct pointwise_run *run, int64_t first) { return least(run->tile, run->pixels - first); }
+/* A tile: of which image, from which pixel of its plane on, and how many pixels. */
+struct tile {
+    int64_t image, first, count;
+};
 
-static void fill_tile(const struct pointwise_run *run, int64_t half, int64_t image, int64_t first, real *tile)
+INLINE struct tile tile_at(const struct pointwise_run *run, int64_t number)
 {
-    const int64_t count = tile_pixels(run, first), channels = run->p->channels_in;
-    const real *plane = run->p->x + image * channels * run->pixels_in;
-    for (int64_t c = 0; c < channels; c++, plane += run->pixels_in, tile += run->tile) {
-        if (!run->pixel[half]) {
-            for (int64_t i = 0; i < run->tile; i += LANES) {
-                const int64_t left = count - i;
-                store(tile + i, left >= LANES ? product_input(run, c, load(plane + first + i))
-                                : left > 0    ? keep(product_input(run, c, load_part(plane + first + i, left)), left)
-                                              : splat(0));
+    const int64_t first = number % run->tiles * TILE;
+    return (struct tile){number / run->tiles, first, least(TILE, run->pixels - first)};
+}
+
+/* What the product reads of `tiles` tiles, each `stride` numbers after the one before; 0 where there is no
+   pixel. Channel after channel, because a channel's pixels lie together in memory. */
+static void fill_tiles(
+    const struct pointwise_run *run, int64_t half, int64_t number, int64_t tiles, real *to, int64_t stride)
+{
+    const int64_t channels = run->p->channels_in;
+    for (int64_t c = 0; c < channels; c++, to += TILE)
+        for (int64_t t = 0; t < tiles; t++) {
+            const struct tile at = tile_at(run, number + t);
+            const real *plane = run->p->x + (at.image * channels + c) * run->pixels_in;
+            real *tile = to + t * stride;
+            if (run->pixel[half]) {
+                const int32_t *from = run->pixel[half] + at.first;
+                for (int64_t i = 0; i < TILE; i++)
+                    tile[i] = i < at.count && from[i] >= 0 ? plane[from[i]] : 0;
+                for (int64_t i = 0; i < TILE; i += LANES)
+                    store(tile + i, product_input(run, c, load(tile + i)));
+                for (int64_t i = 0; i < TILE; i++)
+                    if (i >= at.count || from[i] < 0)
+                        tile[i] = 0;
+                continue;
             }
-            continue;
-        }
-        const int32_t *from = run->pixel[half] + first;
-        if (run->whole_halves && count == run->tile) { /* pixels two apart, line by line */
-            for (int64_t i = 0, line; i < run->tile; i += line) {
-                line = least(run->tile - i, run->p->width_out - (first + i) % run->p->width_out);
-                const real *pixel = plane + from[i];
-                for (int64_t j = 0; j < line; j++)
-                    tile[i + j] = pixel[2 * j];
+            plane += at.first;
+            if (at.count == TILE) {
+                UNROLL for (int i = 0; i < TILE; i += LANES) store(tile + i, product_input(run, c, load(plane + i)));
+                continue;
             }
-            for (int64_t i = 0; i < run->tile; i += LANES)
-                store(tile + i, product_input(run, c, load(tile + i)));
-            continue;
+            for (int64_t i = 0; i < TILE; i += LANES) {
+                const int64_t left = at.count - i;
+                store(tile + i, left > 0 ? keep(product_input(run, c, load_n(plane + i, left)), least(left, LANES)) : splat(0));
+            }
         }
-        for (int64_t i = 0; i < run->tile; i++)
-            tile[i] = i < count && from[i] >= 0 ? plane[from[i]] : 0;
-        for (int64_t i = 0; i < run->tile; i += LANES)
-            store(tile + i, product_input(run, c, load(tile + i)));
-        for (int64_t i = 0; i < run->tile; i++)
-            if (i >= count || from[i] < 0)
-                tile[i] = 0;
-    }
+}
+
+/* How many tiles of `rows` channels fit the cache. */
+INLINE int64_t tiles_at_once(int64_t rows)
+{
+    return most(2, least(MOST_TILES, CACHED / (int64_t)sizeof(real) / (rows * TILE)));
 }
 
 static void forward_chunk(void *argument, int64_t chunk)
 {
     struct pointwise_run *run = argument;
     const struct pointwise *p = run->p;
-    real *tile = scratch(sizeof(real) * run->tile * (p->channels_in + run->filters));
-    if (!tile) {
-        run->failed = 1;
+    const int64_t size = TILE * p->channels_in, at_once = tiles_at_once(p->channels_in + run->filters);
+    real *tiles = scratch(sizeof(real) * (size * at_once + TILE * run->filters));
+    if (!tiles) {
+        __atomic_store_n(&run->failed, 1, __ATOMIC_RELAXED);
         return;
     }
-    real *aside = tile + run->tile * p->channels_in;
-    const int64_t all = p->n * run->tiles;
-    for (int64_t t = chunk * all / run->chunks; t < (chunk + 1) * all / run->chunks; t++) {
-        const int64_t image = t / run->tiles, first = t % run->tiles * run->tile, count = tile_pixels(run, first);
+    real *aside = tiles + size * at_once;
+    const int64_t all = p->n * run->tiles, end = (chunk + 1) * all / run->chunks;
+    for (int64_t first = chunk * all / run->chunks; first < end; first += at_once)
         for (int64_t h = 0; h < p->halves; h++) {
-            real *y = p->y + (image * p->channels_out + h * run->filters) * run->pixels + first;
-            fill_tile(run, h, image, first, tile);
-            const int whole = count == run->tile;
-            convolve(
-                tile, tile_start, run->tile_vectors, run->offset, p->channels_in, run->packed[h], run->filters,
-                whole ? y : aside, whole ? run->pixels : run->tile);
-            for (int64_t f = 0; f < run->filters && !whole; f++)
-                memcpy(y + f * run->pixels, aside + f * run->tile, count * sizeof(real));
+            const int64_t number = least(at_once, end - first);
+            fill_tiles(run, h, first, number, tiles, size);
+            for (int64_t t = 0; t < number; t++) {
+                const struct tile at = tile_at(run, first + t);
+                real *y = p->y + (at.image * p->channels_out + h * run->filters) * run->pixels + at.first;
+                const int whole = at.count == TILE;
+                convolve(
+                    tiles + t * size, tile_start, TILE_VECTORS, run->offset, p->channels_in, run->packed[h],
+                    run->filters, whole ? y : aside, whole ? run->pixels : TILE);
+                for (int64_t f = 0; f < run->filters && !whole; f++)
+                    memcpy(y + f * run->pixels, aside + f * TILE, at.count * sizeof(real));
+            }
         }
-    }
 }
 
 /* z = BN2(y) [+ residual] at `at` of a plane of channel c */
@@ -430,62 +439,46 @@ static void join_output_sums(struct pointwise_run *run)
     }
 }
 
-/* sums[c] += da and da * (x - mean1) of the chunk, c an input channel */
-static void write_tile_gradient(
-    const struct pointwise_run *run, int64_t half, int64_t image, int64_t first, int64_t c0, int64_t channels,
-    const real *grads, double *sums)
+/* From the product's gradients of `tiles` tiles that of x, or of a = BN1(x); in the latter case sums[2c] += da
+   and sums[2c + 1] += da * (x - mean1). */
+static void write_gradients(
+    const struct pointwise_run *run, int64_t half, int64_t number, int64_t tiles, const real *from, double *sums)
 {
     const struct pointwise *p = run->p;
-    const int64_t count = tile_pixels(run, first);
-    for (int64_t c = c0; c < c0 + channels; c++, grads += run->tile) {
-        const int64_t plane = (image * p->channels_in + c) * run->pixels_in;
-        const real mean = p->weight1 ? run->norm1[c].mean : 0;
+    const int64_t channels = p->channels_in;
+    for (int64_t c = 0; c < channels; c++, from += TILE) {
         vec total = splat(0), along = splat(0);
-        for (int64_t i = 0; i < count; i += LANES) {
-            const int64_t left = least(LANES, count - i);
-            real line[LANES];
-            vec x;
-            const int32_t *from = run->pixel[half] ? run->pixel[half] + first + i : NULL;
-            const int two_apart = from && run->whole_halves && left == LANES &&
-                                  (first + i) % p->width_out + LANES <= p->width_out;
-            if (two_apart) {
-                const real *pixel = p->x + plane + from[0];
-                for (int64_t j = 0; j < LANES; j++)
-                    line[j] = pixel[2 * j];
-                x = load(line);
-            } else if (from) {
-                for (int64_t j = 0; j < LANES; j++)
-                    line[j] = j < left && from[j] >= 0 ? p->x[plane + from[j]] : 0;
-                x = load(line);
-            } else
-                x = left == LANES ? load(p->x + plane + first + i) : load_part(p->x + plane + first + i, left);
-            vec da = load(grads + i);
-            if (p->signs) {
-                const vec a = p->weight1 ? normalised(x, run->norm1[c]) : x;
-                da = da * sign_slope(a);
-            }
-            if (two_apart) {
-                store(line, da);
-                real *pixel = p->grad_x + plane + from[0];
-                for (int64_t j = 0; j < LANES; j++)
-                    pixel[2 * j] = line[j];
-            } else if (from) {
-                store(line, da);
-                for (int64_t j = 0; j < LANES; j++) {
-                    if (j >= left || from[j] < 0)
-                        line[j] = 0;
-                    else
-                        p->grad_x[plane + from[j]] = line[j];
+        for (int64_t t = 0; t < tiles; t++) {
+            const struct tile at = tile_at(run, number + t);
+            const int64_t plane = (at.image * channels + c) * run->pixels_in;
+            const int32_t *pixel = run->pixel[half] ? run->pixel[half] + at.first : NULL;
+            for (int64_t i = 0; i < at.count; i += LANES) {
+                const int64_t left = least(LANES, at.count - i);
+                real line[LANES];
+                if (pixel)
+                    for (int64_t j = 0; j < LANES; j++)
+                        line[j] = j < left && pixel[i + j] >= 0 ? p->x[plane + pixel[i + j]] : 0;
+                const vec x = pixel ? load(line) : load_n(p->x + plane + at.first + i, left);
+                vec da = load(from + t * channels * TILE + i);
+                if (p->signs)
+                    da = da * sign_slope(p->weight1 ? normalised(x, run->norm1[c]) : x);
+                if (pixel) {
+                    store(line, da);
+                    for (int64_t j = 0; j < LANES; j++)
+                        if (j >= left || pixel[i + j] < 0)
+                            line[j] = 0;
+                        else
+                            p->grad_x[plane + pixel[i + j]] = line[j];
+                    da = load(line);
+                } else {
+                    da = left < LANES ? keep(da, left) : da;
+                    store_n(p->grad_x + plane + at.first + i, da, left);
                 }
-                da = load(line);
-            } else if (left == LANES)
-                store(p->grad_x + plane + first + i, da);
-            else
-                store_part(p->grad_x + plane + first + i, da = keep(da, left), left);
-            if (p->weight1) {
-                vec apart = x - splat(mean);
-                total = total + da;
-                along = fma(da, left == LANES ? apart : keep(apart, left), along);
+                if (p->weight1) {
+                    const vec apart = x - splat(run->norm1[c].mean);
+                    total = total + da;
+                    along = fma(da, left < LANES ? keep(apart, left) : apart, along);
+                }
             }
         }
         if (p->weight1) {
@@ -495,75 +488,125 @@ static void write_tile_gradient(
     }
 }
 
-enum { VECTORS_AT_ONCE = 64 };
+/* The gradient of y of `tiles` tiles; 0 where there is no pixel. */
+static void fill_gradients(
+    const struct pointwise_run *run, int64_t half, int64_t number, int64_t tiles, real *to, int64_t stride)
+{
+    for (int64_t f = 0; f < run->filters; f++, to += TILE) {
+        const int64_t c = half * run->filters + f;
+        const vec by_grad = splat(run->by_grad[c]), by_y = splat(run->by_y[c]), offset = splat(run->offset_y[c]);
+        for (int64_t t = 0; t < tiles; t++) {
+            const struct tile at = tile_at(run, number + t);
+            for (int64_t i = 0; i < TILE; i += LANES) {
+                const int64_t left = at.count - i;
+                vec grad = splat(0);
+                if (left > 0) {
+                    const struct output_gradient g = output_gradient(run, at.image, c, at.first + i, left);
+                    grad = fma(g.of_z, by_grad, fma(g.y, by_y, offset));
+                    if (left < LANES)
+                        grad = keep(grad, left);
+                }
+                store(to + t * stride + i, grad);
+            }
+        }
+    }
+}
+
+/* Where the sums of a chunk's weight gradient, a vector a weight, fit the cache, they are taken along the
+   pixels; else a few pixels at a time along the channels, from inputs that are transposed for it. */
+INLINE int along_pixels(const struct pointwise_run *run)
+{
+    return run->filters * run->p->channels_in * LANES * (int64_t)sizeof(real) <= CACHED / 2;
+}
+
+/* to (filters, cin) += the gradients (filters, pixels) times the transposed inputs (pixels, cin) of tiles of
+   `rows` channels: cin inputs, then the filters' gradients. `memory` takes (cin + MOST_FILTERS) * pixels +
+   MOST_FILTERS * cin numbers, cin rounded up to LANES. */
+static void add_transposed(
+    const real *panel, int64_t rows, int64_t cin, int64_t filters, int64_t tiles, real *memory, real *to)
+{
+    const int64_t wide = rounded_up(cin, LANES), pixels = tiles * TILE;
+    real *transposed = memory, *packed = transposed + wide * pixels, *sums = packed + MOST_FILTERS * pixels;
+    int32_t start[TILE_VECTORS], offset[MOST_TILES * TILE];
+    for (int64_t i = 0; i < pixels; i++)
+        offset[i] = (int32_t)(i * wide);
+    for (int64_t t = 0; t < tiles; t++)
+        for (int64_t c0 = 0; c0 < wide; c0 += LANES)
+            for (int64_t i = 0; i < TILE; i++) {
+                const real *from = panel + (t * rows + c0) * TILE + i;
+                real *line = transposed + (t * TILE + i) * wide + c0;
+                for (int64_t c = 0; c < LANES; c++)
+                    line[c] = c0 + c < cin ? from[c * TILE] : 0;
+            }
+    for (int64_t f = 0, block; f < filters; f += block) {
+        block = filter_block(filters - f);
+        for (int64_t t = 0; t < tiles; t++)
+            for (int64_t b = 0; b < block; b++) {
+                const real *from = panel + (t * rows + cin + f + b) * TILE;
+                for (int64_t i = 0; i < TILE; i++)
+                    packed[(t * TILE + i) * block + b] = from[i];
+            }
+        for (int64_t v = 0; v < wide / LANES; v += TILE_VECTORS) {
+            const int64_t vectors = least(TILE_VECTORS, wide / LANES - v);
+            for (int64_t i = 0; i < vectors; i++)
+                start[i] = (int32_t)((v + i) * LANES);
+            convolve(transposed, start, vectors, offset, pixels, packed, block, sums + v * LANES, wide);
+        }
+        for (int64_t b = 0; b < block; b++)
+            for (int64_t c = 0; c < cin; c++)
+                to[(f + b) * cin + c] += sums[b * wide + c];
+    }
+}
 
 static void backward_chunk(void *argument, int64_t chunk)
 {
     struct pointwise_run *run = argument;
     const struct pointwise *p = run->p;
     const int64_t cin = p->channels_in, filters = run->filters, rows = cin + filters, weights = cin * filters;
-    const int64_t tiles_at_once = VECTORS_AT_ONCE / run->tile_vectors;
-    /* tiles of inputs and, behind them, of gradients of y */
-    real *panel = scratch(
-        sizeof(real) * (tiles_at_once * rows * run->tile + MOST_FILTERS * TERMS_AT_ONCE * LANES + cin * run->tile));
+    const int64_t at_once = tiles_at_once(2 * cin + filters), wide = rounded_up(cin, LANES);
+    const int along = along_pixels(run);
+    const int64_t for_weights =
+        along ? p->halves * weights * LANES : (wide + MOST_FILTERS) * at_once * TILE + MOST_FILTERS * wide;
+    /* tiles of inputs and, behind them, of gradients of y; of gradients of the inputs */
+    real *panel = scratch(sizeof(real) * (at_once * (rows + cin) * TILE + for_weights));
     if (!panel) {
-        run->failed = 1;
+        __atomic_store_n(&run->failed, 1, __ATOMIC_RELAXED);
         return;
     }
-    real *sums = panel + tiles_at_once * rows * run->tile, *grads = sums + MOST_FILTERS * TERMS_AT_ONCE * LANES;
+    real *grads = panel + at_once * rows * TILE, *memory = grads + at_once * cin * TILE;
     real *grad_weight = run->partial_weight + chunk * p->halves * weights;
     double *input_sums = run->partial + chunk * cin * 2;
-    int32_t start[VECTORS_AT_ONCE];
-    for (int64_t i = 0; i < tiles_at_once * run->tile_vectors; i++)
-        start[i] = (int32_t)(i / run->tile_vectors * rows * run->tile + i % run->tile_vectors * LANES);
+    int32_t start[MOST_TILES * TILE_VECTORS];
+    for (int64_t i = 0; i < at_once * TILE_VECTORS; i++)
+        start[i] = (int32_t)(i / TILE_VECTORS * rows * TILE + i % TILE_VECTORS * LANES);
     memset(input_sums, 0, sizeof(double) * cin * 2);
     memset(grad_weight, 0, sizeof(real) * p->halves * weights);
+    if (along)
+        memset(memory, 0, sizeof(real) * for_weights);
     const int64_t all = p->n * run->tiles, end = (chunk + 1) * all / run->chunks;
-    for (int64_t t0 = chunk * all / run->chunks; t0 < end; t0 += tiles_at_once)
+    for (int64_t first = chunk * all / run->chunks; first < end; first += at_once)
         for (int64_t h = 0; h < p->halves; h++) {
-            const int64_t tiles = least(tiles_at_once, end - t0);
-            for (int64_t t = 0; t < tiles; t++) {
-                const int64_t image = (t0 + t) / run->tiles, first = (t0 + t) % run->tiles * run->tile;
-                real *inputs = panel + t * rows * run->tile, *of_y = inputs + cin * run->tile;
-                for (int64_t f = 0; f < filters; f++) {
-                    const int64_t c = h * filters + f;
-                    for (int64_t i = 0; i < run->tile; i += LANES) {
-                        const int64_t left = run->pixels - first - i;
-                        if (left <= 0) {
-                            store(of_y + f * run->tile + i, splat(0));
-                            continue;
-                        }
-                        const struct output_gradient g = output_gradient(run, image, c, first + i, left);
-                        vec grad = g.of_z * splat(run->by_grad[c]) + (g.y * splat(run->by_y[c]) + splat(run->offset_y[c]));
-                        if (left < LANES)
-                            grad = keep(grad, left);
-                        store(of_y + f * run->tile + i, grad);
-                    }
-                }
-                if (p->grad_weight[h])
-                    fill_tile(run, h, image, first, inputs);
-                if (p->grad_x) {
-                    convolve(of_y, tile_start, run->tile_vectors, run->offset, filters, run->transposed[h], cin, grads, run->tile);
-                    write_tile_gradient(run, h, image, first, 0, cin, grads, input_sums);
-                }
+            const int64_t tiles = least(at_once, end - first);
+            fill_gradients(run, h, first, tiles, panel + cin * TILE, rows * TILE);
+            if (p->grad_x) {
+                for (int64_t t = 0; t < tiles; t++)
+                    convolve(
+                        panel + (t * rows + cin) * TILE, tile_start, TILE_VECTORS, run->offset, filters,
+                        run->transposed[h], cin, grads + t * cin * TILE, TILE);
+                write_gradients(run, h, first, tiles, grads, input_sums);
             }
             if (!p->grad_weight[h])
                 continue;
-            real *to = grad_weight + h * weights;
-            for (int64_t f = 0, block; f < filters; f += block) {
-                block = filter_block(filters - f);
-                for (int64_t c = 0; c < cin; c += TERMS_AT_ONCE) {
-                    const int64_t terms = least(TERMS_AT_ONCE, cin - c);
-                    memset(sums, 0, sizeof(real) * block * terms * LANES);
-                    correlate(
-                        panel + (cin + f) * run->tile, run->tile, block, panel + c * run->tile, start, tiles * run->tile_vectors,
-                        run->offset, terms, sums);
-                    for (int64_t i = 0; i < block; i++)
-                        for (int64_t j = 0; j < terms; j++)
-                            to[(f + i) * cin + c + j] += sum(load(sums + (i * terms + j) * LANES));
-                }
-            }
+            fill_tiles(run, h, first, tiles, panel, rows * TILE);
+            if (along)
+                correlate(
+                    panel + cin * TILE, TILE, filters, panel, start, tiles * TILE_VECTORS, run->offset, cin,
+                    memory + h * weights * LANES);
+            else
+                add_transposed(panel, rows, cin, filters, tiles, memory, grad_weight + h * weights);
         }
+    for (int64_t i = 0; i < p->halves * weights && along; i++)
+        grad_weight[i] = sum(load(memory + i * LANES));
 }
 
 static void finish_input(void *argument, int64_t image)
@@ -665,4 +708,15 @@ static int run_pointwise(struct unit *u, int backward)
     const int result = (int)pointwise_backward(&p);
     free(of_residual);
     return result;
+}
+
+/* Both return 0, or -1 where there is no memory. */
+EXPORT int unit_forward(struct unit *u)
+{
+    return is_pointwise(u) ? run_pointwise(u, 0) : run_groups(u, forward_group);
+}
+
+EXPORT int unit_backward(struct unit *u)
+{
+    return is_pointwise(u) ? run_pointwise(u, 1) : run_groups(u, backward_group);
 }

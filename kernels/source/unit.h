@@ -570,10 +570,3 @@ static int run_groups(struct unit *u, task_function *run)
     free_plan(&plan);
     return u->failed ? -1 : 0;
 }
-
-/* Both return 0, or -1 where there is no memory. */
-static int is_pointwise(const struct unit *u);
-static int run_pointwise(struct unit *u, int backward);
-
-EXPORT int unit_forward(struct unit *u) { return is_pointwise(u) ? run_pointwise(u, 0) : run_groups(u, forward_group); }
-EXPORT int unit_backward(struct unit *u) { return is_pointwise(u) ? run_pointwise(u, 1) : run_groups(u, backward_group); }
