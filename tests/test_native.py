@@ -363,7 +363,7 @@ def test_under_sanitizers(path_name, tmp_path):
     environment = {
         **os.environ,
         "EBNAS_KERNEL": path_name,
-        "EBNAS_CFLAGS": "-O2 -fsanitize=address,undefined -fno-sanitize-recover=all",
+        "EBNAS_CFLAGS": "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all",
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",
         "XDG_CACHE_HOME": str(tmp_path),

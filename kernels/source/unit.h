@@ -423,7 +423,7 @@ static void input_gradient(
         for (int64_t p = 0; p < width; p += LANES) {
             const int64_t left = width - p;
             const vec of_x = load_n(x + p, left), centred = of_x - splat(norm.mean);
-            vec g = load(from + p);
+            vec g = load_n(from + p, left);
             if (signs) {
                 const vec passed = fma(absolute(normalised(of_x, norm)), splat(-2), splat(2));
                 g = g * if_less(passed, splat(0), splat(0), passed);
