@@ -202,7 +202,10 @@ class SourceOperations(nn.Module):
         if self.stride == 2:
             halves = reduced_halves(signs, self.skip)
             convolved.append(torch.cat([half.unflatten(1, (m, -1)) for half in halves], 2).flatten(1, 2))
-        convolved = self.norm(torch.cat(convolved, 1)).unflatten(1, (-1, m, x.shape[1]))
+        norm, convolved = self.norm, torch.cat(convolved, 1)
+        running = norm.running_mean, norm.running_var  # the batches of this BN are not counted
+        convolved = F.batch_norm(convolved, *running, None, None, self.training, norm.momentum, norm.eps)
+        convolved = convolved.unflatten(1, (-1, m, x.shape[1]))
         pools = [
             F.max_pool2d(x, 3, self.stride, 1),
             F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False),

@@ -234,9 +234,11 @@ def add_layout_flags(parser: Parser) -> None:
 
 
 def add_kernels_flag(parser: Parser) -> None:
+    from kernels import CHOICES
+
     parser.add_argument(
         "--kernels",
-        choices=("auto", "plain", "torch", "native"),
+        choices=CHOICES,
         default="auto",
         help="what computes, the same but for rounding: native, C for a CPU; torch, fewer and larger tensor "
         "operations; plain, the modules as they are read; auto: native on a CPU with a C compiler, or torch",

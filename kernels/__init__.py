@@ -26,6 +26,7 @@ fewer and larger tensor operations, `native` has C for what takes time, on a CPU
 class that a form does not have stays as it is."""
 
 CHOICES = ("auto", *FORMS)
+"""Of the flag --kernels."""
 
 _PLAIN = {fast: plain for form in FORMS.values() for plain, fast in form.items()}
 

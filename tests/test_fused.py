@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from baselines import make_config
 from binary_ops import WEIGHT_BINARIZATIONS, BinaryConv2d
 from genotypes import GENOTYPES, PRIMITIVES
 from kernels import accelerate, fused
@@ -231,6 +232,22 @@ def test_a_network_equals_its_modules():
     steps = [training_step(form, form, images) for form in (network, plain)]
     for ours, theirs in zip(*steps, strict=True):
         assert_close(ours, theirs, 1e-9)
+
+
+@pytest.mark.parametrize("form", ["torch", "native"])
+@pytest.mark.parametrize("family", ["cifar", "imagenet"])
+@pytest.mark.parametrize("arch", ["BATS", "BNAS-A", "DCP-NAS-L"])
+def test_the_other_systems_equal_their_modules(arch, family, form):
+    """All that a fast form has of them, and that it leaves the rest alone: values, gradients, all buffers."""
+    plain = build_model(make_config(arch, family=family, init_channels=24, layers=3, num_classes=4)).double()
+    network = accelerate(copy.deepcopy(plain), form)
+    size = 16 if family == "cifar" else 64
+    images = torch.randn(4, 3, size, size, dtype=torch.float64)
+    steps = [training_step(each, each, images) for each in (network, plain)]
+    for ours, theirs in zip(*steps, strict=True):
+        assert (ours is None) == (theirs is None)  # a weight behind a zero operation has no gradient
+        if ours is not None:
+            assert_close(ours, theirs, 1e-9)
 
 
 def test_a_network_is_one_graph():

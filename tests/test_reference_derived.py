@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from comparison.original_network import original_network
 from genotypes import genotype_from_dict
+from kernels import FORMS, accelerate
 from model import ModelConfig, build_model
 
 
@@ -20,7 +22,9 @@ def original_name(name: str) -> str:
     return re.sub(r"(head\.features)\.(\d+)", lambda match: f"{match[1]}.{int(match[2]) + 1}", name)
 
 
-@pytest.mark.parametrize("form", [lambda network: network, original_network], ids=["ours", "original"])
+@pytest.mark.parametrize(
+    "form", [*(partial(accelerate, form=name) for name in FORMS), original_network], ids=[*FORMS, "original"]
+)
 @pytest.mark.parametrize(
     ("file", "family", "bits"),
     [

@@ -1,4 +1,4 @@
-"""The fused supernet, the regularisers and the derived genotypes equal the original program's values."""
+"""The supernet in each form, the regularisers and the derived genotypes equal the original program."""
 
 import json
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from architect import edge_regularizer, path_regularizer
 from genotypes import EDGES, genotype_from_dict
+from kernels import FORMS, accelerate
 from model_search import LEAVING, SearchConfig, Supernet, derive_cell
 from operations import CONVOLUTIONS, SearchPreprocess, SourceOperations
 
@@ -72,10 +73,11 @@ def gradient_names(network: Supernet):
             yield gradients[base.data_ptr()][start : start + rows], name
 
 
-@pytest.fixture
-def reference():
+@pytest.fixture(params=FORMS)
+def reference(request):
     values = load("supernet")
     network = Supernet(SearchConfig(int(values["init_channels"]), int(values["layers"]))).double()
+    accelerate(network, request.param)
     named = list(reference_names(network))
     assert {f"state.{name}" for _, name in named} == {k for k in values.files if k.startswith("state.")}
     with torch.no_grad():
