@@ -1,6 +1,6 @@
 # make demo     search, stage 1, stage 2 and a result table on an embedded set of images, in minutes
 # make test     all tests but those of test-sanitizers
-# make test-sanitizers  every path of the packed kernel, compiled with address and undefined-behaviour sanitizers
+# make test-sanitizers  every path of the kernels, compiled with address and undefined-behaviour sanitizers
 # make test-arm the packed kernel of 64-bit ARM, NEON and plain C, under qemu: the tests of a path, and sanitizers
 # make wasm     the packed kernel for the browser, web/kernel.wasm: needs clang and lld
 # make lint     ruff
@@ -37,7 +37,7 @@ test: $(SETUP)
 
 test-sanitizers: export OMP_NUM_THREADS = 1
 test-sanitizers: $(SETUP)
-	$(PYTHON) -m pytest -q -m sanitizer tests
+	$(PYTHON) -m pytest -q -n auto --maxprocesses 8 -m sanitizer tests
 
 # all tests in which a kernel computes; then those of memory
 test-arm: export OMP_NUM_THREADS = 1
