@@ -26,15 +26,6 @@ struct unit {
     int64_t failed;    /* for want of memory */
 };
 
-INLINE vec load_n(const real *p, int64_t n) { return n >= LANES ? load(p) : load_part(p, n); }
-INLINE void store_n(real *p, vec v, int64_t n)
-{
-    if (n >= LANES)
-        store(p, v);
-    else
-        store_part(p, v, n);
-}
-
 /* A sum of many numbers: in vectors, which are added to a double before they grow long. */
 struct total {
     vec part;
@@ -142,63 +133,105 @@ static struct norm norm_again(
     return (struct norm){statistics[c], inverse_std, weight[c] * inverse_std, bias[c]};
 }
 
+/* What the convolution reads: BN's result, or its sign. */
+INLINE vec convolved(vec x, struct norm norm, const int signs)
+{
+    const vec a = normalised(x, norm);
+    return signs ? sign(a) : a;
+}
+
 /* What the convolution reads of a channel of one image, into its planes; `line` holds a line. */
-static void fill_input(
-    const struct unit *u, const real *x, struct norm norm, real *planes, real *restrict line)
+INLINE void fill_input_body(
+    const struct unit *u, const real *x, struct norm norm, real *planes, real *restrict line, const int signs)
 {
     const struct plan *plan = u->plan;
     const int64_t width = u->shape.width_in, height = u->shape.height_in;
-    const int strided = plan->phases > 1;
     real *to = planes + plan->origin;
-    for (int64_t i = 0; i < height; i++, x += width, to += plan->pitch) {
-        real *target = strided ? line : to;
-        int64_t p = 0;
-        for (; p + LANES <= width; p += LANES) {
-            const vec a = normalised(load(x + p), norm);
-            store(target + p, u->signs ? sign(a) : a);
+    if (plan->phases == 1) {
+        for (int64_t i = 0; i < height; i++, x += width, to += plan->pitch) {
+            int64_t p = 0;
+            for (; p + LANES <= width; p += LANES)
+                store(to + p, convolved(load(x + p), norm, signs));
+            if (p < width)
+                store(to + p, keep(convolved(load_part(x + p, width - p), norm, signs), width - p));
         }
-        if (p < width) {
-            const vec a = normalised(load_part(x + p, width - p), norm);
-            store(target + p, keep(u->signs ? sign(a) : a, width - p));
+    } else if (plan->shape.stride[1] == 2) {
+        const int64_t phase = plan->images * plan->plane, rows = plan->shape.stride[0];
+        for (int64_t i = 0; i < height; i++, x += width) {
+            real *even = to + i % rows * 2 * phase + i / rows * plan->pitch, *odd = even + phase;
+            int64_t p = 0;
+            for (; p + 2 * LANES <= width; p += 2 * LANES, even += LANES, odd += LANES) {
+                const vec a = convolved(load(x + p), norm, signs);
+                const vec b = convolved(load(x + p + LANES), norm, signs);
+                store(even, even_lanes(a, b));
+                store(odd, odd_lanes(a, b));
+            }
+            const int64_t left = width - p;
+            if (left > 0) {
+                const vec a = keep_n(convolved(load_n(x + p, left), norm, signs), left);
+                const vec b =
+                    keep_n(convolved(load_n(x + p + LANES, left - LANES), norm, signs), left - LANES);
+                store(even, even_lanes(a, b));
+                store(odd, odd_lanes(a, b));
+            }
         }
-        if (strided)
+    } else {
+        for (int64_t i = 0; i < height; i++, x += width) {
+            for (int64_t p = 0; p < width; p += LANES)
+                store_n(line + p, convolved(load_n(x + p, width - p), norm, signs), width - p);
             fill_line(plan, planes, i, line, width);
+        }
     }
+}
+
+static void fill_input(
+    const struct unit *u, const real *x, struct norm norm, real *planes, real *restrict line)
+{
+    if (u->signs)
+        fill_input_body(u, x, norm, planes, line, 1);
+    else
+        fill_input_body(u, x, norm, planes, line, 0);
 }
 
 /* 2x2 averages at stride 2 of one channel of an image; a window over an odd edge averages what it holds. */
 static void halve(const real *restrict x, int64_t height, int64_t width, real *restrict out)
 {
-    const int64_t across = (width + 1) / 2;
+    const int64_t across = (width + 1) / 2, pairs = width / 2;
     for (int64_t i = 0; i < height; i += 2, out += across) {
         const real *upper = x + i * width, *lower = upper + width;
-        if (i + 1 < height) {
-            for (int64_t j = 0; j < width / 2; j++)
-                out[j] = (((upper[2 * j] + upper[2 * j + 1]) + lower[2 * j]) + lower[2 * j + 1]) * (real)0.25;
-            if (width & 1)
-                out[width / 2] = (upper[width - 1] + lower[width - 1]) * (real)0.5;
-        } else {
-            for (int64_t j = 0; j < width / 2; j++)
-                out[j] = (upper[2 * j] + upper[2 * j + 1]) * (real)0.5;
-            if (width & 1)
-                out[width / 2] = upper[width - 1];
+        const int both = i + 1 < height;
+        for (int64_t j = 0; j < pairs; j += LANES) {
+            const int64_t left = 2 * (pairs - j), at = 2 * j;
+            const vec a = load_n(upper + at, left), b = load_n(upper + at + LANES, left - LANES);
+            vec total = even_lanes(a, b) + odd_lanes(a, b);
+            if (both) {
+                const vec c = load_n(lower + at, left), d = load_n(lower + at + LANES, left - LANES);
+                total = ((total + even_lanes(c, d)) + odd_lanes(c, d)) * splat((real)0.25);
+            } else
+                total = total * splat((real)0.5);
+            store_n(out + j, total, pairs - j);
         }
+        if (width & 1)
+            out[pairs] = both ? (upper[width - 1] + lower[width - 1]) * (real)0.5 : upper[width - 1];
     }
 }
 
 /* Add the gradient of halve(). */
 static void add_halved(const real *restrict grad, int64_t height, int64_t width, real *restrict grad_x)
 {
-    const int64_t across = (width + 1) / 2;
+    const int64_t across = (width + 1) / 2, pairs = width / 2;
     for (int64_t i = 0; i < height; i++, grad_x += width) {
         const real *from = grad + i / 2 * across;
         const real factor = (i | 1) < height ? (real)0.25 : (real)0.5;
-        for (int64_t j = 0; j < width / 2; j++) {
-            grad_x[2 * j] += from[j] * factor;
-            grad_x[2 * j + 1] += from[j] * factor;
+        for (int64_t j = 0; j < pairs; j += LANES) {
+            const int64_t left = 2 * (pairs - j);
+            const vec g = load_n(from + j, pairs - j) * splat(factor);
+            real *to = grad_x + 2 * j;
+            store_n(to, load_n(to, left) + first_pairs(g, g), left);
+            store_n(to + LANES, load_n(to + LANES, left - LANES) + last_pairs(g, g), left - LANES);
         }
         if (width & 1)
-            grad_x[width - 1] += from[width / 2] * (2 * factor);
+            grad_x[width - 1] += from[pairs] * (2 * factor);
     }
 }
 
@@ -253,20 +286,34 @@ static struct parts parts_of(const struct unit *u, int backward)
     return at;
 }
 
+INLINE void activate_part(
+    const real *y, const real *residual, int64_t left, struct norm norm, vec slope, vec shift, vec factor,
+    real *out, const int simple)
+{
+    vec z = normalised(load_n(y, left), norm);
+    if (residual)
+        z = z + load_n(residual, left);
+    vec result = if_less(splat(0), z, z, z * slope);
+    if (!simple)
+        result = (result + shift) * factor;
+    store_n(out, result, left);
+}
+
 static void activate(
     const real *y, const real *residual, int64_t size, struct norm norm, real slope, real shift, real factor,
     real *out, const int simple)
 {
-    for (int64_t p = 0; p < size; p += LANES) {
-        const int64_t left = size - p;
-        vec z = normalised(load_n(y + p, left), norm);
-        if (residual)
-            z = z + load_n(residual + p, left);
-        vec result = if_less(splat(0), z, z, z * splat(slope));
-        if (!simple)
-            result = (result + splat(shift)) * splat(factor);
-        store_n(out + p, result, left);
-    }
+    const vec slopes = splat(slope), shifts = splat(shift), factors = splat(factor);
+    int64_t p = 0;
+    if (residual && simple)
+        for (; p + LANES <= size; p += LANES)
+            activate_part(y + p, residual + p, LANES, norm, slopes, shifts, factors, out + p, 1);
+    else if (simple)
+        for (; p + LANES <= size; p += LANES)
+            activate_part(y + p, NULL, LANES, norm, slopes, shifts, factors, out + p, 1);
+    for (; p < size; p += LANES)
+        activate_part(
+            y + p, residual ? residual + p : NULL, size - p, norm, slopes, shifts, factors, out + p, simple);
 }
 
 static void forward_group(void *argument, int64_t group)
@@ -331,29 +378,39 @@ struct channel_sums {
 };
 
 /* Of one image and filter: z's gradient, and what it adds to the sums. */
+INLINE void activation_gradient_part(
+    const real *grad, const real *y, const real *residual, int64_t left, struct norm norm, vec slope,
+    vec factor, real *kept, struct channel_sums *s)
+{
+    const vec of_y = load_n(y, left), g = load_n(grad, left) * factor;
+    vec z = normalised(of_y, norm);
+    if (residual)
+        z = z + load_n(residual, left);
+    const vec grad_z = if_less(splat(0), z, g, g * slope);
+    store_n(kept, grad_z, left);
+    s->grad.part = s->grad.part + keep_n(grad_z, left);
+    s->grad_y.part = s->grad_y.part + keep_n(grad_z * (of_y - splat(norm.mean)), left);
+    s->slope.part = s->slope.part + keep_n(if_less(splat(0), z, splat(0), g * z), left);
+    s->shift.part = s->shift.part + keep_n(g, left);
+}
+
 static void activation_gradient(
     const real *grad, const real *y, const real *residual, int64_t size, struct norm norm, real slope,
     real factor, real *kept, struct channel_sums *sums)
 {
     struct channel_sums s = *sums;
-    for (int64_t p = 0; p < size; p += LANES) {
-        const int64_t left = size - p;
-        const vec of_y = load_n(y + p, left), g = load_n(grad + p, left) * splat(factor);
-        vec z = normalised(of_y, norm);
-        if (residual)
-            z = z + load_n(residual + p, left);
-        const vec grad_z = if_less(splat(0), z, g, g * splat(slope));
-        store_n(kept + p, grad_z, left);
-        vec along = grad_z * (of_y - splat(norm.mean)), of_slope = if_less(splat(0), z, splat(0), g * z);
-        if (left < LANES) {
-            along = keep(along, left);
-            of_slope = keep(of_slope, left);
-        }
-        s.grad.part = s.grad.part + (left < LANES ? keep(grad_z, left) : grad_z);
-        s.grad_y.part = s.grad_y.part + along;
-        s.slope.part = s.slope.part + of_slope;
-        s.shift.part = s.shift.part + (left < LANES ? keep(g, left) : g);
-    }
+    const vec slopes = splat(slope), factors = splat(factor);
+    int64_t p = 0;
+    if (residual)
+        for (; p + LANES <= size; p += LANES)
+            activation_gradient_part(
+                grad + p, y + p, residual + p, LANES, norm, slopes, factors, kept + p, &s);
+    else
+        for (; p + LANES <= size; p += LANES)
+            activation_gradient_part(grad + p, y + p, NULL, LANES, norm, slopes, factors, kept + p, &s);
+    if (p < size)
+        activation_gradient_part(
+            grad + p, y + p, residual ? residual + p : NULL, size - p, norm, slopes, factors, kept + p, &s);
     flush(&s.grad);
     flush(&s.grad_y);
     flush(&s.slope);
@@ -403,43 +460,72 @@ static void fill_grad(
     }
 }
 
+struct input_sums {
+    vec grad, along;
+};
+
+/* The gradient g of what the convolution reads becomes that of BN's result, and goes into BN's sums. */
+INLINE void pass_sign(
+    vec g, const real *x, int64_t left, struct norm norm, const int signs, real *grad_x,
+    struct input_sums *sums)
+{
+    const vec of_x = load_n(x, left), centred = of_x - splat(norm.mean);
+    if (signs) {
+        const vec passed = fma(absolute(normalised(of_x, norm)), splat(-2), splat(2));
+        g = g * if_less(passed, splat(0), splat(0), passed);
+    }
+    const vec product = g * centred;
+    sums->grad = sums->grad + keep_n(g, left);
+    sums->along = sums->along + keep_n(product, left);
+    store_n(grad_x, g, left);
+}
+
 /* From the convolution's data gradient, of one image and channel, that of a = BN1(x), and BN1's sums. */
-static void input_gradient(
+INLINE void input_gradient_body(
     const struct unit *u, const real *results, int64_t phase_stride, const real *x, struct norm norm,
-    real *grad_x, struct total *grad, struct total *along, real *restrict line)
+    real *grad_x, struct total *grad, struct total *along, real *restrict line, const int signs)
 {
     const struct plan *plan = u->plan;
     const int64_t *stride = plan->shape.stride, width = u->shape.width_in, height = u->shape.height_in;
-    const int signs = u->signs != 0;
-    vec grad_part = splat(0), along_part = splat(0);
+    struct input_sums sums = {splat(0), splat(0)};
     for (int64_t i = 0; i < height; i++, x += width, grad_x += width) {
         const real *from = results + i % stride[0] * stride[1] * phase_stride + i / stride[0] * plan->line;
-        if (stride[1] > 1) {
+        if (stride[1] == 2) {
+            const real *odd = from + phase_stride;
+            for (int64_t p = 0; p < width; p += 2 * LANES, from += LANES, odd += LANES) {
+                const vec e = load(from), o = load(odd);
+                const int64_t left = width - p;
+                pass_sign(first_pairs(e, o), x + p, left, norm, signs, grad_x + p, &sums);
+                if (left > LANES)
+                    pass_sign(
+                        last_pairs(e, o), x + p + LANES, left - LANES, norm, signs, grad_x + p + LANES, &sums);
+            }
+            continue;
+        }
+        if (stride[1] > 2) {
             for (int64_t b = 0; b < stride[1]; b++, from += phase_stride)
                 for (int64_t p = 0; p * stride[1] + b < width; p++)
                     line[p * stride[1] + b] = from[p];
             from = line;
         }
-        for (int64_t p = 0; p < width; p += LANES) {
-            const int64_t left = width - p;
-            const vec of_x = load_n(x + p, left), centred = of_x - splat(norm.mean);
-            vec g = load_n(from + p, left);
-            if (signs) {
-                const vec passed = fma(absolute(normalised(of_x, norm)), splat(-2), splat(2));
-                g = g * if_less(passed, splat(0), splat(0), passed);
-            }
-            vec product = g * centred;
-            if (left < LANES) {
-                g = keep(g, left);
-                product = keep(product, left);
-            }
-            grad_part = grad_part + g;
-            along_part = along_part + product;
-            store_n(grad_x + p, g, left);
-        }
+        int64_t p = 0;
+        for (; p + LANES <= width; p += LANES)
+            pass_sign(load(from + p), x + p, LANES, norm, signs, grad_x + p, &sums);
+        if (p < width)
+            pass_sign(load(from + p), x + p, width - p, norm, signs, grad_x + p, &sums);
     }
-    grad->sum += sum(grad_part);
-    along->sum += sum(along_part);
+    grad->sum += sum(sums.grad);
+    along->sum += sum(sums.along);
+}
+
+static void input_gradient(
+    const struct unit *u, const real *results, int64_t phase_stride, const real *x, struct norm norm,
+    real *grad_x, struct total *grad, struct total *along, real *restrict line)
+{
+    if (u->signs)
+        input_gradient_body(u, results, phase_stride, x, norm, grad_x, grad, along, line, 1);
+    else
+        input_gradient_body(u, results, phase_stride, x, norm, grad_x, grad, along, line, 0);
 }
 
 static void backward_group(void *argument, int64_t group)

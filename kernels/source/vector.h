@@ -15,6 +15,8 @@
      absolute(a)
      square_root(a)
      sum(v)                      of all lanes, in one order
+     even_lanes(a, b)            a[0], a[2], ..., b[0], b[2], ...; odd_lanes(a, b) the others
+     first_pairs(e, o)           e[0], o[0], e[1], o[1], ...; last_pairs(e, o) goes on where it ends
 
    The compiler must not contract a * b + c by itself (-ffp-contract=off): an expression then gives the same
    bits in every function that it is inlined into, so the backward pass finds the signs of the forward pass. */
@@ -75,6 +77,28 @@ INLINE vec if_less(vec a, vec b, vec x, vec y)
 INLINE vec if_nan(vec a, vec x, vec y) { return NAME(_mm512_mask_blend)(COMPARE(a, a, _CMP_UNORD_Q), y, x); }
 INLINE vec absolute(vec a) { return NAME(_mm512_abs)(a); }
 INLINE vec square_root(vec a) { return NAME(_mm512_sqrt)(a); }
+#if defined(DOUBLE)
+#define PICK(a, b, from, step)                                                                               \
+    _mm512_permutex2var_pd(                                                                                  \
+        a, _mm512_setr_epi64(PICKED(0, from, step), PICKED(1, from, step), PICKED(2, from, step),            \
+                             PICKED(3, from, step), PICKED(4, from, step), PICKED(5, from, step),            \
+                             PICKED(6, from, step), PICKED(7, from, step)), b)
+#else
+#define PICK(a, b, from, step)                                                                               \
+    _mm512_permutex2var_ps(                                                                                  \
+        a, _mm512_setr_epi32(PICKED(0, from, step), PICKED(1, from, step), PICKED(2, from, step),            \
+                             PICKED(3, from, step), PICKED(4, from, step), PICKED(5, from, step),            \
+                             PICKED(6, from, step), PICKED(7, from, step), PICKED(8, from, step),            \
+                             PICKED(9, from, step), PICKED(10, from, step), PICKED(11, from, step),          \
+                             PICKED(12, from, step), PICKED(13, from, step), PICKED(14, from, step),         \
+                             PICKED(15, from, step)), b)
+#endif
+/* lane i of the result: every other lane of a and b (step 2), or a pair's half (step 0) */
+#define PICKED(i, from, step) ((step) ? (from) + 2 * (i) : (from) + (i) / 2 + (i) % 2 * LANES)
+INLINE vec even_lanes(vec a, vec b) { return PICK(a, b, 0, 2); }
+INLINE vec odd_lanes(vec a, vec b) { return PICK(a, b, 1, 2); }
+INLINE vec first_pairs(vec e, vec o) { return PICK(e, o, 0, 0); }
+INLINE vec last_pairs(vec e, vec o) { return PICK(e, o, LANES / 2, 0); }
 
 #elif !defined(PLAIN_C) && defined(__AVX2__) && defined(__FMA__)
 
@@ -111,6 +135,22 @@ INLINE vec if_less(vec a, vec b, vec x, vec y) { return NAME(_mm256_blendv)(y, x
 INLINE vec if_nan(vec a, vec x, vec y) { return NAME(_mm256_blendv)(y, x, CMP(a, a, _CMP_UNORD_Q)); }
 INLINE vec absolute(vec a) { return NAME(_mm256_andnot)(splat((real)-0.0), a); }
 INLINE vec square_root(vec a) { return NAME(_mm256_sqrt)(a); }
+#define QUARTERS(v) (vec) _mm256_permute4x64_pd((__m256d)(v), 0xd8) /* the middle two quarters change places */
+#if defined(DOUBLE)
+INLINE vec even_lanes(vec a, vec b) { return QUARTERS(_mm256_unpacklo_pd(a, b)); }
+INLINE vec odd_lanes(vec a, vec b) { return QUARTERS(_mm256_unpackhi_pd(a, b)); }
+#else
+INLINE vec even_lanes(vec a, vec b) { return QUARTERS(_mm256_shuffle_ps(a, b, 0x88)); }
+INLINE vec odd_lanes(vec a, vec b) { return QUARTERS(_mm256_shuffle_ps(a, b, 0xdd)); }
+#endif
+INLINE vec first_pairs(vec e, vec o)
+{
+    return NAME(_mm256_permute2f128)(NAME(_mm256_unpacklo)(e, o), NAME(_mm256_unpackhi)(e, o), 0x20);
+}
+INLINE vec last_pairs(vec e, vec o)
+{
+    return NAME(_mm256_permute2f128)(NAME(_mm256_unpacklo)(e, o), NAME(_mm256_unpackhi)(e, o), 0x31);
+}
 
 #else /* 16 bytes: NEON, or what the compiler makes of vector types */
 
@@ -172,6 +212,18 @@ INLINE vec choose(mask m, vec x, vec y) { return (vec)(((mask)x & m) | ((mask)y 
 INLINE vec if_less(vec a, vec b, vec x, vec y) { return choose((mask)(a < b), x, y); }
 INLINE vec if_nan(vec a, vec x, vec y) { return choose((mask)(a == a), y, x); }
 INLINE vec absolute(vec a) { return (vec)((mask)a & ~(mask)splat((real)-0.0)); }
+INLINE vec picked(vec a, vec b, int from, int step, int across)
+{
+    real both[2 * LANES], lane[LANES];
+    store(both, a);
+    store(both + LANES, b);
+    UNROLL for (int i = 0; i < LANES; i++) lane[i] = both[across ? from + i / 2 + i % 2 * LANES : from + i * step];
+    return load(lane);
+}
+INLINE vec even_lanes(vec a, vec b) { return picked(a, b, 0, 2, 0); }
+INLINE vec odd_lanes(vec a, vec b) { return picked(a, b, 1, 2, 0); }
+INLINE vec first_pairs(vec e, vec o) { return picked(e, o, 0, 0, 1); }
+INLINE vec last_pairs(vec e, vec o) { return picked(e, o, LANES / 2, 0, 1); }
 
 #endif
 
@@ -186,6 +238,17 @@ INLINE real sum(vec v)
             lane[i] += lane[i + half];
     return lane[0];
 }
+
+/* The first n numbers, n of any sign: whole vectors where n allows it, and 0 where it is not above 0. */
+INLINE vec load_n(const real *p, int64_t n) { return n >= LANES ? load(p) : n > 0 ? load_part(p, n) : splat(0); }
+INLINE void store_n(real *p, vec v, int64_t n)
+{
+    if (n >= LANES)
+        store(p, v);
+    else if (n > 0)
+        store_part(p, v, n);
+}
+INLINE vec keep_n(vec v, int64_t n) { return n >= LANES ? v : n > 0 ? keep(v, n) : splat(0); }
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
