@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn import functional as F
 
 from binary_ops import RPReLU
 from kernels.fused import Convolution, FusedReduce, FusedUnit, count_batches
@@ -61,6 +62,36 @@ def unit(
             running = [bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var]
             torch._foreach_lerp_(running, of_batch, bn1.momentum)
     return y
+
+
+def conv_norm(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, *, relu: bool) -> Tensor:
+    """[ReLU](BN(conv(x))) of a full-precision convolution without bias. Keeps x and the convolution's result.
+    Running statistics are updated, and the batch is counted."""
+    count_batches([bn])
+    settings = [*conv.stride, *conv.padding, *conv.dilation, conv.groups, bn.training, relu]
+    running = (None, None) if bn.training else (bn.running_mean, bn.running_var)
+    y, moments = _ConvNorm.apply(settings, bn.eps, running, x, conv.weight, bn.weight, bn.bias)
+    if bn.training:
+        with torch.no_grad():
+            running = [bn.running_mean, bn.running_var]
+            torch._foreach_lerp_(running, [moments[0], moments[2]], bn.momentum)
+    return y
+
+
+class _ConvNorm(Function):
+    @staticmethod
+    def forward(ctx, settings, eps, running, x, weight, w, b):
+        out, y, moments = torch.ops.ebnas.conv_norm(x, weight, w, b, *running, settings, eps)
+        ctx.settings = settings
+        ctx.save_for_backward(x, weight, w, b, y, moments)
+        ctx.mark_non_differentiable(moments)
+        return out, moments
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        wanted = ctx.needs_input_grad[3]
+        of_x, *gradients = torch.ops.ebnas.conv_norm_backward(grad, *ctx.saved_tensors, wanted, ctx.settings)
+        return None, None, None, of_x if wanted else None, *gradients
 
 
 class _Unit(Function):
@@ -167,7 +198,8 @@ class _Pointwise(Function):
         return None, None, None, *(g if p else None for g, p in zip(gradients, present, strict=True))
 
 
-# The operators. `settings`: stride, padding and dilation (two each), groups, signs, residual kind, training.
+# The operators. `settings`: stride, padding and dilation (two each), groups; of a unit signs, residual kind,
+# training, of conv_norm training, relu.
 
 _LIBRARY = torch.library.Library("ebnas", "FRAGMENT")
 _LIBRARY.define(
@@ -193,6 +225,14 @@ _LIBRARY.define(
     "Tensor? weight1, Tensor? bias1, Tensor? weight2, Tensor? bias2, "
     "Tensor y, Tensor moments1, Tensor moments2, bool shifts, bool[] wanted, bool[] settings) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "conv_norm(Tensor x, Tensor weight, Tensor weight2, Tensor bias2, Tensor? mean2, Tensor? var2, "
+    "int[] settings, float eps) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "conv_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor weight2, Tensor bias2, Tensor y, "
+    "Tensor moments2, bool wanted, int[] settings) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define("pool(Tensor x, int stride, bool average) -> Tensor")
 _LIBRARY.define("pool_backward(Tensor grad, Tensor? x, SymInt[] size, int stride, bool average) -> Tensor")
@@ -231,7 +271,7 @@ class _UnitCall(ctypes.Structure):
     _integers = (
         *("n", "channels_in", "channels_out", "groups", "height_in", "width_in", "height_out", "width_out"),
         *("kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w"),
-        *("dilation_h", "dilation_w", "signs", "residual_kind", "training", "threads"),
+        *("dilation_h", "dilation_w", "signs", "residual_kind", "training", "threads", "relu"),
     )
     _pointers = (
         *("x", "residual", "weight", "slope", "shift", "factor"),
@@ -243,7 +283,7 @@ class _UnitCall(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in _integers]
     _fields_ += [("eps", ctypes.c_double)]
     _fields_ += [(name, ctypes.c_void_p) for name in _pointers]
-    _fields_ += [("plan", ctypes.c_void_p), ("failed", ctypes.c_int64)]
+    _fields_ += [("plan", ctypes.c_void_p), ("tasks", ctypes.c_int64), ("failed", ctypes.c_int64)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -373,6 +413,46 @@ def _unit_backward_fake(
     )
 
 
+def _conv_norm_call(x: Tensor, weight: Tensor, settings: Sequence[int], size: torch.Size, **pointers):
+    *geometry, training, relu = settings
+    call = _call(x, weight, [*geometry, False, NO_RESIDUAL, training], size, **pointers)
+    call.relu = relu
+    return call
+
+
+def _conv_norm(x, weight, w2, b2, mean2, var2, settings, eps):
+    out, y, moments = _conv_norm_fake(x, weight, w2, b2, mean2, var2, settings, eps)
+    x, weight = _contiguous(x, weight)
+    call = _conv_norm_call(x, weight, settings, out.shape, weight2=w2, bias2=b2, mean2=mean2, var2=var2)
+    _point(call, statistics2=moments, y=y, out=out)
+    call.eps = eps
+    run(library(x.dtype).unit_forward, call)
+    return out, y, moments
+
+
+def _conv_norm_fake(x, weight, w2, b2, mean2, var2, settings, eps):
+    size = _result_size(x.shape[2:], weight.shape[2:], tuple(settings[:6]))
+    shape = x.shape[0], weight.shape[0], *size
+    return x.new_empty(shape), x.new_empty(shape), x.new_empty((3, weight.shape[0]))
+
+
+def _conv_norm_backward(grad, x, weight, w2, b2, y, moments2, wanted, settings):
+    gradients = _conv_norm_backward_fake(grad, x, weight, w2, b2, y, moments2, wanted, settings)
+    grad, x, weight = _contiguous(grad, x, weight)
+    call = _conv_norm_call(
+        x, weight, settings, y.shape, weight2=w2, bias2=b2, statistics2=moments2, y=y, grad=grad
+    )
+    of_x, of_weight, of_w2, of_b2 = gradients
+    _point(call, grad_x=of_x if wanted else None, grad_weight=of_weight, grad_weight2=of_w2, grad_bias2=of_b2)
+    run(library(x.dtype).unit_backward, call)
+    return gradients
+
+
+def _conv_norm_backward_fake(grad, x, weight, w2, b2, y, moments2, wanted, settings):
+    contiguous = weight.new_empty(weight.shape)
+    return x.new_empty(x.shape if wanted else 0), contiguous, torch.empty_like(w2), torch.empty_like(b2)
+
+
 def _pointwise(x, weight, odd, slope, shift, w1, b1, w2, b2, mean1, var1, mean2, var2, settings, eps):
     out, y, moments1, moments2 = _pointwise_fake(
         x, weight, odd, slope, shift, w1, b1, w2, b2, mean1, var1, mean2, var2, settings, eps
@@ -482,6 +562,8 @@ for _name, _real, _fake in (
     ("unit_backward", _unit_backward, _unit_backward_fake),
     ("pointwise", _pointwise, _pointwise_fake),
     ("pointwise_backward", _pointwise_backward, _pointwise_backward_fake),
+    ("conv_norm", _conv_norm, _conv_norm_fake),
+    ("conv_norm_backward", _conv_norm_backward, _conv_norm_backward_fake),
     ("pool", _pool, _pool_fake),
     ("pool_backward", _pool_backward, _pool_backward_fake),
 ):
@@ -522,5 +604,31 @@ class NativePool(Pool):
         return (max_pool if self.kind == "max" else avg_pool)(x, self.stride)
 
 
-NATIVE = {BinaryUnit: NativeUnit, FactorizedReduce: NativeReduce, Pool: NativePool}
+class NativeSequential(nn.Sequential):
+    """Stems and the like: a convolution with its BN, and a ReLU after it, are one operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        modules = list(self)
+        while modules:
+            module, *modules = modules
+            if not isinstance(module, nn.Conv2d) or not modules or not _may_join(module, modules[0]):
+                x = module(x)
+            elif module.padding == (0, 0) and x.shape[2:] == module.kernel_size and module.groups == 1:
+                x = F.linear(x.flatten(1), module.weight.flatten(1))[:, :, None, None]  # one pixel each
+            else:
+                bn, *modules = modules
+                relu = bool(modules) and type(modules[0]) is nn.ReLU
+                x = conv_norm(x, module, bn, relu=relu)
+                modules = modules[relu:]
+        return x
+
+
+def _may_join(conv: nn.Conv2d, bn: nn.Module) -> bool:
+    """Whether a convolution larger than 1x1 and the BN after it are what `conv_norm` computes."""
+    usual = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    usual = usual and type(bn) is nn.BatchNorm2d and bn.affine and bn.track_running_stats
+    return usual and conv.bias is None and conv.kernel_size != (1, 1) and bn.momentum is not None
+
+
+NATIVE = {nn.Sequential: NativeSequential, BinaryUnit: NativeUnit, FactorizedReduce: NativeReduce, Pool: NativePool}
 """By plain class, the one whose instances compute the same in C."""

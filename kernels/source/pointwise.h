@@ -676,7 +676,7 @@ EXPORT int64_t pointwise_backward(const struct pointwise *p)
 static int is_pointwise(const struct unit *u)
 {
     const struct shape *s = &u->shape;
-    return s->groups == 1 && s->kernel[0] == 1 && s->kernel[1] == 1 && s->stride[0] == 1 && s->stride[1] == 1 &&
+    return u->weight1 && u->slope && s->groups == 1 && s->kernel[0] == 1 && s->kernel[1] == 1 && s->stride[0] == 1 && s->stride[1] == 1 &&
            s->padding[0] == 0 && s->padding[1] == 0;
 }
 

@@ -11,18 +11,23 @@
 
 enum residual_kind { NONE, INPUT, HALVED_INPUT, TENSOR };
 
-/* statistics1 (3, channels_in) and statistics2 (3, channels_out): mean, 1 / std, unbiased variance. */
+/* What may be missing (NULL): BN1 (`weight1`; then x is what is convolved, or its sign); PReLU (`slope`; then
+   ReLU or nothing); the shift; a factor for each sample of the result; in the backward pass x's gradient, where
+   there is no BN1.
+
+   statistics1 (3, channels_in) and statistics2 (3, channels_out): mean, 1 / std, unbiased variance. */
 struct unit {
     struct shape shape;
-    int64_t signs, residual_kind, training, threads;
+    int64_t signs, residual_kind, training, threads, relu /* where there is no slope */;
     double eps;
-    const real *x, *residual, *weight, *slope, *shift /* or NULL */, *factor /* [n] of the result, or NULL */;
+    const real *x, *residual, *weight, *slope, *shift, *factor;
     const real *weight1, *bias1, *mean1, *var1, *weight2, *bias2, *mean2, *var2; /* running, if not training */
     real *statistics1, *statistics2, *y, *out;
     const real *grad; /* of out; from here on for the backward pass */
     real *grad_x, *grad_residual, *grad_weight, *grad_slope, *grad_shift;
     real *grad_weight1, *grad_bias1, *grad_weight2, *grad_bias2;
     struct plan *plan; /* from here on set by the functions below */
+    int64_t tasks;     /* a group each, or where nothing is summed over its filters, a part of a group's */
     int64_t failed;    /* for want of memory */
 };
 
@@ -286,43 +291,56 @@ static struct parts parts_of(const struct unit *u, int backward)
     return at;
 }
 
+/* PReLU is all that is done to z; or with RELU, ReLU; or FULL, PReLU, the shift and the factor. */
+enum activation { PRELU, RELU, FULL };
+
 INLINE void activate_part(
     const real *y, const real *residual, int64_t left, struct norm norm, vec slope, vec shift, vec factor,
-    real *out, const int simple)
+    real *out, const enum activation activation)
 {
     vec z = normalised(load_n(y, left), norm);
     if (residual)
         z = z + load_n(residual, left);
-    vec result = if_less(splat(0), z, z, z * slope);
-    if (!simple)
+    vec result;
+    if (activation == RELU)
+        result = if_less(z, splat(0), splat(0), z);
+    else
+        result = if_less(splat(0), z, z, z * slope);
+    if (activation == FULL)
         result = (result + shift) * factor;
     store_n(out, result, left);
 }
 
 static void activate(
     const real *y, const real *residual, int64_t size, struct norm norm, real slope, real shift, real factor,
-    real *out, const int simple)
+    real *out, enum activation activation)
 {
     const vec slopes = splat(slope), shifts = splat(shift), factors = splat(factor);
     int64_t p = 0;
-    if (residual && simple)
+    if (activation == PRELU && residual)
         for (; p + LANES <= size; p += LANES)
-            activate_part(y + p, residual + p, LANES, norm, slopes, shifts, factors, out + p, 1);
-    else if (simple)
+            activate_part(y + p, residual + p, LANES, norm, slopes, shifts, factors, out + p, PRELU);
+    else if (activation == PRELU)
         for (; p + LANES <= size; p += LANES)
-            activate_part(y + p, NULL, LANES, norm, slopes, shifts, factors, out + p, 1);
+            activate_part(y + p, NULL, LANES, norm, slopes, shifts, factors, out + p, PRELU);
+    else if (activation == RELU)
+        for (; p + LANES <= size; p += LANES)
+            activate_part(y + p, NULL, LANES, norm, slopes, shifts, factors, out + p, RELU);
     for (; p < size; p += LANES)
         activate_part(
-            y + p, residual ? residual + p : NULL, size - p, norm, slopes, shifts, factors, out + p, simple);
+            y + p, residual ? residual + p : NULL, size - p, norm, slopes, shifts, factors, out + p,
+            activation);
 }
 
-static void forward_group(void *argument, int64_t group)
+static const struct norm no_norm = {0, 1, 1, 0};
+
+static void forward_group(void *argument, int64_t task)
 {
     struct unit *u = argument;
     const struct plan *plan = u->plan;
     const struct shape *s = &u->shape;
     const int64_t in = s->height_in * s->width_in, out = s->height_out * s->width_out;
-    const int64_t first_in = group * plan->cin, first_out = group * plan->cout;
+    const int64_t first_in = task * s->groups / u->tasks * plan->cin, first_out = task * plan->cout;
     const int64_t terms = plan->cin * plan->taps, of_image = plan->vectors / plan->images;
     const struct parts at = parts_of(u, 0);
     real *memory = scratch((at.end + plan->cin * sizeof(struct norm)) * sizeof(real));
@@ -334,9 +352,10 @@ static void forward_group(void *argument, int64_t group)
     struct norm *norms = (struct norm *)(memory + at.end);
 
     for (int64_t c = 0; c < plan->cin; c++)
-        norms[c] = norm_of(
-            u, u->x, s->channels_in, first_in + c, in, u->weight1, u->bias1, u->mean1, u->var1,
-            u->statistics1);
+        norms[c] = !u->weight1 ? no_norm
+                               : norm_of(
+                                     u, u->x, s->channels_in, first_in + c, in, u->weight1, u->bias1, u->mean1,
+                                     u->var1, u->statistics1);
     clear_planes(inputs, plan, plan->cin, plan->phases);
     pack_weights(plan, u->weight + first_out * terms, packed);
     const int direct = plan->images == 1 && plan->line == s->width_out && plan->image == out;
@@ -361,13 +380,14 @@ static void forward_group(void *argument, int64_t group)
     for (int64_t f = first_out; f < first_out + plan->cout; f++) {
         const struct norm norm = norm_of(
             u, u->y, s->channels_out, f, out, u->weight2, u->bias2, u->mean2, u->var2, u->statistics2);
-        const real slope = u->slope[f], shift = u->shift ? u->shift[f] : 0;
+        const real slope = u->slope ? u->slope[f] : 1, shift = u->shift ? u->shift[f] : 0;
+        const enum activation activation = u->shift || u->factor ? FULL : u->slope || !u->relu ? PRELU : RELU;
         for (int64_t n = 0; n < s->n; n++) {
             const int64_t place = (n * s->channels_out + f) * out;
             const real *residual = residual_of(u, n, f, memory + at.halved);
             activate(
                 u->y + place, residual, out, norm, slope, shift, u->factor ? u->factor[n] : 1, u->out + place,
-                !u->shift && !u->factor);
+                activation);
         }
     }
 }
@@ -528,13 +548,13 @@ static void input_gradient(
         input_gradient_body(u, results, phase_stride, x, norm, grad_x, grad, along, line, 0);
 }
 
-static void backward_group(void *argument, int64_t group)
+static void backward_group(void *argument, int64_t task)
 {
     struct unit *u = argument;
     const struct plan *plan = u->plan;
     const struct shape *s = &u->shape;
     const int64_t in = s->height_in * s->width_in, out = s->height_out * s->width_out;
-    const int64_t first_in = group * plan->cin, first_out = group * plan->cout;
+    const int64_t first_in = task * s->groups / u->tasks * plan->cin, first_out = task * plan->cout;
     const int64_t terms = plan->cin * plan->taps, of_image = plan->vectors / plan->images;
     const struct parts at = parts_of(u, 1);
     const size_t of_norms = plan->cin * (sizeof(struct norm) + 2 * sizeof(struct total)) +
@@ -561,18 +581,21 @@ static void backward_group(void *argument, int64_t group)
             const int64_t place = (n * s->channels_out + f) * out;
             activation_gradient(
                 u->grad + place, u->y + place, residual_of(u, n, f, memory + at.halved), out, norm,
-                u->slope[f], u->factor ? u->factor[n] : 1, kept + n * kept_image + i * out, &of_channel);
+                u->slope ? u->slope[f] : !u->relu, u->factor ? u->factor[n] : 1, kept + n * kept_image + i * out, &of_channel);
         }
         through[i] = norm_gradient(
             u, norm, of_channel.grad.sum, of_channel.grad_y.sum, (double)(s->n * out), &u->grad_weight2[f],
             &u->grad_bias2[f]);
-        u->grad_slope[f] = (real)of_channel.slope.sum;
+        if (u->grad_slope)
+            u->grad_slope[f] = (real)of_channel.slope.sum;
         if (u->grad_shift)
             u->grad_shift[f] = (real)of_channel.shift.sum;
     }
 
     for (int64_t c = 0; c < plan->cin; c++) {
-        norms[c] = norm_again(u->statistics1, s->channels_in, first_in + c, u->weight1, u->bias1);
+        norms[c] = !u->weight1
+                       ? no_norm
+                       : norm_again(u->statistics1, s->channels_in, first_in + c, u->weight1, u->bias1);
         grad_of[c] = along_of[c] = (struct total){0};
     }
     clear_planes(inputs, plan, plan->cin, plan->phases);
@@ -601,6 +624,8 @@ static void backward_group(void *argument, int64_t group)
         correlate(
             grads, plan->images * plan->plane, plan->cout, inputs, plan->start, vectors, plan->offset, terms,
             sums);
+        if (!u->grad_x)
+            continue;
         real *grad_x = u->grad_x + (n * s->channels_in + first_in) * in;
         const int64_t stride = direct ? in : plan->vectors * LANES;
         next = packed;
@@ -623,7 +648,7 @@ static void backward_group(void *argument, int64_t group)
     for (int64_t i = 0; i < plan->cout * terms; i++)
         u->grad_weight[first_out * terms + i] = sum(load(sums + i * LANES));
 
-    for (int64_t i = 0; i < plan->cin; i++) {
+    for (int64_t i = 0; i < plan->cin && u->weight1; i++) {
         const int64_t c = first_in + i;
         const struct norm_gradient g = norm_gradient(
             u, norms[i], grad_of[i].sum, along_of[i].sum, (double)(s->n * in), &u->grad_weight1[c],
@@ -645,14 +670,28 @@ static void backward_group(void *argument, int64_t group)
     }
 }
 
+/* How many tasks share the filters of a group: one, where channels have sums over them. */
+static int64_t parts_of_group(int64_t filters, int shared)
+{
+    static const int64_t sizes[] = {12, 6, 8, 4, 10, 5, 9, 3, 7, 2};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes && !shared; i++)
+        if (filters % sizes[i] == 0)
+            return filters / sizes[i];
+    return shared ? 1 : filters;
+}
+
 static int run_groups(struct unit *u, task_function *run)
 {
     struct plan plan;
-    if (plan_convolution(&plan, &u->shape))
+    struct shape shape = u->shape;
+    const int64_t parts = parts_of_group(shape.channels_out / shape.groups, u->weight1 || u->grad_x);
+    shape.channels_out /= parts;
+    if (plan_convolution(&plan, &shape))
         return -1;
     u->plan = &plan;
+    u->tasks = shape.groups * parts;
     u->failed = 0;
-    parallel_for(u->shape.groups, u->threads, run, u);
+    parallel_for(u->tasks, u->threads, run, u);
     free_plan(&plan);
     return u->failed ? -1 : 0;
 }
