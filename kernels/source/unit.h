@@ -431,10 +431,6 @@ static void activation_gradient(
     if (p < size)
         activation_gradient_part(
             grad + p, y + p, residual ? residual + p : NULL, size - p, norm, slopes, factors, kept + p, &s);
-    flush(&s.grad);
-    flush(&s.grad_y);
-    flush(&s.slope);
-    flush(&s.shift);
     *sums = s;
 }
 
@@ -534,8 +530,8 @@ INLINE void input_gradient_body(
         if (p < width)
             pass_sign(load(from + p), x + p, width - p, norm, signs, grad_x + p, &sums);
     }
-    grad->sum += sum(sums.grad);
-    along->sum += sum(sums.along);
+    grad->part = grad->part + sums.grad;
+    along->part = along->part + sums.along;
 }
 
 static void input_gradient(
@@ -577,11 +573,18 @@ static void backward_group(void *argument, int64_t task)
         const int64_t f = first_out + i;
         const struct norm norm = norm_again(u->statistics2, s->channels_out, f, u->weight2, u->bias2);
         struct channel_sums of_channel = {0};
+        const int64_t flushed = most(1, LONGEST_PART * LANES / out); /* after so many images */
         for (int64_t n = 0; n < s->n; n++) {
             const int64_t place = (n * s->channels_out + f) * out;
             activation_gradient(
                 u->grad + place, u->y + place, residual_of(u, n, f, memory + at.halved), out, norm,
                 u->slope ? u->slope[f] : !u->relu, u->factor ? u->factor[n] : 1, kept + n * kept_image + i * out, &of_channel);
+            if ((n + 1) % flushed == 0 || n + 1 == s->n) {
+                flush(&of_channel.grad);
+                flush(&of_channel.grad_y);
+                flush(&of_channel.slope);
+                flush(&of_channel.shift);
+            }
         }
         through[i] = norm_gradient(
             u, norm, of_channel.grad.sum, of_channel.grad_y.sum, (double)(s->n * out), &u->grad_weight2[f],
@@ -636,7 +639,7 @@ static void backward_group(void *argument, int64_t task)
                 direct ? grad_x : results + p * plan->cin * stride, stride);
             next += plan->cin * plan->cout * phase->taps;
         }
-        for (int64_t c = 0; c < plan->cin; c++)
+        for (int64_t c = 0; c < plan->cin; c++) {
             for (int64_t i = 0; i < images; i++) {
                 const int64_t place = (i * s->channels_in + c) * in;
                 input_gradient(
@@ -644,6 +647,9 @@ static void backward_group(void *argument, int64_t task)
                     u->x + (n * s->channels_in + first_in) * in + place, norms[c], grad_x + place,
                     &grad_of[c], &along_of[c], line);
             }
+            flush(&grad_of[c]);
+            flush(&along_of[c]);
+        }
     }
     for (int64_t i = 0; i < plan->cout * terms; i++)
         u->grad_weight[first_out * terms + i] = sum(load(sums + i * LANES));

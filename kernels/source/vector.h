@@ -21,6 +21,7 @@
    The compiler must not contract a * b + c by itself (-ffp-contract=off): an expression then gives the same
    bits in every function that it is inlined into, so the backward pass finds the signs of the forward pass. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -36,10 +37,12 @@
 
 #if defined(DOUBLE)
 typedef double real;
+#define LOWEST -DBL_MAX
 typedef int64_t bits;
 #define NAME(f) f##_pd
 #else
 typedef float real;
+#define LOWEST -FLT_MAX
 typedef int32_t bits;
 #define NAME(f) f##_ps
 #endif
