@@ -46,6 +46,7 @@ struct pointwise_run {
     int64_t failed;                /* there was no memory */
     int32_t *offset;               /* [largest number of channels]: i * TILE */
     int32_t *pixel[2];             /* of a half: where each pixel of the result reads; -1: nowhere */
+    int by_pairs;                  /* LANES of these are always every other pixel of a line of x */
     real *packed[2], *transposed[2];
     struct norm *norm1, *norm2;
     real *by_grad, *by_y, *offset_y;       /* the gradient of y is by_grad * gz + by_y * y + offset_y */
@@ -122,6 +123,7 @@ static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p,
     run->pixels = p->height_out * p->width_out;
     run->tiles = (run->pixels + TILE - 1) / TILE;
     run->filters = p->channels_out / p->halves;
+    run->by_pairs = p->height % 2 == 0 && p->width % 2 == 0 && p->width_out % LANES == 0;
     run->chunks = least(p->n * run->tiles, MOST_CHUNKS);
     const int64_t weights = run->filters * p->channels_in, channels = most(p->channels_in, p->channels_out);
     const int64_t parts = most(p->n, run->chunks);
@@ -213,12 +215,12 @@ static void set_statistics(
     }
 }
 
-/* A vector of channel c of x as the product reads it, and `a`, what the sign is taken of. */
-INLINE vec product_input(const struct pointwise_run *run, int64_t c, vec a)
+/* What the product reads of x. */
+INLINE vec product_input(vec x, struct norm norm, const int normalises, const int signs)
 {
-    if (run->p->weight1)
-        a = normalised(a, run->norm1[c]);
-    return run->p->signs ? sign(a) : a;
+    if (normalises)
+        x = normalised(x, norm);
+    return signs ? sign(x) : x;
 }
 
 /* A tile: of which image, from which pixel of its plane on, and how many pixels. */
@@ -232,38 +234,85 @@ INLINE struct tile tile_at(const struct pointwise_run *run, int64_t number)
     return (struct tile){number / run->tiles, first, least(TILE, run->pixels - first)};
 }
 
+static void find_tiles(const struct pointwise_run *run, int64_t number, int64_t tiles, struct tile *at)
+{
+    for (int64_t t = 0; t < tiles; t++)
+        at[t] = tile_at(run, number + t);
+}
+
+/* LANES pixels of a half, two apart in a line of x, where run->by_pairs. */
+INLINE vec load_half(const real *plane, int64_t pixel, int64_t half)
+{
+    const real *from = plane + pixel - half;
+    const vec a = load(from), b = load(from + LANES);
+    return half ? odd_lanes(a, b) : even_lanes(a, b);
+}
+
+INLINE void store_half(real *plane, int64_t pixel, int64_t half, vec v)
+{
+    real *to = plane + pixel - half;
+    const vec even = half ? splat(0) : v, odd = half ? v : splat(0);
+    store(to, first_pairs(even, odd));
+    store(to + LANES, last_pairs(even, odd));
+}
+
+INLINE void fill_tiles_body(
+    const struct pointwise_run *run, int64_t half, const struct tile *tile, int64_t tiles, real *to,
+    int64_t stride, const int normalises, const int signs)
+{
+    const int64_t channels = run->p->channels_in, pixels_in = run->pixels_in;
+    const int32_t *pixel = run->pixel[half];
+    for (int64_t c = 0; c < channels; c++, to += TILE) {
+        const struct norm norm = normalises ? run->norm1[c] : no_norm;
+        for (int64_t t = 0; t < tiles; t++) {
+            const struct tile at = tile[t];
+            const real *plane = run->p->x + (at.image * channels + c) * pixels_in;
+            real *of_tile = to + t * stride;
+            if (!pixel && at.count == TILE) {
+                UNROLL for (int i = 0; i < TILE; i += LANES)
+                    store(of_tile + i, product_input(load(plane + at.first + i), norm, normalises, signs));
+            } else if (!pixel) {
+                for (int64_t i = 0; i < TILE; i += LANES) {
+                    const int64_t left = at.count - i;
+                    const vec x = load_n(plane + at.first + i, left);
+                    store(of_tile + i, keep_n(product_input(x, norm, normalises, signs), left));
+                }
+            } else if (run->by_pairs) {
+                for (int64_t i = 0; i < TILE; i += LANES) {
+                    vec x = splat(0);
+                    if (i < at.count)
+                        x = product_input(
+                            load_half(plane, pixel[at.first + i], half), norm, normalises, signs);
+                    store(of_tile + i, x);
+                }
+            } else {
+                const int32_t *from = pixel + at.first;
+                for (int64_t i = 0; i < TILE; i++)
+                    of_tile[i] = i < at.count && from[i] >= 0 ? plane[from[i]] : 0;
+                for (int64_t i = 0; i < TILE; i += LANES)
+                    store(of_tile + i, product_input(load(of_tile + i), norm, normalises, signs));
+                for (int64_t i = 0; i < TILE; i++)
+                    if (i >= at.count || from[i] < 0)
+                        of_tile[i] = 0;
+            }
+        }
+    }
+}
+
 /* What the product reads of `tiles` tiles, each `stride` numbers after the one before; 0 where there is no
    pixel. Channel after channel, because a channel's pixels lie together in memory. */
 static void fill_tiles(
-    const struct pointwise_run *run, int64_t half, int64_t number, int64_t tiles, real *to, int64_t stride)
+    const struct pointwise_run *run, int64_t half, const struct tile *tile, int64_t tiles, real *to,
+    int64_t stride)
 {
-    const int64_t channels = run->p->channels_in;
-    for (int64_t c = 0; c < channels; c++, to += TILE)
-        for (int64_t t = 0; t < tiles; t++) {
-            const struct tile at = tile_at(run, number + t);
-            const real *plane = run->p->x + (at.image * channels + c) * run->pixels_in;
-            real *tile = to + t * stride;
-            if (run->pixel[half]) {
-                const int32_t *from = run->pixel[half] + at.first;
-                for (int64_t i = 0; i < TILE; i++)
-                    tile[i] = i < at.count && from[i] >= 0 ? plane[from[i]] : 0;
-                for (int64_t i = 0; i < TILE; i += LANES)
-                    store(tile + i, product_input(run, c, load(tile + i)));
-                for (int64_t i = 0; i < TILE; i++)
-                    if (i >= at.count || from[i] < 0)
-                        tile[i] = 0;
-                continue;
-            }
-            plane += at.first;
-            if (at.count == TILE) {
-                UNROLL for (int i = 0; i < TILE; i += LANES) store(tile + i, product_input(run, c, load(plane + i)));
-                continue;
-            }
-            for (int64_t i = 0; i < TILE; i += LANES) {
-                const int64_t left = at.count - i;
-                store(tile + i, left > 0 ? keep(product_input(run, c, load_n(plane + i, left)), least(left, LANES)) : splat(0));
-            }
-        }
+    if (run->p->weight1 && run->p->signs)
+        fill_tiles_body(run, half, tile, tiles, to, stride, 1, 1);
+    else if (run->p->weight1)
+        fill_tiles_body(run, half, tile, tiles, to, stride, 1, 0);
+    else if (run->p->signs)
+        fill_tiles_body(run, half, tile, tiles, to, stride, 0, 1);
+    else
+        fill_tiles_body(run, half, tile, tiles, to, stride, 0, 0);
 }
 
 /* How many tiles of `rows` channels fit the cache. */
@@ -287,9 +336,11 @@ static void forward_chunk(void *argument, int64_t chunk)
     for (int64_t first = chunk * all / run->chunks; first < end; first += at_once)
         for (int64_t h = 0; h < p->halves; h++) {
             const int64_t number = least(at_once, end - first);
-            fill_tiles(run, h, first, number, tiles, size);
+            struct tile tile[MOST_TILES];
+            find_tiles(run, first, number, tile);
+            fill_tiles(run, h, tile, number, tiles, size);
             for (int64_t t = 0; t < number; t++) {
-                const struct tile at = tile_at(run, first + t);
+                const struct tile at = tile[t];
                 real *y = p->y + (at.image * p->channels_out + h * run->filters) * run->pixels + at.first;
                 const int whole = at.count == TILE;
                 convolve(
@@ -362,24 +413,38 @@ struct output_gradient {
     vec of_z, y, of_slope, of_shift;
 };
 
-/* At pixel i of a channel's plane of an image, of which `left` pixels are left: lanes past them are 0. */
-INLINE struct output_gradient output_gradient(
-    const struct pointwise_run *run, int64_t image, int64_t c, int64_t i, int64_t left)
+/* What is the same for all pixels of a channel of the result. */
+struct output_channel {
+    int64_t c;
+    struct norm norm;
+    real slope;
+};
+
+INLINE struct output_channel output_channel(const struct pointwise_run *run, int64_t c)
 {
     const struct pointwise *p = run->p;
-    const int64_t plane = (image * p->channels_out + c) * run->pixels;
+    return (struct output_channel){c, p->normalized ? no_norm : run->norm2[c], p->slope ? p->slope[c] : 1};
+}
+
+/* At pixel i of a channel's plane of an image, of which `left` pixels are left: lanes past them are 0. */
+INLINE struct output_gradient output_gradient(
+    const struct pointwise_run *run, struct output_channel channel, int64_t image, int64_t i, int64_t left)
+{
+    const struct pointwise *p = run->p;
+    const int64_t at = (image * p->channels_out + channel.c) * run->pixels + i;
     struct output_gradient g = {splat(0), splat(0), splat(0), splat(0)};
-    vec grad = load_n(p->grad + plane + i, left);
-    g.y = load_n(p->y + plane + i, left);
+    vec grad = load_n(p->grad + at, left);
+    g.y = load_n(p->y + at, left);
     if (p->factor)
         grad = grad * splat(p->factor[image]);
     g.of_z = g.of_shift = grad;
     if (p->slope) {
-        vec z = before_activation(run, c, g.y, p->residual ? p->residual + plane : NULL, i, left);
-        if (left < LANES)
-            z = keep(z, left);
+        vec z = normalised(g.y, channel.norm);
+        if (p->residual)
+            z = z + load_n(p->residual + at, left);
+        z = keep_n(z, left);
         g.of_slope = if_less(splat(0), z, splat(0), z * grad);
-        g.of_z = if_less(splat(0), z, grad, grad * splat(p->slope[c]));
+        g.of_z = if_less(splat(0), z, grad, grad * splat(channel.slope));
     }
     return g;
 }
@@ -394,9 +459,10 @@ static void output_sums(void *argument, int64_t image)
     for (int64_t c = 0; c < p->channels_out; c++, sums += GRAD_SUMS) {
         vec total[GRAD_SUMS] = {splat(0), splat(0), splat(0), splat(0)};
         const vec mean = splat(p->normalized ? 0 : run->norm2[c].mean);
+        const struct output_channel channel = output_channel(run, c);
         for (int64_t i = 0; i < run->pixels; i += LANES) {
             const int64_t left = run->pixels - i;
-            const struct output_gradient g = output_gradient(run, image, c, i, left);
+            const struct output_gradient g = output_gradient(run, channel, image, i, left);
             total[0] = total[0] + g.of_z;
             total[1] = fma(g.of_z, g.y - mean, total[1]);
             total[2] = total[2] + g.of_slope;
@@ -439,72 +505,117 @@ static void join_output_sums(struct pointwise_run *run)
     }
 }
 
-/* From the product's gradients of `tiles` tiles that of x, or of a = BN1(x); in the latter case sums[2c] += da
-   and sums[2c + 1] += da * (x - mean1). */
-static void write_gradients(
-    const struct pointwise_run *run, int64_t half, int64_t number, int64_t tiles, const real *from, double *sums)
+/* Sums of a channel for BN1's gradient. */
+struct product_sums {
+    vec total, along;
+};
+
+/* From the product's gradient that of x, or of a = BN1(x), which is added to the sums. */
+INLINE vec product_gradient(
+    vec grad, vec x, int64_t left, struct norm norm, const int normalises, const int signs,
+    struct product_sums *sums)
+{
+    if (signs)
+        grad = grad * sign_slope(normalises ? normalised(x, norm) : x);
+    grad = keep_n(grad, left);
+    if (normalises) {
+        sums->total = sums->total + grad;
+        sums->along = fma(grad, keep_n(x - splat(norm.mean), left), sums->along);
+    }
+    return grad;
+}
+
+INLINE void write_gradients_body(
+    const struct pointwise_run *run, int64_t half, const struct tile *tile, int64_t tiles, const real *from,
+    double *of_input, const int normalises, const int signs)
 {
     const struct pointwise *p = run->p;
-    const int64_t channels = p->channels_in;
+    const int64_t channels = p->channels_in, pixels_in = run->pixels_in, stride = channels * TILE;
+    const int32_t *pixel = run->pixel[half];
     for (int64_t c = 0; c < channels; c++, from += TILE) {
-        vec total = splat(0), along = splat(0);
+        const struct norm norm = normalises ? run->norm1[c] : no_norm;
+        struct product_sums sums = {splat(0), splat(0)};
         for (int64_t t = 0; t < tiles; t++) {
-            const struct tile at = tile_at(run, number + t);
-            const int64_t plane = (at.image * channels + c) * run->pixels_in;
-            const int32_t *pixel = run->pixel[half] ? run->pixel[half] + at.first : NULL;
+            const struct tile at = tile[t];
+            const real *grads = from + t * stride, *x = p->x + (at.image * channels + c) * pixels_in;
+            real *grad_x = p->grad_x + (at.image * channels + c) * pixels_in;
+            if (!pixel && at.count == TILE) {
+                UNROLL for (int i = 0; i < TILE; i += LANES)
+                    store(grad_x + at.first + i,
+                          product_gradient(
+                              load(grads + i), load(x + at.first + i), LANES, norm, normalises, signs, &sums));
+                continue;
+            }
             for (int64_t i = 0; i < at.count; i += LANES) {
-                const int64_t left = least(LANES, at.count - i);
-                real line[LANES];
-                if (pixel)
-                    for (int64_t j = 0; j < LANES; j++)
-                        line[j] = j < left && pixel[i + j] >= 0 ? p->x[plane + pixel[i + j]] : 0;
-                const vec x = pixel ? load(line) : load_n(p->x + plane + at.first + i, left);
-                vec da = load(from + t * channels * TILE + i);
-                if (p->signs)
-                    da = da * sign_slope(p->weight1 ? normalised(x, run->norm1[c]) : x);
-                if (pixel) {
-                    store(line, da);
-                    for (int64_t j = 0; j < LANES; j++)
-                        if (j >= left || pixel[i + j] < 0)
-                            line[j] = 0;
-                        else
-                            p->grad_x[plane + pixel[i + j]] = line[j];
-                    da = load(line);
-                } else {
-                    da = left < LANES ? keep(da, left) : da;
-                    store_n(p->grad_x + plane + at.first + i, da, left);
+                const int64_t left = at.count - i;
+                if (!pixel) {
+                    const vec of_x = load_n(x + at.first + i, left);
+                    store_n(
+                        grad_x + at.first + i,
+                        product_gradient(load(grads + i), of_x, left, norm, normalises, signs, &sums), left);
+                    continue;
                 }
-                if (p->weight1) {
-                    const vec apart = x - splat(run->norm1[c].mean);
-                    total = total + da;
-                    along = fma(da, left < LANES ? keep(apart, left) : apart, along);
+                const int32_t *at_x = pixel + at.first + i;
+                if (run->by_pairs) {
+                    const vec of_x = load_half(x, at_x[0], half);
+                    store_half(
+                        grad_x, at_x[0], half,
+                        product_gradient(load(grads + i), of_x, LANES, norm, normalises, signs, &sums));
+                    continue;
                 }
+                real line[LANES], of_grads[LANES]; /* a gradient of 0 where there is no pixel */
+                for (int64_t j = 0; j < LANES; j++) {
+                    const int exists = j < left && at_x[j] >= 0;
+                    line[j] = exists ? x[at_x[j]] : norm.mean;
+                    of_grads[j] = exists ? grads[i + j] : 0;
+                }
+                store(line,
+                      product_gradient(load(of_grads), load(line), LANES, norm, normalises, signs, &sums));
+                for (int64_t j = 0; j < least(left, LANES); j++)
+                    if (at_x[j] >= 0)
+                        grad_x[at_x[j]] = line[j];
             }
         }
-        if (p->weight1) {
-            sums[2 * c] += sum(total);
-            sums[2 * c + 1] += sum(along);
+        if (normalises) {
+            of_input[2 * c] += sum(sums.total);
+            of_input[2 * c + 1] += sum(sums.along);
         }
     }
 }
 
+/* From the product's gradients of `tiles` tiles that of x, or of a = BN1(x); in the latter case of_input[2c] +=
+   da and of_input[2c + 1] += da * (x - mean1). */
+static void write_gradients(
+    const struct pointwise_run *run, int64_t half, const struct tile *tile, int64_t tiles, const real *from,
+    double *of_input)
+{
+    if (run->p->weight1 && run->p->signs)
+        write_gradients_body(run, half, tile, tiles, from, of_input, 1, 1);
+    else if (run->p->weight1)
+        write_gradients_body(run, half, tile, tiles, from, of_input, 1, 0);
+    else if (run->p->signs)
+        write_gradients_body(run, half, tile, tiles, from, of_input, 0, 1);
+    else
+        write_gradients_body(run, half, tile, tiles, from, of_input, 0, 0);
+}
+
 /* The gradient of y of `tiles` tiles; 0 where there is no pixel. */
 static void fill_gradients(
-    const struct pointwise_run *run, int64_t half, int64_t number, int64_t tiles, real *to, int64_t stride)
+    const struct pointwise_run *run, int64_t half, const struct tile *tile, int64_t tiles, real *to,
+    int64_t stride)
 {
     for (int64_t f = 0; f < run->filters; f++, to += TILE) {
         const int64_t c = half * run->filters + f;
         const vec by_grad = splat(run->by_grad[c]), by_y = splat(run->by_y[c]), offset = splat(run->offset_y[c]);
+        const struct output_channel channel = output_channel(run, c);
         for (int64_t t = 0; t < tiles; t++) {
-            const struct tile at = tile_at(run, number + t);
+            const struct tile at = tile[t];
             for (int64_t i = 0; i < TILE; i += LANES) {
                 const int64_t left = at.count - i;
                 vec grad = splat(0);
                 if (left > 0) {
-                    const struct output_gradient g = output_gradient(run, at.image, c, at.first + i, left);
-                    grad = fma(g.of_z, by_grad, fma(g.y, by_y, offset));
-                    if (left < LANES)
-                        grad = keep(grad, left);
+                    const struct output_gradient g = output_gradient(run, channel, at.image, at.first + i, left);
+                    grad = keep_n(fma(g.of_z, by_grad, fma(g.y, by_y, offset)), left);
                 }
                 store(to + t * stride + i, grad);
             }
@@ -587,17 +698,19 @@ static void backward_chunk(void *argument, int64_t chunk)
     for (int64_t first = chunk * all / run->chunks; first < end; first += at_once)
         for (int64_t h = 0; h < p->halves; h++) {
             const int64_t tiles = least(at_once, end - first);
-            fill_gradients(run, h, first, tiles, panel + cin * TILE, rows * TILE);
+            struct tile tile[MOST_TILES];
+            find_tiles(run, first, tiles, tile);
+            fill_gradients(run, h, tile, tiles, panel + cin * TILE, rows * TILE);
             if (p->grad_x) {
                 for (int64_t t = 0; t < tiles; t++)
                     convolve(
                         panel + (t * rows + cin) * TILE, tile_start, TILE_VECTORS, run->offset, filters,
                         run->transposed[h], cin, grads + t * cin * TILE, TILE);
-                write_gradients(run, h, first, tiles, grads, input_sums);
+                write_gradients(run, h, tile, tiles, grads, input_sums);
             }
             if (!p->grad_weight[h])
                 continue;
-            fill_tiles(run, h, first, tiles, panel, rows * TILE);
+            fill_tiles(run, h, tile, tiles, panel, rows * TILE);
             if (along)
                 correlate(
                     panel + cin * TILE, TILE, filters, panel, start, tiles * TILE_VECTORS, run->offset, cin,
