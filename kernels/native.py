@@ -241,7 +241,10 @@ _LIBRARY.define("pool_backward(Tensor grad, Tensor? x, SymInt[] size, int stride
 class _PoolCall(ctypes.Structure):
     """`struct pool_call` of source/pool.h."""
 
-    _integers = "planes", "height", "width", "height_out", "width_out", "stride", "average", "threads"
+    _integers = (
+        *("planes", "height", "width", "height_out", "width_out", "stride", "average", "threads"),
+        *("channels", "grad_image"),
+    )
     _fields_ = [(name, ctypes.c_int64) for name in _integers]
     _fields_ += [(name, ctypes.c_void_p) for name in ("x", "grad", "out", "grad_x")]
     _fields_ += [("failed", ctypes.c_int64)]
@@ -257,12 +260,17 @@ class PointwiseCall(ctypes.Structure):
     _pointers = (
         *("x", "residual", "weight_even", "weight_odd", "weight1", "bias1", "weight2", "bias2"),
         *("slope", "shift", "factor", "mean1", "var1", "mean2", "var2", "statistics1", "statistics2"),
-        *("y", "out", "grad", "grad_x", "grad_residual", "grad_weight_even", "grad_weight_odd"),
+        *("y", "out", "grad"),
+    )
+    _gradients = (
+        *("grad_x", "grad_residual", "grad_weight_even", "grad_weight_odd"),
         *("grad_weight1", "grad_bias1", "grad_weight2", "grad_bias2", "grad_slope", "grad_shift"),
     )
     _fields_ = [(name, ctypes.c_int64) for name in _integers]
     _fields_ += [("eps", ctypes.c_double)]
     _fields_ += [(name, ctypes.c_void_p) for name in _pointers]
+    _fields_ += [("grad_image", ctypes.c_int64)]
+    _fields_ += [(name, ctypes.c_void_p) for name in _gradients]
 
 
 class _UnitCall(ctypes.Structure):
@@ -276,13 +284,17 @@ class _UnitCall(ctypes.Structure):
     _pointers = (
         *("x", "residual", "weight", "slope", "shift", "factor"),
         *("weight1", "bias1", "mean1", "var1", "weight2", "bias2", "mean2", "var2"),
-        *("statistics1", "statistics2", "y", "out"),
-        *("grad", "grad_x", "grad_residual", "grad_weight", "grad_slope", "grad_shift"),
+        *("statistics1", "statistics2", "y", "out", "grad"),
+    )
+    _gradients = (
+        *("grad_x", "grad_residual", "grad_weight", "grad_slope", "grad_shift"),
         *("grad_weight1", "grad_bias1", "grad_weight2", "grad_bias2"),
     )
     _fields_ = [(name, ctypes.c_int64) for name in _integers]
     _fields_ += [("eps", ctypes.c_double)]
     _fields_ += [(name, ctypes.c_void_p) for name in _pointers]
+    _fields_ += [("grad_image", ctypes.c_int64)]
+    _fields_ += [(name, ctypes.c_void_p) for name in _gradients]
     _fields_ += [("plan", ctypes.c_void_p), ("tasks", ctypes.c_int64), ("failed", ctypes.c_int64)]
 
 
@@ -314,6 +326,11 @@ def _call(
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _images_together(grad: Tensor) -> Tensor:
+    """`grad` where each of its images lies in one piece, as in a slice of a concatenation; else a copy."""
+    return grad if grad[0].is_contiguous() else grad.contiguous()
 
 
 def run(function, call: ctypes.Structure) -> None:
@@ -368,7 +385,8 @@ def _unit_backward(
     gradients = _unit_backward_fake(
         grad, x, residual, weight, slope, factor, w1, b1, w2, b2, y, moments1, moments2, shifts, settings
     )
-    grad, x, residual, weight, factor = _contiguous(grad, x, residual, weight, factor)
+    grad = _images_together(grad)
+    x, residual, weight, factor = _contiguous(x, residual, weight, factor)
     grad_x, grad_residual, grad_weight, grad_slope, grad_shift, *affine = gradients
     call = _call(
         x,
@@ -396,6 +414,7 @@ def _unit_backward(
         grad_weight2=affine[2],
         grad_bias2=affine[3],
     )
+    call.grad_image = grad.stride(0)
     run(library(x.dtype).unit_backward, call)
     return gradients
 
@@ -438,10 +457,12 @@ def _conv_norm_fake(x, weight, w2, b2, mean2, var2, settings, eps):
 
 def _conv_norm_backward(grad, x, weight, w2, b2, y, moments2, wanted, settings):
     gradients = _conv_norm_backward_fake(grad, x, weight, w2, b2, y, moments2, wanted, settings)
-    grad, x, weight = _contiguous(grad, x, weight)
+    grad = _images_together(grad)
+    x, weight = _contiguous(x, weight)
     call = _conv_norm_call(
         x, weight, settings, y.shape, weight2=w2, bias2=b2, statistics2=moments2, y=y, grad=grad
     )
+    call.grad_image = grad.stride(0)
     of_x, of_weight, of_w2, of_b2 = gradients
     _point(call, grad_x=of_x if wanted else None, grad_weight=of_weight, grad_weight2=of_w2, grad_bias2=of_b2)
     run(library(x.dtype).unit_backward, call)
@@ -502,13 +523,14 @@ def _pointwise_backward(
     gradients = _pointwise_backward_fake(
         grad, x, weight, odd, slope, w1, b1, w2, b2, y, moments1, moments2, shifts, wanted, settings
     )
-    grad, x, weight, odd = _contiguous(grad, x, weight, odd)
+    grad = _images_together(grad)
+    x, weight, odd = _contiguous(x, weight, odd)
     call = _pointwise_call(x, y.shape, settings, weight_even=weight, weight_odd=odd, slope=slope)
     _point(call, weight1=w1, bias1=b1, weight2=w2, bias2=b2, statistics1=moments1, statistics2=moments2)
     names = "grad_x", "grad_weight_even", "grad_weight_odd", "grad_slope", "grad_shift"
     names += "grad_weight1", "grad_bias1", "grad_weight2", "grad_bias2"
     _point(call, y=y, grad=grad, **{name: g for name, g in zip(names, gradients, strict=True) if g.numel()})
-    call.normalized = slope is None
+    call.normalized, call.grad_image = slope is None, grad.stride(0)
     run(library(x.dtype).pointwise_backward, call)
     return gradients
 
@@ -543,11 +565,12 @@ def _pool_fake(x, stride, average):
 
 
 def _pool_backward(grad, x, size, stride, average):
-    grad_x, grad = _pool_backward_fake(grad, x, size, stride, average), grad.contiguous()
+    grad_x, grad = _pool_backward_fake(grad, x, size, stride, average), _images_together(grad)
     x = None if x is None else x.contiguous()
     n, c, height, width = size
     call = _PoolCall(n * c, height, width, *grad.shape[2:], stride, average, torch.get_num_threads())
     call.x = None if x is None else x.data_ptr()
+    call.channels, call.grad_image = c, grad.stride(0)
     call.grad, call.grad_x = grad.data_ptr(), grad_x.data_ptr()
     run(library(grad.dtype).pool_backward, call)
     return grad_x
@@ -630,5 +653,10 @@ def _may_join(conv: nn.Conv2d, bn: nn.Module) -> bool:
     return usual and conv.bias is None and conv.kernel_size != (1, 1) and bn.momentum is not None
 
 
-NATIVE = {nn.Sequential: NativeSequential, BinaryUnit: NativeUnit, FactorizedReduce: NativeReduce, Pool: NativePool}
+NATIVE = {
+    nn.Sequential: NativeSequential,
+    BinaryUnit: NativeUnit,
+    FactorizedReduce: NativeReduce,
+    Pool: NativePool,
+}
 """By plain class, the one whose instances compute the same in C."""

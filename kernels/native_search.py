@@ -227,7 +227,8 @@ def _search_preprocess_backward(grad, x, state, statistics, weights, training, e
     )
     grad, x, weights = grad.contiguous(), x.contiguous(), [weight.contiguous() for weight in weights]
     call = _preprocess_call(x, weights, state, training, eps)
-    call.grad, call.statistics2 = grad.data_ptr(), statistics.data_ptr()
+    call.grad, call.grad_image = grad.data_ptr(), grad.stride(0)
+    call.statistics2 = statistics.data_ptr()
     if wants_x:
         call.grad_x = gradients[0].data_ptr()
     if wants_weights:

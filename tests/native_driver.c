@@ -34,7 +34,7 @@ static void try_unit(int64_t groups, int64_t kernel, int64_t stride, int64_t dil
         .x = numbers(in_count), .weight = numbers(weights), .slope = numbers(C), .weight1 = numbers(C),
         .bias1 = numbers(C), .weight2 = numbers(C), .bias2 = numbers(C), .statistics1 = numbers(3 * C),
         .statistics2 = numbers(3 * C), .y = numbers(out_count), .out = numbers(out_count),
-        .grad = numbers(out_count), .grad_x = numbers(in_count), .grad_weight = numbers(weights),
+        .grad = numbers(out_count), .grad_image = C * out * out, .grad_x = numbers(in_count), .grad_weight = numbers(weights),
         .grad_slope = numbers(C), .grad_weight1 = numbers(C), .grad_bias1 = numbers(C),
         .grad_weight2 = numbers(C), .grad_bias2 = numbers(C)};
     if (unit_forward(&u) || unit_backward(&u))
@@ -45,12 +45,30 @@ static void try_unit(int64_t groups, int64_t kernel, int64_t stride, int64_t dil
     print("slope", u.grad_slope, C);
 }
 
+/* A stem: without BN1, PReLU and the gradient of its input. */
+static void try_stem(int64_t stride, int64_t size)
+{
+    enum { N = 3, IN = 3, C = 18 };
+    const int64_t out = (size + stride - 1) / stride, out_count = N * C * out * out, weights = C * IN * 9;
+    struct unit u = {
+        .shape = {N, IN, C, 1, size, size, out, out, {3, 3}, {stride, stride}, {1, 1}, {1, 1}},
+        .training = 1, .threads = 2, .relu = 1, .eps = 1e-5, .x = numbers(N * IN * size * size),
+        .weight = numbers(weights), .weight2 = numbers(C), .bias2 = numbers(C), .statistics2 = numbers(3 * C),
+        .y = numbers(out_count), .out = numbers(out_count), .grad = numbers(out_count),
+        .grad_image = C * out * out, .grad_weight = numbers(weights), .grad_weight2 = numbers(C),
+        .grad_bias2 = numbers(C)};
+    if (unit_forward(&u) || unit_backward(&u))
+        exit(1);
+    print("stem", u.out, out_count);
+    print("stem weight", u.grad_weight, weights);
+}
+
 static void try_pool(int64_t stride, int64_t average, int64_t size)
 {
     const int64_t out = (size + stride - 1) / stride;
     struct pool_call p = {
         .planes = 4, .height = size, .width = size, .height_out = out, .width_out = out, .stride = stride,
-        .average = average, .threads = 2, .x = numbers(4 * size * size), .grad = numbers(4 * out * out),
+        .average = average, .threads = 2, .channels = 2, .grad_image = 2 * out * out, .x = numbers(4 * size * size), .grad = numbers(4 * out * out),
         .out = numbers(4 * out * out), .grad_x = numbers(4 * size * size)};
     if (pool_forward(&p) || pool_backward(&p))
         exit(1);
@@ -100,6 +118,7 @@ int main(void)
     for (int64_t stride = 1; stride <= 2; stride++) {
         try_pool(stride, 0, 11);
         try_pool(stride, 1, 8);
+        try_stem(stride, 9);
         try_search(stride, 9);
     }
     return 0;

@@ -109,8 +109,60 @@ def test_units_of_random_geometry_equal_their_modules(number, training, path):
         assert_close(ours, theirs)
 
 
+def stem(groups, c_in, c_out, kernel, stride, padding, *, relu):
+    convolution = nn.Conv2d(groups * c_in, groups * c_out, kernel, stride, padding, groups=groups, bias=False)
+    norm = nn.BatchNorm2d(groups * c_out)
+    return nn.Sequential(convolution, norm, *([nn.ReLU()] if relu else []))
+
+
+@pytest.mark.parametrize("of_images", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("size", [(8, 8), (7, 10), (33, 33), (4, 5)])
+@pytest.mark.parametrize(
+    ("shape", "relu", "size"),
+    [
+        ((1, 3, 42, 3, 1, 1), True, (16, 16)),
+        ((1, 3, 11, 3, 2, 1), False, (9, 33)),
+        ((4, 2, 7, 3, 2, 1), True, (13, 8)),
+        ((2, 3, 5, 2, 1, 0), True, (5, 2)),
+        ((1, 6, 9, 2, 1, 0), True, (2, 2)),  # of one pixel: a product of matrices
+    ],
+)
+def test_stems_of_random_numbers_equal_their_modules(shape, relu, size, training, of_images, path):
+    """Images need no gradient."""
+    plain = spread(stem(*shape, relu=relu)).train(training)
+    native = accelerate(copy.deepcopy(plain), "native")
+    x = torch.randn(5, shape[0] * shape[1], *size, dtype=torch.float64, requires_grad=not of_images)
+    results = []
+    for module in (native, plain):
+        y = module(x)
+        wanted = [*module.parameters(), *([] if of_images else [x])]
+        torch.manual_seed(1)
+        gradients = torch.autograd.grad(y, wanted, torch.randn_like(y))
+        results.append([y.detach(), *gradients, *module.buffers()])
+    for pair in zip(*results, strict=True):
+        assert_close(*pair)
+
+
+def test_gradients_may_be_slices_of_a_concatenation_of_random_numbers(path):
+    """They are read where they are; to the bit what a copy of them gives."""
+    modules = [
+        BinaryUnit(6, 6, 3, bits={}, padding=1, groups=3, residual=True),
+        BinaryUnit(6, 6, 1, bits={}),
+        stem(1, 6, 6, 3, 1, 1, relu=True),
+    ]
+    forms = [accelerate(spread(module), "native") for module in modules]
+    forms += [lambda x: max_pool(x, 1), lambda x: avg_pool(x, 1)]
+    x = torch.randn(3, 6, 7, 9, dtype=torch.float64, requires_grad=True)
+    wide = torch.randn(3, 18, 7, 9, dtype=torch.float64)
+    for form in forms:
+        y = form(x)
+        slices = wide[:, 6:12], wide[:, 6:12].contiguous(), wide.mT.contiguous().mT[:, 6:12]
+        first, *others = (torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in slices)
+        assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (33, 33), (4, 5), (32, 32)])
 def test_a_factorised_reduction_equals_its_modules(size, training, path):
     bits = {"weight_bits": 1, "activation_bits": 1}
     plain = spread(FactorizedReduce(6, 10, bits=bits)).train(training)
@@ -148,8 +200,21 @@ def test_pools_equal_torchs_on_ties(stride, size, dtype, path):
     average = avg_pool(x, stride), F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
     torch.testing.assert_close(*average)
     grad = torch.randn_like(ours)
-    for pair in ((ours, theirs), average):
-        torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in pair))
+    exact, close = ([torch.autograd.grad(y, x, grad)[0] for y in pair] for pair in ((ours, theirs), average))
+    assert torch.equal(*exact)
+    torch.testing.assert_close(*close)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pools_pass_gradients_where_torchs_do(stride, path):
+    """Of several NaN to the last; of nothing but -infinity to the first pixel of the image."""
+    x = torch.randint(0, 3, (2, 3, 11, 21)).float()
+    x[0][torch.rand(3, 11, 21) < 0.3] = float("nan")
+    x[1] = -float("inf")
+    x.requires_grad_()
+    ours, theirs = max_pool(x, stride), F.max_pool2d(x, 3, stride, 1)
+    grad = torch.randn_like(theirs)
+    assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (ours, theirs)))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -244,7 +309,8 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
         BinaryUnit(40, 20, 1, bits={}),
         FactorizedReduce(8, 12, bits={}),
     ]
-    inputs = [torch.randn(37, c, 16, 16, requires_grad=True) for c in (12, 40, 8)]
+    units.append(stem(1, 3, 21, 3, 1, 1, relu=True))
+    inputs = [torch.randn(37, c, 16, 16, requires_grad=True) for c in (12, 40, 8, 3)]
     x = torch.randn(37, 2, 16, 16, requires_grad=True)
     supernet = accelerate(Supernet(SearchConfig(8, 3)), "native")
     signs = torch.randn(13, 24, 16, 16).sign()
@@ -279,6 +345,12 @@ def test_operators_have_true_fakes():
     arguments = (x, None, torch.randn(6, 2, 3, 3), torch.rand(6), None, None, *vectors, *(None,) * 4)
     settings = [1, 1, 1, 1, 1, 1, 3, 1, 1, 1]
     torch.library.opcheck(torch.ops.ebnas.unit.default, (*arguments, settings, 1e-5), **check)
+    images, weight, norm = torch.randn(2, 3, 7, 9), torch.randn(6, 3, 3, 3), [torch.rand(6) for _ in range(2)]
+    settings = [2, 2, 1, 1, 1, 1, 1, True, True]
+    forward = images, weight, *norm, None, None, settings, 1e-5
+    torch.library.opcheck(torch.ops.ebnas.conv_norm.default, forward, **check)
+    backward = grad, images, weight, *norm, grad, torch.rand(3, 6), True, settings
+    torch.library.opcheck(torch.ops.ebnas.conv_norm_backward.default, backward, **check)
 
 
 @pytest.fixture

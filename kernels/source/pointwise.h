@@ -34,6 +34,7 @@ struct pointwise {
     real *statistics1, *statistics2; /* as in unit.h */
     real *y, *out;                  /* may be the same where there is no backward pass to come */
     const real *grad;               /* of out */
+    int64_t grad_image;             /* from one image of it to the next; the channels of each lie together */
     real *grad_x, *grad_residual;   /* NULL: not wanted, and so on */
     real *grad_weight[2], *grad_weight1, *grad_bias1, *grad_weight2, *grad_bias2, *grad_slope, *grad_shift;
 };
@@ -433,7 +434,7 @@ INLINE struct output_gradient output_gradient(
     const struct pointwise *p = run->p;
     const int64_t at = (image * p->channels_out + channel.c) * run->pixels + i;
     struct output_gradient g = {splat(0), splat(0), splat(0), splat(0)};
-    vec grad = load_n(p->grad + at, left);
+    vec grad = load_n(p->grad + image * p->grad_image + channel.c * run->pixels + i, left);
     g.y = load_n(p->y + at, left);
     if (p->factor)
         grad = grad * splat(p->factor[image]);
@@ -804,7 +805,7 @@ static int run_pointwise(struct unit *u, int backward)
         .weight = {u->weight}, .weight1 = u->weight1, .bias1 = u->bias1, .weight2 = u->weight2,
         .bias2 = u->bias2, .slope = u->slope, .shift = u->shift, .factor = u->factor, .mean1 = u->mean1,
         .var1 = u->var1, .mean2 = u->mean2, .var2 = u->var2, .statistics1 = u->statistics1,
-        .statistics2 = u->statistics2, .y = u->y, .out = u->out, .grad = u->grad, .grad_x = u->grad_x,
+        .statistics2 = u->statistics2, .y = u->y, .out = u->out, .grad = u->grad, .grad_image = u->grad_image, .grad_x = u->grad_x,
         .grad_residual = u->grad_residual, .grad_weight = {u->grad_weight}, .grad_weight1 = u->grad_weight1,
         .grad_bias1 = u->grad_bias1, .grad_weight2 = u->grad_weight2, .grad_bias2 = u->grad_bias2,
         .grad_slope = u->grad_slope, .grad_shift = u->grad_shift, .adds_input = u->residual_kind == INPUT,

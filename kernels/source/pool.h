@@ -10,8 +10,9 @@
 
 struct pool_call {
     int64_t planes, height, width, height_out, width_out, stride, average, threads;
+    int64_t channels, grad_image; /* of an image; from one image of grad to the next */
     const real *x;      /* (planes, height, width); of a maximum only, in the backward pass */
-    const real *grad;   /* (planes, height_out, width_out) */
+    const real *grad;   /* (planes, height_out, width_out), but for grad_image */
     real *out, *grad_x; /* forward, backward */
     int64_t failed;     /* for want of memory */
 };
@@ -254,7 +255,8 @@ static void pool_plane_backward(void *argument, int64_t task)
     if (!plane)
         return;
     real *grads = plane + to.size, *found = grads + to.size, *where = found + (p->height + 3) * to.line;
-    const real *grad = p->grad + task * p->height_out * p->width_out;
+    const real *grad = p->grad + task / p->channels * p->grad_image +
+                       task % p->channels * p->height_out * p->width_out;
     for (int64_t i = 0; i < to.size; i += LANES)
         store(grads + i, splat(0));
     if (!p->average)

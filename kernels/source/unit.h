@@ -24,6 +24,7 @@ struct unit {
     const real *weight1, *bias1, *mean1, *var1, *weight2, *bias2, *mean2, *var2; /* running, if not training */
     real *statistics1, *statistics2, *y, *out;
     const real *grad; /* of out; from here on for the backward pass */
+    int64_t grad_image; /* from one image of it to the next; the channels of each lie together */
     real *grad_x, *grad_residual, *grad_weight, *grad_slope, *grad_shift;
     real *grad_weight1, *grad_bias1, *grad_weight2, *grad_bias2;
     struct plan *plan; /* from here on set by the functions below */
@@ -205,7 +206,15 @@ static void halve(const real *restrict x, int64_t height, int64_t width, real *r
     for (int64_t i = 0; i < height; i += 2, out += across) {
         const real *upper = x + i * width, *lower = upper + width;
         const int both = i + 1 < height;
-        for (int64_t j = 0; j < pairs; j += LANES) {
+        int64_t j = 0;
+        for (; both && j + LANES <= pairs; j += LANES) {
+            const int64_t at = 2 * j;
+            const vec a = load(upper + at), b = load(upper + at + LANES);
+            const vec c = load(lower + at), d = load(lower + at + LANES);
+            const vec total = ((even_lanes(a, b) + odd_lanes(a, b)) + even_lanes(c, d)) + odd_lanes(c, d);
+            store(out + j, total * splat((real)0.25));
+        }
+        for (; j < pairs; j += LANES) {
             const int64_t left = 2 * (pairs - j), at = 2 * j;
             const vec a = load_n(upper + at, left), b = load_n(upper + at + LANES, left - LANES);
             vec total = even_lanes(a, b) + odd_lanes(a, b);
@@ -577,7 +586,7 @@ static void backward_group(void *argument, int64_t task)
         for (int64_t n = 0; n < s->n; n++) {
             const int64_t place = (n * s->channels_out + f) * out;
             activation_gradient(
-                u->grad + place, u->y + place, residual_of(u, n, f, memory + at.halved), out, norm,
+                u->grad + n * u->grad_image + f * out, u->y + place, residual_of(u, n, f, memory + at.halved), out, norm,
                 u->slope ? u->slope[f] : !u->relu, u->factor ? u->factor[n] : 1, kept + n * kept_image + i * out, &of_channel);
             if ((n + 1) % flushed == 0 || n + 1 == s->n) {
                 flush(&of_channel.grad);
