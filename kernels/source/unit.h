@@ -537,7 +537,7 @@ INLINE void input_gradient_body(
         for (; p + LANES <= width; p += LANES)
             pass_sign(load(from + p), x + p, LANES, norm, signs, grad_x + p, &sums);
         if (p < width)
-            pass_sign(load(from + p), x + p, width - p, norm, signs, grad_x + p, &sums);
+            pass_sign(load_n(from + p, width - p), x + p, width - p, norm, signs, grad_x + p, &sums);
     }
     grad->part = grad->part + sums.grad;
     along->part = along->part + sums.along;
