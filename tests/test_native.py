@@ -143,6 +143,23 @@ def test_stems_of_random_numbers_equal_their_modules(shape, relu, size, training
         assert_close(*pair)
 
 
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: BinaryUnit(180, 44, 1, bits={}), (2, 180, 3, 5)),
+        (lambda: BinaryUnit(131, 65, 1, bits={"activation_bits": 32}), (1, 131, 7, 7)),
+        (lambda: FactorizedReduce(140, 38, bits={}), (2, 140, 7, 7)),
+    ],
+)
+def test_1x1_units_of_many_weights_and_few_pixels_equal_their_modules(make, size, path):
+    """Their weight gradients are taken of all pixels at once."""
+    plain = spread(make())
+    native = accelerate(copy.deepcopy(plain), "native")
+    x = torch.randn(size, dtype=torch.float64, requires_grad=True)
+    for ours, theirs in zip(outcome(native, x), outcome(plain, x), strict=True):
+        assert_close(ours, theirs)
+
+
 def test_gradients_may_be_slices_of_a_concatenation_of_random_numbers(path):
     """They are read where they are; to the bit what a copy of them gives."""
     modules = [
@@ -309,8 +326,9 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
         BinaryUnit(40, 20, 1, bits={}),
         FactorizedReduce(8, 12, bits={}),
     ]
-    units.append(stem(1, 3, 21, 3, 1, 1, relu=True))
+    units += [stem(1, 3, 21, 3, 1, 1, relu=True), BinaryUnit(180, 44, 1, bits={})]
     inputs = [torch.randn(37, c, 16, 16, requires_grad=True) for c in (12, 40, 8, 3)]
+    inputs.append(torch.randn(2, 180, 3, 5, requires_grad=True))
     x = torch.randn(37, 2, 16, 16, requires_grad=True)
     supernet = accelerate(Supernet(SearchConfig(8, 3)), "native")
     signs = torch.randn(13, 24, 16, 16).sign()

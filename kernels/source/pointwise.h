@@ -53,6 +53,10 @@ struct pointwise_run {
     real *by_grad, *by_y, *offset_y;       /* the gradient of y is by_grad * gz + by_y * y + offset_y */
     double *partial;                       /* sums of the chunks or images */
     real *partial_weight;                  /* [chunk][weights] */
+    int whole;                             /* the weight gradient is taken of all pixels at once, see below */
+    real *inputs, *grads;                  /* then: [half][pixel][wide], [half][block][pixel][block's filter] */
+    int32_t *at_pixel;                     /* [pixel]: where its inputs begin */
+    int64_t wide;                          /* channels_in, rounded up to LANES */
     void *memory;
 };
 
@@ -127,10 +131,14 @@ static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p,
     run->by_pairs = p->height % 2 == 0 && p->width % 2 == 0 && p->width_out % LANES == 0;
     run->chunks = least(p->n * run->tiles, MOST_CHUNKS);
     const int64_t weights = run->filters * p->channels_in, channels = most(p->channels_in, p->channels_out);
-    const int64_t parts = most(p->n, run->chunks);
+    const int64_t parts = most(p->n, run->chunks), pixels = p->n * run->tiles * TILE;
+    run->wide = rounded_up(p->channels_in, LANES);
+    run->whole = run->chunks * weights > pixels * (run->wide + run->filters + 1);
+    const int64_t for_weights =
+        !backward ? 0 : p->halves * (run->whole ? pixels * (run->wide + run->filters) : run->chunks * weights);
     size_t size = sizeof(double) * 4 * parts * channels + sizeof(real) * 3 * channels + 2 * sizeof(struct norm) * channels +
-                  sizeof(real) * weights * p->halves * (backward ? 2 + run->chunks : 1) +
-                  sizeof(int32_t) * (channels + 2 * run->pixels);
+                  sizeof(real) * (weights * p->halves * (backward ? 2 : 1) + for_weights) +
+                  sizeof(int32_t) * (channels + 2 * run->pixels + pixels);
     if (!(run->memory = malloc(size)))
         return -1;
     run->partial = run->memory;
@@ -150,10 +158,13 @@ static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p,
     run->norm1 = (struct norm *)next;
     run->norm2 = run->norm1 + channels;
     next = (real *)(run->norm2 + channels);
-    run->partial_weight = next;
-    if (backward)
-        next += run->chunks * p->halves * weights;
+    run->partial_weight = run->inputs = next;
+    run->grads = run->inputs + p->halves * pixels * run->wide;
+    next += for_weights;
     run->offset = (int32_t *)next;
+    run->at_pixel = run->offset + channels + 2 * run->pixels;
+    for (int64_t i = 0; i < pixels && backward && run->whole; i++)
+        run->at_pixel[i] = (int32_t)(i * run->wide);
     for (int64_t i = 0; i < channels; i++)
         run->offset[i] = (int32_t)(i * TILE);
     for (int i = 0; i < TILE_VECTORS; i++)
@@ -631,6 +642,49 @@ INLINE int along_pixels(const struct pointwise_run *run)
     return run->filters * run->p->channels_in * LANES * (int64_t)sizeof(real) <= CACHED / 2;
 }
 
+/* Inputs, the first cin channels of tiles of `rows` channels, as (pixels, wide), with zeros after the cin. */
+static void transpose_inputs(
+    const real *panel, int64_t rows, int64_t cin, int64_t wide, int64_t tiles, real *restrict to)
+{
+    for (int64_t t = 0; t < tiles; t++)
+        for (int64_t c0 = 0; c0 < wide; c0 += LANES)
+            for (int64_t i = 0; i < TILE; i++) {
+                const real *from = panel + (t * rows + c0) * TILE + i;
+                real *line = to + (t * TILE + i) * wide + c0;
+                if (c0 + LANES <= cin)
+                    UNROLL for (int c = 0; c < LANES; c++) line[c] = from[c * TILE];
+                else
+                    for (int64_t c = 0; c < LANES; c++)
+                        line[c] = c0 + c < cin ? from[c * TILE] : 0;
+            }
+}
+
+/* The gradients of `block` filters, from channel `first` of tiles of `rows` channels on, as (pixels, block). */
+static void pack_gradients(
+    const real *panel, int64_t rows, int64_t first, int64_t block, int64_t tiles, real *restrict packed)
+{
+    for (int64_t t = 0; t < tiles; t++)
+        for (int64_t b = 0; b < block; b++) {
+            const real *from = panel + (t * rows + first + b) * TILE;
+            for (int64_t i = 0; i < TILE; i++)
+                packed[(t * TILE + i) * block + b] = from[i];
+        }
+}
+
+/* sums (block, wide) = gradients, packed, times transposed inputs */
+static void multiply_transposed(
+    const real *inputs, const int32_t *at_pixel, int64_t pixels, const real *packed, int64_t block, int64_t wide,
+    real *sums)
+{
+    int32_t start[TILE_VECTORS];
+    for (int64_t v = 0; v < wide / LANES; v += TILE_VECTORS) {
+        const int64_t vectors = least(TILE_VECTORS, wide / LANES - v);
+        for (int64_t i = 0; i < vectors; i++)
+            start[i] = (int32_t)((v + i) * LANES);
+        convolve(inputs, start, vectors, at_pixel, pixels, packed, block, sums + v * LANES, wide);
+    }
+}
+
 /* to (filters, cin) += the gradients (filters, pixels) times the transposed inputs (pixels, cin) of tiles of
    `rows` channels: cin inputs, then the filters' gradients. `memory` takes (cin + MOST_FILTERS) * pixels +
    MOST_FILTERS * cin numbers, cin rounded up to LANES. */
@@ -639,34 +693,56 @@ static void add_transposed(
 {
     const int64_t wide = rounded_up(cin, LANES), pixels = tiles * TILE;
     real *transposed = memory, *packed = transposed + wide * pixels, *sums = packed + MOST_FILTERS * pixels;
-    int32_t start[TILE_VECTORS], offset[MOST_TILES * TILE];
+    int32_t at_pixel[MOST_TILES * TILE];
     for (int64_t i = 0; i < pixels; i++)
-        offset[i] = (int32_t)(i * wide);
-    for (int64_t t = 0; t < tiles; t++)
-        for (int64_t c0 = 0; c0 < wide; c0 += LANES)
-            for (int64_t i = 0; i < TILE; i++) {
-                const real *from = panel + (t * rows + c0) * TILE + i;
-                real *line = transposed + (t * TILE + i) * wide + c0;
-                for (int64_t c = 0; c < LANES; c++)
-                    line[c] = c0 + c < cin ? from[c * TILE] : 0;
-            }
+        at_pixel[i] = (int32_t)(i * wide);
+    transpose_inputs(panel, rows, cin, wide, tiles, transposed);
     for (int64_t f = 0, block; f < filters; f += block) {
         block = filter_block(filters - f);
-        for (int64_t t = 0; t < tiles; t++)
-            for (int64_t b = 0; b < block; b++) {
-                const real *from = panel + (t * rows + cin + f + b) * TILE;
-                for (int64_t i = 0; i < TILE; i++)
-                    packed[(t * TILE + i) * block + b] = from[i];
-            }
-        for (int64_t v = 0; v < wide / LANES; v += TILE_VECTORS) {
-            const int64_t vectors = least(TILE_VECTORS, wide / LANES - v);
-            for (int64_t i = 0; i < vectors; i++)
-                start[i] = (int32_t)((v + i) * LANES);
-            convolve(transposed, start, vectors, offset, pixels, packed, block, sums + v * LANES, wide);
-        }
+        pack_gradients(panel, rows, cin + f, block, tiles, packed);
+        multiply_transposed(transposed, at_pixel, pixels, packed, block, wide, sums);
         for (int64_t b = 0; b < block; b++)
             for (int64_t c = 0; c < cin; c++)
                 to[(f + b) * cin + c] += sums[b * wide + c];
+    }
+}
+
+/* Where the weights are many and the pixels few, sums of weights for each chunk would take more memory than
+   inputs and gradients of all pixels. Chunks keep these then, and after them the filters are shared out,
+   MOST_FILTERS a task, each summed over all pixels. */
+static void keep_for_weights(
+    const struct pointwise_run *run, int64_t half, int64_t first, int64_t tiles, const real *panel, int64_t rows)
+{
+    const int64_t cin = run->p->channels_in, filters = run->filters, pixels = run->p->n * run->tiles * TILE;
+    transpose_inputs(
+        panel, rows, cin, run->wide, tiles, run->inputs + (half * pixels + first * TILE) * run->wide);
+    for (int64_t f = 0, block; f < filters; f += block) {
+        block = filter_block(least(MOST_FILTERS - f % MOST_FILTERS, filters - f));
+        pack_gradients(
+            panel, rows, cin + f, block, tiles,
+            run->grads + (half * filters + f) * pixels + first * TILE * block);
+    }
+}
+
+static void whole_weight_gradient(void *argument, int64_t task)
+{
+    struct pointwise_run *run = argument;
+    const struct pointwise *p = run->p;
+    const int64_t tasks = (run->filters + MOST_FILTERS - 1) / MOST_FILTERS, half = task / tasks;
+    const int64_t cin = p->channels_in, pixels = p->n * run->tiles * TILE;
+    real *sums = scratch(sizeof(real) * MOST_FILTERS * run->wide);
+    if (!sums) {
+        __atomic_store_n(&run->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    const int64_t first = task % tasks * MOST_FILTERS, end = least(first + MOST_FILTERS, run->filters);
+    for (int64_t f = first, block; f < end; f += block) {
+        block = filter_block(end - f);
+        multiply_transposed(
+            run->inputs + half * pixels * run->wide, run->at_pixel, pixels,
+            run->grads + (half * run->filters + f) * pixels, block, run->wide, sums);
+        for (int64_t b = 0; b < block; b++)
+            memcpy(p->grad_weight[half] + (f + b) * cin, sums + b * run->wide, sizeof(real) * cin);
     }
 }
 
@@ -692,8 +768,9 @@ static void backward_chunk(void *argument, int64_t chunk)
     for (int64_t i = 0; i < at_once * TILE_VECTORS; i++)
         start[i] = (int32_t)(i / TILE_VECTORS * rows * TILE + i % TILE_VECTORS * LANES);
     memset(input_sums, 0, sizeof(double) * cin * 2);
-    memset(grad_weight, 0, sizeof(real) * p->halves * weights);
-    if (along)
+    if (!run->whole)
+        memset(grad_weight, 0, sizeof(real) * p->halves * weights);
+    if (along && !run->whole)
         memset(memory, 0, sizeof(real) * for_weights);
     const int64_t all = p->n * run->tiles, end = (chunk + 1) * all / run->chunks;
     for (int64_t first = chunk * all / run->chunks; first < end; first += at_once)
@@ -712,14 +789,16 @@ static void backward_chunk(void *argument, int64_t chunk)
             if (!p->grad_weight[h])
                 continue;
             fill_tiles(run, h, tile, tiles, panel, rows * TILE);
-            if (along)
+            if (run->whole)
+                keep_for_weights(run, h, first, tiles, panel, rows);
+            else if (along)
                 correlate(
                     panel + cin * TILE, TILE, filters, panel, start, tiles * TILE_VECTORS, run->offset, cin,
                     memory + h * weights * LANES);
             else
                 add_transposed(panel, rows, cin, filters, tiles, memory, grad_weight + h * weights);
         }
-    for (int64_t i = 0; i < p->halves * weights && along; i++)
+    for (int64_t i = 0; i < p->halves * weights && along && !run->whole; i++)
         grad_weight[i] = sum(load(memory + i * LANES));
 }
 
@@ -754,8 +833,11 @@ EXPORT int64_t pointwise_backward(const struct pointwise *p)
     join_output_sums(&run);
     parallel_for(run.chunks, p->threads, backward_chunk, &run);
     const int64_t weights = run.filters * p->channels_in;
+    if (run.whole && p->grad_weight[0])
+        parallel_for(
+            p->halves * ((run.filters + MOST_FILTERS - 1) / MOST_FILTERS), p->threads, whole_weight_gradient, &run);
     for (int64_t h = 0; h < p->halves; h++)
-        if (p->grad_weight[h])
+        if (p->grad_weight[h] && !run.whole)
             for (int64_t i = 0; i < weights; i++) {
                 real total = 0;
                 for (int64_t chunk = 0; chunk < run.chunks; chunk++)
