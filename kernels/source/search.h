@@ -196,6 +196,16 @@ static void fill_phases(
             }
             continue;
         }
+        if (width % (2 * LANES) == 0) {
+            real *odd = to + field->images * field->plane;
+            for (int64_t j = 0; j < width / 2; j += LANES) {
+                const vec a = load(x + 2 * j), b = load(x + 2 * j + LANES);
+                const vec first = even_lanes(a, b), second = odd_lanes(a, b);
+                store(to + j, signs ? sign(first) : first);
+                store(odd + j, signs ? sign(second) : second);
+            }
+            continue;
+        }
         for (int64_t b = 0; b < stride; b++, to += field->images * field->plane)
             for (int64_t j = 0; j * stride + b < width; j++) {
                 const real v = x[j * stride + b];
@@ -211,7 +221,7 @@ static int begin_cell(struct cell_run *run, const struct cell *c, int backward)
     run->sampled = c->channels / c->k;
     run->pixels_in = c->height * c->width;
     run->pixels = c->height_out * c->width_out;
-    run->chunks = least(c->n, MOST_CHUNKS);
+    run->chunks = least(c->n, c->n < 128 ? MOST_CHUNKS / 2 : MOST_CHUNKS);
     real *kept = c->kept;
     int64_t most_planes = 0, most_weights = 0;
     for (int64_t s = 0; s < SOURCES; s++) {
@@ -321,19 +331,20 @@ INLINE const real *residual_plane(const struct cell_run *run, const struct sourc
                           : kept_of(run, s, image, s->filters + 2 * run->sampled + j);
 }
 
-/* 2x2 maxima at stride 2, of what a window over an odd edge holds; a NaN wins. */
-static void halve_maximum(const real *x, int64_t height, int64_t width, real *out)
+/* 2x2 maxima at stride 2, of what a window over an odd edge holds; a NaN wins. `line` takes a line of x. */
+static void halve_maximum(const real *x, int64_t height, int64_t width, real *restrict line, real *restrict out)
 {
     const int64_t across = (width + 1) / 2;
     for (int64_t i = 0; i < height; i += 2, out += across) {
         const real *upper = x + i * width, *lower = i + 1 < height ? upper + width : upper;
-        for (int64_t j = 0; j < across; j++) {
-            const int64_t left = 2 * j, right = left + 1 < width ? left + 1 : left;
-            real m = upper[left];
-            m = upper[right] > m || upper[right] != upper[right] ? upper[right] : m;
-            m = lower[left] > m || lower[left] != lower[left] ? lower[left] : m;
-            out[j] = lower[right] > m || lower[right] != lower[right] ? lower[right] : m;
+        for (int64_t j = 0; j < width; j++)
+            line[j] = (lower[j] <= upper[j]) | (upper[j] != upper[j]) ? upper[j] : lower[j];
+        for (int64_t j = 0; j < width / 2; j++) {
+            const real a = line[2 * j], b = line[2 * j + 1];
+            out[j] = (b <= a) | (a != a) ? a : b;
         }
+        if (width & 1)
+            out[across - 1] = line[width - 1];
     }
 }
 
@@ -342,6 +353,28 @@ static void spread_maximum(
     const real *x, const real *maximum, const real *grad, int64_t height, int64_t width, real *grad_x)
 {
     const int64_t across = (width + 1) / 2;
+    if (height % 2 == 0 && width % (2 * LANES) == 0) {
+        for (int64_t i = 0; i < height / 2; i++, x += 2 * width, grad_x += 2 * width)
+            for (int64_t j = 0; j < across; j += LANES) {
+                const vec m = load(maximum + i * across + j);
+                vec open = load(grad + i * across + j), taken[4], value[4];
+                for (int row = 0; row < 2; row++) {
+                    const vec a = load(x + row * width + 2 * j), b = load(x + row * width + 2 * j + LANES);
+                    value[2 * row] = even_lanes(a, b);
+                    value[2 * row + 1] = odd_lanes(a, b);
+                }
+                for (int q = 0; q < 4; q++) {
+                    taken[q] = if_less(value[q], m, splat(0), open);
+                    open = if_less(value[q], m, open, splat(0));
+                }
+                for (int row = 0; row < 2; row++) {
+                    real *to = grad_x + row * width + 2 * j;
+                    store(to, first_pairs(taken[2 * row], taken[2 * row + 1]));
+                    store(to + LANES, last_pairs(taken[2 * row], taken[2 * row + 1]));
+                }
+            }
+        return;
+    }
     memset(grad_x, 0, sizeof(real) * height * width);
     for (int64_t i = 0; i < height; i += 2, maximum += across, grad += across)
         for (int64_t j = 0; j < across; j++) {
@@ -516,7 +549,7 @@ static void visit_source(struct cell_run *run, const struct source *s, int64_t i
         parts[i] = plane_moments(kept_of(run, s, image, i), run->pixels);
     for (int64_t channel = sampled; channel < c->channels && s->stride == 2; channel++)
         halve_maximum(
-            state_of(run, s->index, image, channel), height, width,
+            state_of(run, s->index, image, channel), height, width, aside,
             (real *)bypass_of(run, s, image, channel));
 }
 
@@ -536,8 +569,8 @@ static void visit_forward(void *argument, int64_t chunk)
     real *planes[3] = {0}, *aside = NULL;
     if (s) {
         const int64_t size = rounded_up(field_size(field, run->sampled * field->phases), LANES);
-        int64_t most_filters = s->edges * run->sampled;
-        planes[0] = scratch(sizeof(real) * (3 * size + most_filters * field->vectors * LANES));
+        const int64_t for_aside = most(s->edges * run->sampled * field->vectors * LANES, run->c->width);
+        planes[0] = scratch(sizeof(real) * (3 * size + for_aside));
         if (!planes[0]) {
             __atomic_store_n(&run->failed, 1, __ATOMIC_RELAXED);
             return;
@@ -916,6 +949,21 @@ static void operations_gradient(
             s->index < 2 ? NULL : c->grad + ((image * NODES + s->index - 2) * c->channels + j) * size;
         for (int64_t i = 0; i < height; i++) {
             const int64_t row = i / s->stride;
+            if (s->stride == 2 && width % (2 * LANES) == 0) {
+                const int64_t phase = i % 2 * 2;
+                const real *signs = results + (phase * sampled + j) * wide + row * field->across * LANES;
+                const real *pools = to_pools + phase * field->plane + field->origin + row * field->pitch;
+                for (int64_t q = 0; q < width / 2; q += LANES) {
+                    const real *line = x + i * width + 2 * q;
+                    const vec a = load(line), b = load(line + LANES);
+                    const vec even = fma(load(signs + q), sign_slope(even_lanes(a, b)), load(pools + q));
+                    const vec odd = fma(
+                        load(signs + sampled * wide + q), sign_slope(odd_lanes(a, b)), load(pools + field->plane + q));
+                    store(grad_x + i * width + 2 * q, first_pairs(even, odd));
+                    store(grad_x + i * width + 2 * q + LANES, last_pairs(even, odd));
+                }
+                continue;
+            }
             for (int64_t b = 0; b < s->stride; b++) {
                 const int64_t phase = i % s->stride * s->stride + b;
                 const real *of_signs = results + (phase * sampled + j) * wide + row * field->across * LANES;
@@ -1082,10 +1130,15 @@ static void halve_inputs(void *argument, int64_t image)
 {
     struct cell_run *run = argument;
     const struct cell *c = run->c;
+    real *line = scratch(sizeof(real) * c->width);
+    if (!line) {
+        __atomic_store_n(&run->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
     for (int64_t i = 0; i < 2; i++)
         for (int64_t channel = run->sampled; channel < c->channels; channel++)
             halve_maximum(
-                state_of(run, i, image, channel), c->height, c->width,
+                state_of(run, i, image, channel), c->height, c->width, line,
                 (real *)bypass_of(run, &run->source[i], image, channel));
 }
 
