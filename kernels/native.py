@@ -271,6 +271,8 @@ class PointwiseCall(ctypes.Structure):
     _fields_ += [(name, ctypes.c_void_p) for name in _pointers]
     _fields_ += [("grad_image", ctypes.c_int64)]
     _fields_ += [(name, ctypes.c_void_p) for name in _gradients]
+    _fields_ += [("parts", ctypes.c_int64), ("part_channels", ctypes.c_int64 * 3)]
+    _fields_ += [("part_grad", ctypes.c_void_p * 3)]
 
 
 class _UnitCall(ctypes.Structure):

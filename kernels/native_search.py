@@ -37,19 +37,23 @@ class NativeSupernet(Supernet):
         ):
             edges = edge_weights(beta)[by_source]  # (14,)
             by_kind[reduction] = edges, edges.unsqueeze(1) * alpha.softmax(1)[by_source]  # (14, 7)
-        x = self.stem(x)
-        older, newer = x, x
         statistics: list[tuple[nn.BatchNorm2d, Tensor]] = []
-        for module in self.cells:
-            states = [
-                preprocess(module.preprocess0, older, statistics),
-                preprocess(module.preprocess1, newer, statistics),
-            ]
-            older, newer = newer, cell(module, *states, *by_kind[module.reduction], statistics)
+        x = self.stem(x)
+        states = preprocessed(x, self.readers(-1), statistics)
+        for index, module in enumerate(self.cells):
+            inputs = states.pop(module.preprocess0), states.pop(module.preprocess1)
+            x = cell(module, *inputs, *by_kind[module.reduction], statistics)
+            states |= preprocessed(x, self.readers(index), statistics)
         if self.training:
             move_running(statistics)
             count_batches(norm for module in self.cells for norm in counted(module))
-        return self.classifier(newer.mean((2, 3))), None
+        return self.classifier(x.mean((2, 3))), None
+
+    def readers(self, index: int) -> list[SearchPreprocess]:
+        """The preprocessings that read the result of cell `index`, or of the stem, -1."""
+        newer = [cell.preprocess1 for cell in self.cells[index + 1 : index + 2]]
+        older = [cell.preprocess0 for cell in self.cells[index + 2 : index + 3]]
+        return [self.cells[0].preprocess0, *newer, *older] if index < 0 else [*newer, *older]
 
 
 def counted(module: SearchCell) -> list[nn.BatchNorm2d]:
@@ -68,15 +72,42 @@ def move_running(statistics: Sequence[tuple[nn.BatchNorm2d, Tensor]]) -> None:
     torch._foreach_lerp_(running, batch, norms[0].momentum)
 
 
-def preprocess(module: SearchPreprocess, x: Tensor, statistics: list) -> Tensor:
-    """module(sign(x)); in training the statistics of the batch are added to `statistics`."""
-    norm = module.norm
-    running = (None, None) if module.training else (norm.running_mean, norm.running_var)
-    weights = [conv.weight for conv in module.convolutions]
-    state, of_batch = _Preprocess.apply(module.training, norm.eps, *running, x, *weights)
-    if module.training:
-        statistics.append((norm, of_batch))
-    return state
+def preprocessed(
+    x: Tensor, modules: Sequence[SearchPreprocess], statistics: list
+) -> dict[SearchPreprocess, Tensor]:
+    """module(sign(x)) of each of `modules`. Those that keep the size of x are one convolution, so that x is
+    read once. In training the statistics of the batch are added to `statistics`."""
+    states = {}
+    keeping = [module for module in modules if len(module.convolutions) == 1]
+    for group in (keeping, *([module] for module in modules if module not in keeping)):
+        if group:
+            results = preprocess(
+                x,
+                [conv for module in group for conv in module.convolutions],
+                [module.norm for module in group],
+                statistics,
+            )
+            states |= zip(group, results, strict=True)
+    return states
+
+
+def preprocess(
+    x: Tensor, convolutions: Sequence[nn.Conv2d], norms: Sequence[nn.BatchNorm2d], statistics: list
+) -> tuple[Tensor, ...]:
+    """The results of `norms` on the convolutions of sign(x), 1x1 and one for each norm, or the two of a
+    factorised reduction for one norm."""
+    training, reduces = norms[0].training, len(convolutions) > len(norms)
+    running = None, None
+    if not training:
+        running = tuple(
+            torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var")
+        )
+    widths = [norm.num_features for norm in norms]
+    weights = [conv.weight for conv in convolutions]
+    *states, of_batch = _Preprocess.apply(widths, reduces, training, norms[0].eps, *running, x, *weights)
+    if training:
+        statistics.extend(zip(norms, of_batch.split(widths, 1), strict=True))
+    return states
 
 
 def cell(
@@ -106,21 +137,21 @@ def cell(
 
 class _Preprocess(Function):
     @staticmethod
-    def forward(ctx, training, eps, mean, var, x, *weights):
-        state, statistics = torch.ops.ebnas.search_preprocess(x, weights, mean, var, training, eps)
-        ctx.training, ctx.eps = training, eps
+    def forward(ctx, widths, reduces, training, eps, mean, var, x, *weights):
+        state, statistics = torch.ops.ebnas.search_preprocess(x, weights, mean, var, reduces, training, eps)
+        ctx.settings = reduces, training, eps
         ctx.save_for_backward(x, state, statistics, *weights)
         ctx.mark_non_differentiable(statistics)
-        return state, statistics
+        return *state.split(widths, 1), statistics
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, *grads):
         x, state, statistics, *weights = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[4:6]
+        wanted = ctx.needs_input_grad[6:8]
         gradients = torch.ops.ebnas.search_preprocess_backward(
-            grad, x, state, statistics, weights, ctx.training, ctx.eps, *wanted
+            grads[:-1], x, state, statistics, weights, *ctx.settings, *wanted
         )
-        return None, None, None, None, *_where(gradients, [wanted[0]] + [wanted[1]] * len(weights))
+        return *(None,) * 6, *_where(gradients, [wanted[0]] + [wanted[1]] * len(weights))
 
 
 class _Cell(Function):
@@ -153,12 +184,12 @@ def _where(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor |
 
 _LIBRARY = torch.library.Library("ebnas", "FRAGMENT")
 _LIBRARY.define(
-    "search_preprocess(Tensor x, Tensor[] weights, Tensor? mean, Tensor? var, bool training, float eps) "
-    "-> (Tensor, Tensor)"
+    "search_preprocess(Tensor x, Tensor[] weights, Tensor? mean, Tensor? var, bool reduces, bool training, "
+    "float eps) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "search_preprocess_backward(Tensor grad, Tensor x, Tensor state, Tensor statistics, Tensor[] weights, "
-    "bool training, float eps, bool wants_x, bool wants_weights) -> Tensor[]"
+    "search_preprocess_backward(Tensor[] grads, Tensor x, Tensor state, Tensor statistics, Tensor[] weights, "
+    "bool reduces, bool training, float eps, bool wants_x, bool wants_weights) -> Tensor[]"
 )
 _LIBRARY.define(
     "search_cell(Tensor s0, Tensor s1, Tensor edges, Tensor operations, Tensor[] weights, Tensor? mean, "
@@ -179,7 +210,11 @@ class _CellCall(ctypes.Structure):
         *("training", "threads"),
     )
     _fields_ = [(name, ctypes.c_int64) for name in _integers]
-    _fields_ += [("eps", ctypes.c_double), ("state", ctypes.c_void_p * 2)]
+    _fields_ += [
+        ("eps", ctypes.c_double),
+        ("state", ctypes.c_void_p * 2),
+        ("state_image", ctypes.c_int64 * 2),
+    ]
     _fields_ += [(name, ctypes.c_void_p) for name in ("edges", "operations")]
     _fields_ += [("weight", ctypes.c_void_p * (_WEIGHTS * len(LEAVING)))]
     _fields_ += [(name, ctypes.c_void_p) for name in ("mean", "var", "statistics", "kept", "out", "grad")]
@@ -196,8 +231,11 @@ def _half(size: int, stride: int) -> int:
     return -(-size // stride)
 
 
-def _preprocess_call(x: Tensor, weights: Sequence[Tensor], state: Tensor, training: bool, eps: float):
-    call = PointwiseCall(*x.shape[:2], state.shape[1], *x.shape[2:], *state.shape[2:], len(weights))
+def _preprocess_call(
+    x: Tensor, weights: Sequence[Tensor], state: Tensor, reduces: bool, training: bool, eps: float
+) -> PointwiseCall:
+    """`weights`: both of a factorised reduction, or one."""
+    call = PointwiseCall(*x.shape[:2], state.shape[1], *x.shape[2:], *state.shape[2:], 1 + reduces)
     call.signs, call.training, call.normalized, call.eps = True, training, True, eps
     call.threads = torch.get_num_threads()
     call.x, call.y, call.out = x.data_ptr(), state.data_ptr(), state.data_ptr()
@@ -205,40 +243,50 @@ def _preprocess_call(x: Tensor, weights: Sequence[Tensor], state: Tensor, traini
     return call
 
 
-def _search_preprocess(x, weights, mean, var, training, eps):
-    state, statistics = _search_preprocess_fake(x, weights, mean, var, training, eps)
-    x, weights = x.contiguous(), [weight.contiguous() for weight in weights]
-    call = _preprocess_call(x, weights, state, training, eps)
+def _joined(weights: Sequence[Tensor], reduces: bool) -> list[Tensor]:
+    return [weight.contiguous() for weight in weights] if reduces else [torch.cat(list(weights))]
+
+
+def _search_preprocess(x, weights, mean, var, reduces, training, eps):
+    state, statistics = _search_preprocess_fake(x, weights, mean, var, reduces, training, eps)
+    x, weights = x.contiguous(), _joined(weights, reduces)
+    call = _preprocess_call(x, weights, state, reduces, training, eps)
     call.normalized = False
     call.mean2, call.var2, call.statistics2 = _address(mean), _address(var), statistics.data_ptr()
     run(library(x.dtype).pointwise_forward, call)
     return state, statistics
 
 
-def _search_preprocess_fake(x, weights, mean, var, training, eps):
+def _search_preprocess_fake(x, weights, mean, var, reduces, training, eps):
     channels = sum(weight.shape[0] for weight in weights)
-    sizes = (_half(size, len(weights)) for size in x.shape[2:])  # two convolutions halve the size
+    sizes = (_half(size, 1 + reduces) for size in x.shape[2:])
     return x.new_empty((x.shape[0], channels, *sizes)), x.new_empty((3, channels))
 
 
-def _search_preprocess_backward(grad, x, state, statistics, weights, training, eps, wants_x, wants_weights):
-    gradients = _search_preprocess_backward_fake(
-        grad, x, state, statistics, weights, training, eps, wants_x, wants_weights
-    )
-    grad, x, weights = grad.contiguous(), x.contiguous(), [weight.contiguous() for weight in weights]
-    call = _preprocess_call(x, weights, state, training, eps)
-    call.grad, call.grad_image = grad.data_ptr(), grad.stride(0)
-    call.statistics2 = statistics.data_ptr()
+def _search_preprocess_backward(
+    grads, x, state, statistics, weights, reduces, training, eps, wants_x, wants_weights
+):
+    grads, x, joined = [grad.contiguous() for grad in grads], x.contiguous(), _joined(weights, reduces)
+    call = _preprocess_call(x, joined, state, reduces, training, eps)
+    call.parts, call.statistics2 = len(grads), statistics.data_ptr()
+    for i, grad in enumerate(grads):
+        call.part_channels[i], call.part_grad[i] = grad.shape[1], grad.data_ptr()
+    grad_x = x.new_empty(x.shape if wants_x else 0)
+    of_joined = [torch.empty_like(weight) for weight in joined]
     if wants_x:
-        call.grad_x = gradients[0].data_ptr()
+        call.grad_x = grad_x.data_ptr()
     if wants_weights:
-        call.grad_weight_even, call.grad_weight_odd = gradients[1].data_ptr(), gradients[-1].data_ptr()
+        call.grad_weight_even, call.grad_weight_odd = of_joined[0].data_ptr(), of_joined[-1].data_ptr()
     run(library(x.dtype).pointwise_backward, call)
-    return gradients
+    if not wants_weights:
+        return [grad_x, *(weight.new_empty(0) for weight in weights)]
+    if not reduces and len(weights) > 1:  # an operator's results are no views of each other
+        of_joined = [part.clone() for part in of_joined[0].split([len(weight) for weight in weights])]
+    return [grad_x, *of_joined]
 
 
 def _search_preprocess_backward_fake(
-    grad, x, state, statistics, weights, training, eps, wants_x, wants_weights
+    grads, x, state, statistics, weights, reduces, training, eps, wants_x, wants_weights
 ):
     of_weights = [weight.new_empty(weight.shape if wants_weights else 0) for weight in weights]
     return [x.new_empty(x.shape if wants_x else 0), *of_weights]
@@ -258,10 +306,16 @@ def _cell_call(s0, s1, edges, operations, weights, out, kept, statistics, k, str
     call = _CellCall(*s0.shape[:2], k, stride, *s0.shape[2:], *out.shape[2:], training)
     call.threads, call.eps = torch.get_num_threads(), eps
     call.state[:] = s0.data_ptr(), s1.data_ptr()
+    call.state_image[:] = s0.stride(0), s1.stride(0)
     call.edges, call.operations = edges.data_ptr(), operations.data_ptr()
     call.kept, call.statistics, call.out = kept.data_ptr(), statistics.data_ptr(), out.data_ptr()
     call.weight[:] = _by_source(weights, stride)
     return call
+
+
+def _channels(state: Tensor) -> Tensor:
+    """`state` with the channels of an image together, as they are in some of the channels of a tensor."""
+    return state if state[:1].is_contiguous() else state.contiguous()
 
 
 def _by_source(tensors: Sequence[Tensor], stride: int) -> list[int | None]:
@@ -277,7 +331,7 @@ def _search_cell(s0, s1, edges, operations, weights, mean, var, k, stride, train
     out, kept, statistics = _search_cell_fake(
         s0, s1, edges, operations, weights, mean, var, k, stride, training, eps
     )
-    s0, s1, edges, operations = (tensor.contiguous() for tensor in (s0, s1, edges, operations))
+    s0, s1, edges, operations = _channels(s0), _channels(s1), edges.contiguous(), operations.contiguous()
     weights = [weight.contiguous() for weight in weights]
     call = _cell_call(s0, s1, edges, operations, weights, out, kept, statistics, k, stride, training, eps)
     call.mean, call.var = _address(mean), _address(var)
@@ -302,7 +356,8 @@ def _search_cell_backward(
     gradients = _search_cell_backward_fake(
         grad, s0, s1, edges, operations, weights, out, kept, statistics, k, stride, training, eps, wanted
     )
-    grad, s0, s1, edges, operations = (t.contiguous() for t in (grad, s0, s1, edges, operations))
+    grad, edges, operations = grad.contiguous(), edges.contiguous(), operations.contiguous()
+    s0, s1 = _channels(s0), _channels(s1)
     weights = [weight.contiguous() for weight in weights]
     call = _cell_call(s0, s1, edges, operations, weights, out, kept, statistics, k, stride, training, eps)
     call.grad = grad.data_ptr()

@@ -19,7 +19,7 @@ from kernels.fused import Convolution
 from kernels.library import paths, unavailable
 from kernels.native import avg_pool, max_pool, pointwise, unit
 from kernels.native_search import cell as search_cell
-from kernels.native_search import preprocess
+from kernels.native_search import preprocessed
 from model_search import SearchConfig, Supernet
 from operations import BinaryUnit, FactorizedReduce
 from utils import InputError
@@ -342,7 +342,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
         made.append(torch.autograd.grad(pools, x))
         cell = supernet.cells[0]  # the stem is torch's, whose sums depend on the threads
         statistics: list = []
-        states = [preprocess(m, signs, statistics) for m in (cell.preprocess0, cell.preprocess1)]
+        states = preprocessed(signs, [cell.preprocess0, cell.preprocess1], statistics).values()
         edges, operations = torch.ones(14), torch.full((14, 7), 0.1, requires_grad=True)
         y = search_cell(cell, *states, edges, operations, statistics)
         of = operations, *(p for p in cell.parameters())

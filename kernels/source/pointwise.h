@@ -12,7 +12,7 @@
    A factorised reduction has two halves. Half h reads the pixels (2i + h, 2j + h) and gives the filters from
    h * channels_out / 2 on; where the image has no such pixel it reads zeros. */
 
-enum { TILE_VECTORS = REGISTERS == 32 ? 4 : 2, TILE = TILE_VECTORS * LANES, MOST_CHUNKS = 16, MOST_TILES = 32 };
+enum { TILE_VECTORS = REGISTERS == 32 ? 4 : 2, TILE = TILE_VECTORS * LANES, MOST_CHUNKS = 16, MOST_TILES = 32, MOST_PARTS = 3 };
 enum { CACHED = 1 << 18 /* bytes that tiles may take */ };
 
 struct pointwise {
@@ -37,6 +37,10 @@ struct pointwise {
     int64_t grad_image;             /* from one image of it to the next; the channels of each lie together */
     real *grad_x, *grad_residual;   /* NULL: not wanted, and so on */
     real *grad_weight[2], *grad_weight1, *grad_bias1, *grad_weight2, *grad_bias2, *grad_slope, *grad_shift;
+    /* Backward, where there are several: the gradients of parts of out's channels, each a tensor of its own, and
+       how many channels each has. They stand in the place of grad. */
+    int64_t parts, part_channels[MOST_PARTS];
+    const real *part_grad[MOST_PARTS];
 };
 
 struct pointwise_run {
@@ -430,12 +434,24 @@ struct output_channel {
     int64_t c;
     struct norm norm;
     real slope;
+    const real *grad; /* of the first image */
+    int64_t grad_image; /* from one image to the next */
 };
 
 INLINE struct output_channel output_channel(const struct pointwise_run *run, int64_t c)
 {
     const struct pointwise *p = run->p;
-    return (struct output_channel){c, p->normalized ? no_norm : run->norm2[c], p->slope ? p->slope[c] : 1};
+    const real *grad = p->grad;
+    int64_t in_part = c, grad_image = p->grad_image;
+    for (int64_t i = 0; i < p->parts; in_part -= p->part_channels[i], i++) {
+        grad = p->part_grad[i];
+        grad_image = p->part_channels[i] * run->pixels;
+        if (in_part < p->part_channels[i])
+            break;
+    }
+    return (struct output_channel){
+        c, p->normalized ? no_norm : run->norm2[c], p->slope ? p->slope[c] : 1, grad + in_part * run->pixels,
+        grad_image};
 }
 
 /* At pixel i of a channel's plane of an image, of which `left` pixels are left: lanes past them are 0. */
@@ -445,7 +461,7 @@ INLINE struct output_gradient output_gradient(
     const struct pointwise *p = run->p;
     const int64_t at = (image * p->channels_out + channel.c) * run->pixels + i;
     struct output_gradient g = {splat(0), splat(0), splat(0), splat(0)};
-    vec grad = load_n(p->grad + image * p->grad_image + channel.c * run->pixels + i, left);
+    vec grad = load_n(channel.grad + image * channel.grad_image + i, left);
     g.y = load_n(p->y + at, left);
     if (p->factor)
         grad = grad * splat(p->factor[image]);

@@ -33,6 +33,7 @@ struct cell {
     int64_t height, width, height_out, width_out, training, threads;
     double eps;
     const real *state[2];
+    int64_t state_image[2];                  /* from an image of theirs to the next */
     const real *edges, *operations;          /* (14,) and (14, 7), source by source */
     const real *weight[SOURCES][KINDS + 2];  /* the last two: halves of the factorised reduction, at stride 2 */
     const real *mean, *var;                  /* running, if not training */
@@ -307,7 +308,7 @@ static int begin_source(struct cell_run *run, const struct source *s, int64_t im
 INLINE const real *state_of(const struct cell_run *run, int64_t state, int64_t image, int64_t channel)
 {
     const struct cell *c = run->c;
-    return state < 2 ? c->state[state] + (image * c->channels + channel) * run->pixels_in
+    return state < 2 ? c->state[state] + image * c->state_image[state] + channel * run->pixels_in
                      : c->out + ((image * NODES + state - 2) * c->channels + channel) * run->pixels;
 }
 
