@@ -78,22 +78,25 @@ struct moments {
 
 INLINE struct moments plane_moments(const real *plane, int64_t count)
 {
-    vec total = splat(0), squares = splat(0);
+    vec part[4] = {splat(0), splat(0), splat(0), splat(0)};
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES)
-        total = total + load(plane + i);
-    if (i < count)
-        total = total + load_part(plane + i, count - i);
-    const real mean = sum(total) / (real)count;
-    for (i = 0; i + LANES <= count; i += LANES) {
-        const vec apart = load(plane + i) - splat(mean);
-        squares = fma(apart, apart, squares);
+    for (; i + 4 * LANES <= count; i += 4 * LANES)
+        UNROLL for (int q = 0; q < 4; q++) part[q] = part[q] + load(plane + i + q * LANES);
+    for (; i < count; i += LANES)
+        part[0] = part[0] + load_n(plane + i, count - i);
+    const real mean = sum((part[0] + part[1]) + (part[2] + part[3])) / (real)count;
+    UNROLL for (int q = 0; q < 4; q++) part[q] = splat(0);
+    for (i = 0; i + 4 * LANES <= count; i += 4 * LANES)
+        UNROLL for (int q = 0; q < 4; q++)
+        {
+            const vec apart = load(plane + i + q * LANES) - splat(mean);
+            part[q] = fma(apart, apart, part[q]);
+        }
+    for (; i < count; i += LANES) {
+        const vec apart = keep_n(load_n(plane + i, count - i) - splat(mean), count - i);
+        part[0] = fma(apart, apart, part[0]);
     }
-    if (i < count) {
-        const vec apart = keep(load_part(plane + i, count - i) - splat(mean), count - i);
-        squares = fma(apart, apart, squares);
-    }
-    return (struct moments){mean, sum(squares)};
+    return (struct moments){mean, sum((part[0] + part[1]) + (part[2] + part[3]))};
 }
 
 /* Of parts of equal size `count`, `stride` apart. */
