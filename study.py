@@ -72,8 +72,6 @@ def parser() -> options.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.scale is None:
-        args.scale = "medium" if args.name in INSTRUMENTS else "small"
     scale, name = scale_of(args)
     out = Path(args.out or default_out(name))
     table_folder = out / "cells" if args.out or name != "medium" else Path("results", "cells")
@@ -112,12 +110,12 @@ def main(args: argparse.Namespace) -> None:
 def studies_of(args: argparse.Namespace, scale: Scale) -> list[Study]:
     if args.name in INSTRUMENTS:
         if scale.instrument is None:
-            raise InputError(f"{args.name}: --scale {args.scale} says nothing of how a table is made")
+            raise InputError(f"{args.name}: --scale {args.scale} has no table of cells; leave --scale out")
         return [INSTRUMENTS[args.name](scale)]
     wanted = [key for key in STUDIES if args.name in (key, "all") and (key != "transfer" or scale.larger)]
     if not wanted:
-        other = f"--set {args.set}; leave --set out" if args.set else f"--scale {args.scale}"
-        raise InputError(f"transfer: no larger task is known for {other}")
+        reason = f"--set {args.set}; leave --set out" if args.set else f"--scale {args.scale}; give another"
+        raise InputError(f"transfer: no larger task is known for {reason}")
     return [STUDIES[key](scale) for key in wanted]
 
 
@@ -152,18 +150,19 @@ def default_out(scale: str) -> Path:
 
 def scale_of(args: argparse.Namespace) -> tuple[Scale, str]:
     """The scale, and its name, with the set's where that is another."""
-    scale = SCALES[args.scale]
+    of = args.scale or ("medium" if args.name in INSTRUMENTS else "small")
+    scale = SCALES[of]
     if args.seeds:
         numbers = ("searches", "random_cells", "published", "seeds")
         scale = replace(scale, **{name: max(getattr(scale, name), args.seeds) for name in numbers})
     if args.set in (None, scale.images["set"]):
-        return scale, args.scale
+        return scale, of
     other = {"set", "image_size"} if args.set.startswith("cifar") else {"set"}  # CIFAR has a size of its own
     images, larger = (
         {n: v for n, v in flags.items() if n not in other} for flags in (scale.images, scale.larger)
     )
     images["set"] = args.set
-    return replace(scale, images=images, larger=larger), f"{args.scale} on {args.set}"
+    return replace(scale, images=images, larger=larger), f"{of} on {args.set}"
 
 
 if __name__ == "__main__":

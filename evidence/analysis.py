@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,21 +65,21 @@ class Cells:
         return spread([[row["test_top1"] for row in self.table.runs[cell]] for cell in self.table.random])
 
 
-def bootstrap(figure: Callable[[np.ndarray], float], n: int, samples: int = SAMPLES) -> Estimate:
-    """`figure` of n cells by their indices, and of as many drawn from them."""
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(n, size=(samples, n))
-    return Estimate.of(figure(np.arange(n)), np.array([figure(indices) for indices in drawn]))
+def bootstrap_correlation(x: np.ndarray, y: np.ndarray, *, ranks: bool) -> Estimate:
+    """Pearson's r of two figures of each cell, with `ranks` Spearman's rho; nan where one has no spread."""
+    drawn = np.random.default_rng(0).integers(len(x), size=(SAMPLES, len(x)))
+    a, b = (np.vstack([figure, figure[drawn]]).astype(float) for figure in (x, y))  # (1 + samples, cells)
+    if ranks:
+        a, b = stats.rankdata(a, axis=1), stats.rankdata(b, axis=1)
+    a, b = (each - each.mean(1, keepdims=True) for each in (a, b))
+    scale = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    values = np.divide((a * b).sum(1), scale, out=np.full(len(scale), math.nan), where=scale > 1e-9)
+    return Estimate.of(float(values[0]), values[1:])
 
 
 def rho(x: np.ndarray, y: np.ndarray) -> Estimate:
     """Spearman's, of two figures of each cell."""
-
-    def of(indices: np.ndarray) -> float:
-        a, b = stats.rankdata(x[indices]), stats.rankdata(y[indices])
-        return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else math.nan
-
-    return bootstrap(of, len(x))
+    return bootstrap_correlation(x, y, ranks=True)
 
 
 # Where named cells stand
@@ -187,12 +187,7 @@ def left_out_predictions(cells: Cells) -> np.ndarray:
 
 def correlation(x: np.ndarray, y: np.ndarray) -> Estimate:
     """Pearson's r."""
-
-    def of(indices: np.ndarray) -> float:
-        a, b = x[indices], y[indices]
-        return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else math.nan
-
-    return bootstrap(of, len(x))
+    return bootstrap_correlation(x, y, ranks=False)
 
 
 def feature_correlations(cells: Cells) -> dict[str, Estimate]:

@@ -11,10 +11,10 @@ A row is one run: a cell, trained once with one seed. results/cells/README.md sa
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +60,10 @@ class Table:
     `cells` are the different cells, each in canonical form; `random` those of them that were drawn at random.
     """
 
-    def __init__(self, path: Path | str = DEFAULT):
-        """Raises InputError: there is no such file, or a line is no row (which)."""
-        path = Path(path)
+    def __init__(self, path: Path | str | None = None):
+        """Of the file that comes with this program where none is given. Raises InputError: there is no such
+        file, or a line is no row (which)."""
+        path = Path(path or DEFAULT)
         try:
             lines = path.read_text().splitlines()
         except OSError as error:
@@ -154,15 +155,17 @@ class Table:
 
 def distance(a: Genotype, b: Genotype) -> int:
     """How many of the 16 edges (node, operation, input) of one the other has not, both in canonical form."""
-    a, b, missing = canonical(a), canonical(b), 0
-    for kind in ("normal", "reduce"):
-        for first in range(0, 2 * NODES, 2):
-            ours, theirs = (list(getattr(cell, kind)[first : first + 2]) for cell in (a, b))
-            for pair in ours:
-                if pair in theirs:
-                    theirs.remove(pair)
-            missing += len(theirs)
-    return missing
+    return 4 * NODES - (_edges(a) & _edges(b)).total()
+
+
+@lru_cache(100_000)
+def _edges(cell: Genotype) -> Counter:
+    cell = canonical(cell)
+    return Counter(
+        (kind, edge // 2, pair)
+        for kind in ("normal", "reduce")
+        for edge, pair in enumerate(getattr(cell, kind))
+    )
 
 
 def rows_of(study: Study, content: Mapping[str, Any]) -> list[dict[str, Any]]:
