@@ -153,14 +153,14 @@ SCALES = {
         rows={},
         larger={},
         larger_epochs=(1, 1),
-        # 90,000 images a run, those of the long training 720,000
+        # 45,000 images a run in all its epochs, and 8 times as many of the long training
         instrument=Instrument(
             ways={
-                "many images": Way(50_000, 2),
-                "many epochs": Way(16_250, 8),
-                "both stages": Way(16_250, 5, stage1_epochs=3),
+                "many images": Way(50_000, 1),
+                "many epochs": Way(16_250, 4),
+                "both stages": Way(16_250, 3, stage1_epochs=1),
             },
-            long=Way(50_000, 11, stage1_epochs=5),
+            long=Way(50_000, 5, stage1_epochs=3),
             chosen="many epochs",
             once=("both stages",),
         ),

@@ -337,8 +337,8 @@ def test_ways_cost_the_same_and_the_long_training_eight_times_as_much():
     def visits(way) -> int:
         return (way.images - scale.network["holdout"]) * (way.epochs + way.stage1_epochs)
 
-    assert {visits(way) for way in scale.instrument.ways.values()} == {90_000}
-    assert visits(scale.instrument.long) == 8 * 90_000
+    assert {visits(way) for way in scale.instrument.ways.values()} == {45_000}
+    assert visits(scale.instrument.long) == 8 * 45_000
 
 
 def test_names_of_one_network_are_one_row():
