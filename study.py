@@ -93,7 +93,12 @@ def main(args: argparse.Namespace) -> None:
             load_set(images, args.data or "data", train=False)
     runner = Runner(results, data=args.data, at_once=args.jobs)
     for study in studies:
-        runner.run(study, args.shard)
+        try:
+            runner.run(study, args.shard)
+        finally:
+            if study.analysis == "table":  # what is there so far, however this ends
+                with results.updated(study, {}) as content:
+                    write_rows(rows_of(study, content), table_folder / ROWS)
         with results.updated(study, {}) as content:
             if study.analysis == "table":
                 write_cells(study, content, table_folder)
@@ -125,14 +130,13 @@ def found_cells(folder: Path) -> dict[str, Genotype]:
 
 
 def write_cells(study: Study, content: Mapping[str, Any], folder: Path) -> None:
-    """The rows, and what they show."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(rows_of(study, content), folder / ROWS)
+    """What the rows show."""
     text = report_cells(study, content, folder)
     print(text)
     write_atomically(folder / "cells.md", text.encode())
-    for picture in draw_cells(Table(folder / ROWS), folder):
-        print(f"picture {picture}")
+    if rows := rows_of(study, content):
+        for picture in draw_cells(Table.of(rows), folder):
+            print(f"picture {picture}")
 
 
 def report_cells(study: Study, content: Mapping[str, Any], folder: Path) -> str:

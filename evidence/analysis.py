@@ -334,7 +334,7 @@ def _more_words(cells: Cells, scores: Mapping[str, Mapping[str, float]]) -> list
         "",
         *markdown_table(ranks),
     ]
-    for what, label in (("ops", "OPs"), ("packed_bytes", "packed bytes")):
+    for what, label in (("ops", "OPs"), ("parameters", "parameters"), ("packed_bytes", "packed bytes")):
         costs = cells.of(what)
         best = ", ".join(f"{costs[i]:,.0f} ({cells.accuracy[i]:.1f} %)" for i in front(costs, cells.accuracy))
         lines += [

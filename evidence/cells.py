@@ -203,6 +203,7 @@ def rows_of(study: Study, content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
