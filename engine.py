@@ -222,7 +222,8 @@ def train_one_epoch(
     after_step: AfterStep | None = None,
 ) -> dict[str, float]:
     """Train what `optimizer` holds for an epoch, or the rest of one, from `start` on. Gives the means over
-    all of the epoch, loss, top1, top5 (percent), samples, and of this call seconds and images_per_second.
+    all of the epoch, loss, top1, top5 (percent), samples, and of this call seconds, cpu_seconds (of this
+    process: a loader's workers are left out) and images_per_second.
 
     `model` (see `training_loss`) is put into training mode. Raises RunFailed on a loss that is not finite.
     A step takes its batch in `accumulate` parts, one after another, which needs less memory. The gradient is
@@ -249,7 +250,7 @@ def train_one_epoch(
             watch.add(step, objective)
             yield objective * world.loss_factor(part)
 
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     for step, batch in enumerate(loader.epoch(start.epoch, start.step), start.step):
         if before_step is not None:
             before_step()
@@ -260,7 +261,12 @@ def train_one_epoch(
     means = totals.means(world)
     seconds = time.perf_counter() - started
     images = means["samples"] - (start.sums[-1] if start.sums else 0)
-    return {**means, "seconds": seconds, "images_per_second": images / seconds}
+    return {
+        **means,
+        "seconds": seconds,
+        "cpu_seconds": time.process_time() - cpu_started,
+        "images_per_second": images / seconds,
+    }
 
 
 @torch.no_grad()
@@ -272,14 +278,14 @@ def evaluate(
     precision: Precision,
     after_step: AfterStep | None = None,
 ) -> dict[str, float]:
-    """Means over all samples of `loader`: loss, top1, top5 (percent), samples, seconds.
+    """Means over all samples of `loader`: loss, top1, top5 (percent), samples, seconds, cpu_seconds.
 
     Puts `model` into evaluation mode, and leaves it there. Compiled modules run as if they were not: what
     evaluate.py gives later is then the same to the last bit.
     """
     model.eval()
     totals = Sums(world.device)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     for step, batch in enumerate(loader.epoch(0)):
         if len(batch.images):
             with precision.autocast(), torch.compiler.set_stance("force_eager"):
@@ -287,4 +293,8 @@ def evaluate(
             totals.add(nn.functional.cross_entropy(logits, batch.targets), logits, batch.targets)
         if after_step is not None:
             after_step(step, totals)
-    return {**totals.means(world), "seconds": time.perf_counter() - started}
+    return {
+        **totals.means(world),
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu_started,
+    }

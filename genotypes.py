@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,6 +150,28 @@ def random_genotype(seed: int) -> Genotype:
 
     concat = tuple(range(2, 2 + NODES))
     return Genotype(cell(), concat, cell(), concat)
+
+
+def canonical(genotype: Genotype) -> Genotype:
+    """The one form of all genotypes that make the same network under renaming.
+
+    A node sums its two inputs, so their order does not matter. Nor does the order in which a cell lists its
+    nodes, as long as each reads only states before it: what follows a cell convolves all its channels by 1x1,
+    or classifies them, and takes them in any order. Of all these forms this is the first in sorting order.
+    """
+    cells = {}
+    for kind in ("normal", "reduce"):
+        pairs, concat = getattr(genotype, kind), getattr(genotype, f"{kind}_concat")
+        forms = []
+        for order in permutations(range(NODES)):  # order[i]: which node becomes node i
+            names = {0: 0, 1: 1, **{2 + old: 2 + new for new, old in enumerate(order)}}
+            nodes = [sorted((names[s], op) for op, s in pairs[2 * old : 2 * old + 2]) for old in order]
+            if all(source < 2 + node for node, inputs in enumerate(nodes) for source, _ in inputs):
+                forms.append((nodes, sorted(names[state] for state in concat)))
+        nodes, states = min(forms)
+        cells[kind] = tuple((operation, source) for inputs in nodes for source, operation in inputs)
+        cells[f"{kind}_concat"] = tuple(states)
+    return Genotype(**cells)
 
 
 def get_genotype(name: str, system: str | None = None, *, known: tuple[str, ...] = PRIMITIVES) -> Genotype:

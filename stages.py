@@ -413,6 +413,7 @@ def epoch_record(train: dict, valid: dict, learning_rate: float) -> dict:
             for name in ("loss", "top1", "top5")
         },
         "seconds": train["seconds"] + valid["seconds"],
+        "cpu_seconds": train["cpu_seconds"] + valid["cpu_seconds"],
         "images_per_second": train["images_per_second"],
     }
 

@@ -5,6 +5,8 @@
     python study.py all --scale tiny                    # does it run? minutes, embedded images
     python study.py search --scale full --shard 2/8     # every eighth chain of runs, on a machine of its own
     python study.py search --table                      # what results/ hold, without running or writing
+    python study.py cells --data DIR                    # the table of trained cells, results/cells/; hours
+    python study.py medium --data DIR                   # what decided how its cells are trained
 
 Each run is an ordinary one of this program's scripts, in runs/, with its own resume: a study that was ended
 anywhere goes on where it was, and no run is made again whose figures stand in results/. Machines that share
@@ -21,16 +23,23 @@ if __name__ == "__main__":  # torch takes seconds to import
 
 import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import options
 from data import SETS, load_set
+from evidence.analysis import scores_of, what_it_shows
+from evidence.cell_pictures import draw_cells
+from evidence.cells import ROWS, Table, rows_of, write_rows
 from evidence.pictures import draw_study
+from evidence.plan import Study
 from evidence.report import report
 from evidence.results import Results
 from evidence.runner import Runner
-from evidence.studies import SCALES, STUDIES, Scale
+from evidence.studies import INSTRUMENTS, SCALES, STUDIES, Scale
+from genotypes import Genotype, get_genotype
 from utils import InputError, RunFailed, run_main, write_atomically
 
 
@@ -45,8 +54,13 @@ def shard(text: str) -> tuple[int, int]:
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
     flag = parser.add_argument
-    flag("name", metavar="NAME", choices=[*STUDIES, "all"], help=f"{', '.join(STUDIES)}, or all of them")
-    flag("--scale", choices=SCALES, default="small", help="sizes, epochs and numbers of runs")
+    names = [*STUDIES, "all", *INSTRUMENTS]
+    flag("name", metavar="NAME", choices=names, help=f"{', '.join(STUDIES)}, or all of these; medium; cells")
+    flag(
+        "--scale",
+        choices=SCALES,
+        help="sizes, epochs, numbers of runs; of medium and cells medium, else small",
+    )
     flag("--jobs", type=options.integer(1, 1024), default=1, help="runs at once; GPUs are dealt out to them")
     flag("--shard", type=shard, default=(1, 1), metavar="I/N", help="part I of N of the runs, for a machine")
     flag("--set", choices=SETS, help="another set than the scale's")
@@ -59,17 +73,19 @@ def parser() -> options.Parser:
 
 def main(args: argparse.Namespace) -> None:
     scale, name = scale_of(args)
-    studies = [
-        make(scale)
-        for key, make in STUDIES.items()
-        if args.name in (key, "all") and (key != "transfer" or scale.larger)
-    ]
-    if not studies:
-        raise InputError(f"transfer: no larger task is known for --set {args.set}; leave --set out")
-    results = Results(Path(args.out or default_out(name)), name, STUDIES)
+    out = Path(args.out or default_out(name))
+    table_folder = out / "cells" if args.out or name != "medium" else Path("results", "cells")
+    scale = replace(scale, found=found_cells(table_folder / "found"))
+    studies = studies_of(args, scale)
+    results = Results(out, name, [*STUDIES, *INSTRUMENTS])
     if args.table:
         for study in studies:
-            print(report(study, results.content(study)))
+            content = results.content(study)
+            print(
+                report_cells(study, content, table_folder)
+                if study.analysis == "table"
+                else report(study, content)
+            )
         return
     results.prepare()
     for images in {job.flags["set"] for study in studies for job in study.jobs().values()}:
@@ -77,8 +93,16 @@ def main(args: argparse.Namespace) -> None:
             load_set(images, args.data or "data", train=False)
     runner = Runner(results, data=args.data, at_once=args.jobs)
     for study in studies:
-        runner.run(study, args.shard)
+        try:
+            runner.run(study, args.shard)
+        finally:
+            if study.analysis == "table":  # what is there so far, however this ends
+                with results.updated(study, {}) as content:
+                    write_rows(rows_of(study, content), table_folder / ROWS)
         with results.updated(study, {}) as content:
+            if study.analysis == "table":
+                write_cells(study, content, table_folder)
+                continue
             text = report(study, content)
             print(text)
             write_atomically(results.folder / f"{study.name}.md", text.encode())
@@ -88,6 +112,41 @@ def main(args: argparse.Namespace) -> None:
         raise RunFailed(f"{len(failed)} of the runs failed; the same command tries again. {failed[0]}")
 
 
+def studies_of(args: argparse.Namespace, scale: Scale) -> list[Study]:
+    if args.name in INSTRUMENTS:
+        if scale.instrument is None:
+            raise InputError(f"{args.name}: --scale {args.scale} has no table of cells; leave --scale out")
+        return [INSTRUMENTS[args.name](scale)]
+    wanted = [key for key in STUDIES if args.name in (key, "all") and (key != "transfer" or scale.larger)]
+    if not wanted:
+        reason = f"--set {args.set}; leave --set out" if args.set else f"--scale {args.scale}; give another"
+        raise InputError(f"transfer: no larger task is known for {reason}")
+    return [STUDIES[key](scale) for key in wanted]
+
+
+def found_cells(folder: Path) -> dict[str, Genotype]:
+    """The genotype files of a folder, of searches whose cells are to stand in the table, by name."""
+    return {path.stem: get_genotype(str(path)) for path in sorted(folder.glob("*.json"))}
+
+
+def write_cells(study: Study, content: Mapping[str, Any], folder: Path) -> None:
+    """What the rows show."""
+    text = report_cells(study, content, folder)
+    print(text)
+    write_atomically(folder / "cells.md", text.encode())
+    if rows := rows_of(study, content):
+        for picture in draw_cells(Table.of(rows), folder):
+            print(f"picture {picture}")
+
+
+def report_cells(study: Study, content: Mapping[str, Any], folder: Path) -> str:
+    wanted = [job.key for job in study.final_jobs()]
+    done = sum(key in content["jobs"] for key in wanted)
+    text = f"## {study.name} ({content['scale']}): {study.question}\n\n{done} of {len(wanted)} runs.\n"
+    rows = rows_of(study, content)
+    return text + (what_it_shows(Table.of(rows), scores_of(folder)) if rows else "")
+
+
 def default_out(scale: str) -> Path:
     """results/ itself has the figures of the small scale that this program comes with."""
     return Path("results", "" if scale == "small" else scale.replace(" ", "-"))
@@ -95,18 +154,19 @@ def default_out(scale: str) -> Path:
 
 def scale_of(args: argparse.Namespace) -> tuple[Scale, str]:
     """The scale, and its name, with the set's where that is another."""
-    scale = SCALES[args.scale]
+    of = args.scale or ("medium" if args.name in INSTRUMENTS else "small")
+    scale = SCALES[of]
     if args.seeds:
         numbers = ("searches", "random_cells", "published", "seeds")
         scale = replace(scale, **{name: max(getattr(scale, name), args.seeds) for name in numbers})
     if args.set in (None, scale.images["set"]):
-        return scale, args.scale
+        return scale, of
     other = {"set", "image_size"} if args.set.startswith("cifar") else {"set"}  # CIFAR has a size of its own
     images, larger = (
         {n: v for n, v in flags.items() if n not in other} for flags in (scale.images, scale.larger)
     )
     images["set"] = args.set
-    return replace(scale, images=images, larger=larger), f"{args.scale} on {args.set}"
+    return replace(scale, images=images, larger=larger), f"{of} on {args.set}"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def draw_study(study: Study, content: Mapping[str, Any], folder: Path) -> list[P
 def _figures(study: Study, records: Mapping, accuracies: Mapping) -> dict[str, Figure]:
     hues = {arm.name: HUES[i % len(HUES)] for i, arm in enumerate(study.arms)}
     shown = {name: values for name, values in accuracies.items() if values}
-    picture = _ranks if study.analysis == "ranks" else _points
+    picture = _ranks if study.analysis in ("ranks", "ways") else _points
     return {
         f"{study.name}.png": picture(study, shown, hues),
         f"{study.name}-cost.png": _against_cost(study, records, hues),
@@ -54,7 +54,7 @@ def _points(study: Study, accuracies: Mapping[str, Mapping[int, float]], hues: M
     caption = "Circles: runs. Diamonds: their means, of three and more with 95 % intervals."
     figure.supxlabel(caption, fontsize=8, color=INK)
     figure.suptitle(study.question, fontsize=10, color=INK)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -70,7 +70,7 @@ def _ranks(study: Study, accuracies: Mapping[str, Mapping[int, float]], hues: Ma
         axes.plot(x, y, "o", color=hues[name], alpha=0.7, markersize=5)
         found = rank_correlation(accuracies[name], reference)
         axes.set_title(f"{name}\nrho = {found.rho:.2f}, p = {found.p:.2f}", fontsize=9, color=INK)
-        _plain(axes)
+        plain(axes)
     panels[0].set_ylabel("top-1, %")
     figure.supxlabel(f"{study.reference.name}: top-1, %   (a circle: a cell)", fontsize=10, color=INK)
     figure.suptitle(study.question, fontsize=10, color=INK)
@@ -91,12 +91,12 @@ def _against_cost(study: Study, records: Mapping[str, Any], hues: Mapping[str, s
                 y = [arm.accuracy(record["figures"], seed) for seed, record in done]
                 axes.plot(x, y, "o", color=hues[arm.name], alpha=0.7, markersize=5, label=arm.name)
         axes.set_xlabel(label)
-        _plain(axes)
+        plain(axes)
     panels[0].set_ylabel("test top-1, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
     axes.grid(color=GREY, alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from genotypes import Genotype, describe
+
 
 @dataclass(frozen=True)
 class FolderOf:
@@ -22,6 +24,13 @@ class BestOf:
     """A flag's value, of --arch: the cell of that one of the jobs which did best on its held-out images."""
 
     jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True)
+class CellOf:
+    """A flag's value, of --arch: a genotype that no name stands for."""
+
+    genotype: Genotype
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +52,8 @@ class Job:
                 return {"folder_of": value.job.key}
             if isinstance(value, BestOf):
                 return {"best_of": [job.key for job in value.jobs]}
+            if isinstance(value, CellOf):
+                return {"cell": describe(value.genotype)}
             return value
 
         flags = {name: plain(value) for name, value in sorted(self.flags.items())}
@@ -85,13 +96,23 @@ def tested(figures: Mapping[str, Any], _seed: int) -> float:
     return figures["test"]["top1"]
 
 
+def held_out(figures: Mapping[str, Any], _seed: int) -> float:
+    """Top-1 on the held-out training images, after the epoch that is best on them."""
+    return figures["best"]["score"]
+
+
 @dataclass(frozen=True)
 class Arm:
-    """By seed the last job of a chain, and which of its figures counts: top-1 in percent."""
+    """By seed the last job of a chain, and which of its figures counts: top-1 in percent.
+
+    Arms of the same `way` train the same cells in the same way, with other seeds; of these, `jobs` are by the
+    number of the cell.
+    """
 
     name: str
     jobs: Mapping[int, Job]
     accuracy: Callable[[Mapping[str, Any], int], float] = tested
+    way: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,7 +122,9 @@ class Study:
     - `differences`: of each arm from the first, the reference; in pairs of runs of one seed where the arms
       are `paired`, that is, where a seed makes all else equal;
     - `spread`: do arms differ by more than the runs of an arm do;
-    - `ranks`: do the runs of each arm rank as those of the reference.
+    - `ranks`: do the runs of each arm rank as those of the reference;
+    - `ways`: `ranks`, and of each way to train, whether cells differ by more than seeds do;
+    - `table`: the runs are rows of a table of trained cells (evidence/cells.py).
     """
 
     name: str

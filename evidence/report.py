@@ -40,19 +40,30 @@ def report(study: Study, content: Mapping[str, Any]) -> str:
     wanted = [job.key for job in study.final_jobs()]
     done = sum(key in records for key in wanted)
     supernets = "" if all(arm.accuracy is tested for arm in study.arms) else "; of supernets validation top-1"
+    figure = f"Test top-1 in percent, of the epoch that was best on held-out training images{supernets}."
+    if study.analysis == "ways":
+        figure = "Top-1 on held-out training images in percent, of the epoch that was best on them."
     lines = [
         f"## {study.name} ({content['scale']}): {study.question}",
         "",
-        f"{done} of {len(wanted)} runs. Test top-1 in percent, of the epoch that was best on held-out "
-        f"training images{supernets}.",
+        f"{done} of {len(wanted)} runs. {figure}",
         "",
-        *_table(_arm_rows(study, accuracies, records)),
+        *markdown_table(_arm_rows(study, accuracies, records)),
     ]
     if study.analysis == "spread" and (found := spread([list(v.values()) for v in accuracies.values()])):
         lines += [
             "",
             f"Standard deviation between arms {found.cells:.2f}, between the runs of an arm "
             f"{found.seeds:.2f}; F = {found.f:.2f}, p = {found.p:.3f} that all arms are equal.",
+        ]
+    if study.analysis == "ways" and len(ways := _way_rows(study, accuracies, records)) > 1:
+        lines += [
+            "",
+            "Of each way, over cells: the mean of its seeds; the standard deviation between cells and "
+            f"between seeds, their ratio, F and the p of equal cells; Spearman's rho of the mean with "
+            f"{study.reference.name}; CPU minutes of a run.",
+            "",
+            *markdown_table(ways),
         ]
     if len(searches := _search_rows(study, records)) > 1:
         lines += [
@@ -62,7 +73,7 @@ def report(study: Study, content: Mapping[str, Any]) -> str:
             "entropy of softmax(alpha) in nats; how often each operation was chosen, of 16, and the entropy "
             "of the choices of all the arm's searches.",
             "",
-            *_table(searches),
+            *markdown_table(searches),
         ]
     if len(cells := _cells(study, accuracies, records)) >= ENOUGH_CELLS:
         lines += [
@@ -71,7 +82,7 @@ def report(study: Study, content: Mapping[str, Any]) -> str:
             "often it has each operation, and with its cost. A look back, at many things at once: a small p "
             "among these is a hint and no proof.",
             "",
-            *_table(_correlate_rows(cells)),
+            *markdown_table(_correlate_rows(cells)),
         ]
     return "\n".join(lines) + "\n"
 
@@ -82,6 +93,7 @@ def _arm_rows(
     asked = {
         "differences": [f"difference from {study.reference.name} [95 %]", "P(better)"],
         "ranks": [f"Spearman's rho with {study.reference.name} [95 %]"],
+        "ways": [f"Spearman's rho with {study.reference.name} [95 %]"],
         "spread": [],
     }[study.analysis]
     rows = [["arm", "n", "mean", "std", *asked, "params", "OPs", "kB", "minutes"]]
@@ -93,12 +105,40 @@ def _arm_rows(
         answers = [""] * len(asked)
         if arm is not study.reference and study.analysis == "differences":
             answers = _difference_cells(difference(values, reference, paired=study.paired))
-        elif arm is not study.reference and study.analysis == "ranks":
+        elif arm is not study.reference and study.analysis in ("ranks", "ways"):
             found = rank_correlation(values, reference)
-            interval = f"[{_number(found.low)}, {_number(found.high)}]"
-            answers = [f"{_number(found.rho)} {interval} (p = {_number(found.p)}, {found.n} cells)"]
-        cells = [arm.name, str(summary.n), f"{summary.mean:.2f}", _number(summary.std), *answers]
+            interval = f"[{number(found.low)}, {number(found.high)}]"
+            answers = [f"{number(found.rho)} {interval} (p = {number(found.p)}, {found.n} cells)"]
+        cells = [arm.name, str(summary.n), f"{summary.mean:.2f}", number(summary.std), *answers]
         rows.append([*cells, *_cost_cells(arm, records)])
+    return rows
+
+
+def _way_rows(study: Study, accuracies: Accuracies, records: Records) -> list[list[str]]:
+    rows = [
+        ["way", "cells", "mean", "of cells", "of seeds", "ratio [95 %]", "F", "p", "rho [95 %]", "CPU min"]
+    ]
+    reference = accuracies[study.reference.name]
+    for way in dict.fromkeys(arm.way for arm in study.arms if arm is not study.reference):
+        arms = [arm for arm in study.arms if arm.way == way]
+        by_cell: dict[int, list[float]] = defaultdict(list)
+        for arm in arms:
+            for cell, accuracy in accuracies[arm.name].items():
+                by_cell[cell].append(accuracy)
+        if not by_cell:
+            continue
+        means = {cell: _mean(values) for cell, values in by_cell.items()}
+        found = rank_correlation(means, reference)
+        spreads = [""] * 5
+        if apart := spread(list(by_cell.values())):
+            ratio = f"{apart.ratio:.2f} [{apart.low:.2f}, {apart.high:.2f}]"
+            spreads = [f"{apart.cells:.2f}", f"{apart.seeds:.2f}", ratio, f"{apart.f:.1f}", f"{apart.p:.3f}"]
+        chains = (job.chain for arm in arms for job in arm.jobs.values() if job.key in records)
+        minutes = [sum(sum(records[j.key]["curve"]["cpu_seconds"]) for j in chain) / 60 for chain in chains]
+        rho = f"{number(found.rho)} [{number(found.low)}, {number(found.high)}]"
+        rows.append(
+            [way, str(len(means)), f"{_mean(means.values()):.2f}", *spreads, rho, f"{_mean(minutes):.1f}"]
+        )
     return rows
 
 
@@ -163,7 +203,8 @@ def _cells(study: Study, accuracies: Accuracies, records: Records) -> list[dict[
     """By cell the mean accuracy of its trained networks, how often it has each operation, and its cost. Of
     ranks the reference's networks count: the other arms have measures of another kind."""
     runs: dict[str, list[tuple[float, Mapping[str, Any]]]] = defaultdict(list)
-    for arm in [study.reference] if study.analysis == "ranks" else study.arms:
+    of_reference = study.analysis in ("ranks", "ways")
+    for arm in [study.reference] if of_reference else study.arms:
         for seed, accuracy in accuracies[arm.name].items():
             record = records[arm.jobs[seed].key]
             if record.get("genotype"):
@@ -189,7 +230,7 @@ def _correlate_rows(cells: Sequence[Mapping[str, float]]) -> list[list[str]]:
     by_name = {name: {i: cell[name] for i, cell in enumerate(cells)} for name in cells[0]}
     for name in list(by_name)[1:]:
         found = rank_correlation(by_name[name], by_name["accuracy"])
-        rows.append([name, f"{_mean(by_name[name].values()):,.1f}", _number(found.rho), _number(found.p, 3)])
+        rows.append([name, f"{_mean(by_name[name].values()):,.1f}", number(found.rho), number(found.p, 3)])
     return rows
 
 
@@ -200,14 +241,14 @@ def _mean(values: Iterable[float]) -> float:
 
 def _mean_and_std(values: Sequence[float]) -> str:
     summary = Summary.of(values)
-    return f"{summary.mean:.2f} ± {_number(summary.std)}"
+    return f"{summary.mean:.2f} ± {number(summary.std)}"
 
 
-def _number(value: float, digits: int = 2) -> str:
+def number(value: float, digits: int = 2) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     head, *body = rows
     alignment = ["---", *("---:" for _ in head[1:])]
     return ["| " + " | ".join(row) + " |" for row in (head, alignment, *body)]

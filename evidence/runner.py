@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import queue
 import shlex
@@ -10,28 +11,35 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from baselines import trained_network
 from checkpoint import load_checkpoint
 from cost import measure_cost
-from evidence.plan import BestOf, FolderOf, Job, Study
+from evidence.plan import BestOf, CellOf, FolderOf, Job, Study
 from evidence.results import Results, is_whole
-from genotypes import genotype_from_dict, save_genotype
+from folders import readable_classes
+from genotypes import Genotype, describe, genotype_from_dict, save_genotype
 from options import command_line
+from packed import program_bytes
+from packed.lowering import lower
 from runs import RESULT, RUNS, read_args, read_metrics, read_result
 from utils import InputError, RunFailed
 
 PROGRAM = Path(__file__).parent.parent
 PATIENCE = 1.0
 """Seconds between looks at a lock that another process has."""
+
+CURVES = ("train_loss", "valid_loss", "valid_top1", "seconds", "cpu_seconds")
+"""What a record keeps of each epoch of a training."""
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -93,6 +101,7 @@ class Runner:
                     return
                 if job.key in final.missing(records, run_folder):
                     record = self._made(job, records, claim)
+                    _check_images(record, records.values())
                     self.results.keep(study, {job.key: record})
                     tqdm.write(f"{study.name}: {title(record)}", file=sys.stdout)
                 if job.key in waiting:
@@ -207,6 +216,8 @@ def _place(others: Mapping[str, Any]) -> str:
     """Where the runs of a flag's other jobs are."""
     if "best_of" in others:
         return f"(best of {', '.join(others['best_of'])})"
+    if "cell" in others:
+        return f"({others['cell']})"
     return f"{RUNS}/*-study-{others['folder_of']}-*"
 
 
@@ -217,13 +228,20 @@ def flag_text(value: Any, records: Mapping[str, dict]) -> Any:
     if isinstance(value, BestOf):
         best = max(value.jobs, key=lambda job: records[job.key]["figures"]["best"]["score"])
         return flag_text(best.flags["arch"], records)
+    if isinstance(value, CellOf):
+        words = describe(value.genotype)
+        return _genotype_file(hashlib.sha256(words.encode()).hexdigest()[:12], value.genotype)
     return value
 
 
 def _found_genotype(job: Job, records: Mapping[str, dict]) -> Path:
     """A genotype file, of a search whose figures alone are on this machine."""
-    path = RUNS / f"study-{job.key}.json"
-    save_genotype(path, genotype_from_dict(records[job.key]["figures"]["genotype"]))
+    return _genotype_file(job.key, genotype_from_dict(records[job.key]["figures"]["genotype"]))
+
+
+def _genotype_file(key: str, genotype: Genotype) -> Path:
+    path = RUNS / f"study-{key}.json"
+    save_genotype(path, genotype)
     return path
 
 
@@ -240,18 +258,57 @@ def _record(job: Job) -> dict[str, Any]:
 
 
 def _read_record(job: Job, folder: Path) -> dict[str, Any]:
-    args = read_args(folder)
+    args, metrics, checkpoint = read_args(folder), read_metrics(folder), load_checkpoint(folder)
     record = {
         **job.identity,
         "commit": args["commit"],
         "machine": args["machine"],
-        "seconds": round(sum(epoch["seconds"] for epoch in read_metrics(folder)), 1),
+        "seconds": round(sum(epoch["seconds"] for epoch in metrics), 1),
         "figures": read_result(folder),
+        "images": _images(checkpoint["data"]),
     }
     if job.script == "train.py":
-        checkpoint = load_checkpoint(folder)
-        cost = measure_cost(trained_network(checkpoint), checkpoint["data"]["image_size"])
+        network = trained_network(checkpoint)
+        cost = measure_cost(network, checkpoint["data"]["image_size"])
         size = cost.binary_bytes + cost.float_bytes
         record["cost"] = {"parameters": cost.parameters, "ops": cost.ops, "bytes": size}
+        if packed := _packed_bytes(network, checkpoint["data"]):
+            record["cost"]["packed_bytes"] = packed
         record["genotype"] = checkpoint["config"].get("genotype")
+        record["curve"] = {name: [round(epoch[name], 4) for epoch in metrics] for name in CURVES}
     return record
+
+
+def _packed_bytes(network: nn.Module, data: Mapping[str, Any]) -> int | None:
+    """Of the file that export.py makes of the network; None where there is none, as of a stage 1."""
+    classes = readable_classes(data["classes"], Path(data["root"]))
+    try:
+        return len(program_bytes(lower(network, {**data, "classes": classes})))
+    except InputError:
+        return None
+
+
+def _images(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells one set of images from another: their classes, and the statistics of those that a run trains
+    on, which do not depend on where the images are."""
+    classes = hashlib.sha256("\n".join(data["classes"]).encode()).hexdigest()[:12]
+    return {"classes": classes, "mean": [round(value, 4) for value in data["mean"]]}
+
+
+def _check_images(record: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> None:
+    """Raise InputError where a record is of other images than one that names the same set. A job's key has
+    the set's name and not its images, which may be any for `--set folder`."""
+
+    def named(other: Mapping[str, Any]) -> list[Any]:
+        return [other["flags"].get(flag) for flag in ("set", "image_size", "train_images")]
+
+    ours = record["images"]
+    for other in others:
+        if "images" not in other or named(other) != named(record):
+            continue
+        pairs = zip(other["images"]["mean"], ours["mean"], strict=True)
+        if other["images"]["classes"] != ours["classes"] or any(abs(a - b) > 1e-3 for a, b in pairs):
+            raise InputError(
+                "the figures that are there are of other images than those of --data (their classes or mean "
+                "colours differ); give another --out for these"
+            )

@@ -108,6 +108,13 @@ class Spread:
     seeds: float
     f: float
     p: float
+    low: float = math.nan
+    high: float = math.nan
+    """The 95 % interval of the ratio of the two, by that of F; exact for normal distributions."""
+
+    @property
+    def ratio(self) -> float:
+        return self.cells / self.seeds
 
 
 def spread(cells: Sequence[Sequence[float]]) -> Spread | None:
@@ -122,4 +129,34 @@ def spread(cells: Sequence[Sequence[float]]) -> Spread | None:
     f, p = stats.f_oneway(*cells)
     n = np.mean([len(cell) for cell in cells])
     between = max(np.var([np.mean(cell) for cell in cells], ddof=1) - within / n, 0.0)
-    return Spread(math.sqrt(between), math.sqrt(within), float(f), float(p))
+    freedom = len(cells) - 1, sum(len(cell) - 1 for cell in cells)
+    ends = (f / stats.f.ppf(q, *freedom) for q in ((1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2))
+    low, high = (math.sqrt(max(float(end) - 1, 0.0) / n) for end in ends)
+    return Spread(math.sqrt(between), math.sqrt(within), float(f), float(p), low, high)
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """P values of several comparisons, corrected for their number (Holm, 1979): those below 0.05 stand."""
+    corrected, largest = {}, 0.0
+    for rank, name in enumerate(sorted(p, key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[name]))
+        corrected[name] = largest
+    return corrected
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, and its 95 % interval by bootstrap."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, value: float, samples: np.ndarray) -> Estimate:
+        """Of the figures of bootstrap `samples`; those that are nan (all ranks equal) are left out."""
+        samples = samples[np.isfinite(samples)]
+        if not len(samples):
+            return cls(value, math.nan, math.nan)
+        low, high = np.quantile(samples, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+        return cls(value, float(low), float(high))

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from evidence.plan import Arm, BestOf, FolderOf, Job, Study
+from evidence.plan import Arm, BestOf, CellOf, FolderOf, Job, Study, held_out
+from genotypes import GENOTYPES, Genotype, canonical
 
 Flags = Mapping[str, Any]
 
 ONE_STAGE = ("BNAS-C", "ResNet18")
 """Rows that train without a first stage: 1-bit from the start, and in full precision."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train a cell: `images` of the training set, those that are held out among them, for so many
+    epochs; of W1A1 from scratch where `stage1_epochs` are 0, else after these."""
+
+    images: int
+    epochs: int
+    stage1_epochs: int = 0
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """How a table of trained cells is made. `ways` are tried on `tried` cells, two seeds each, of which the
+    second is left out where a name is in `once`; `long` is what they are measured by. The table has `cells`
+    random cells, `twice` of them with two seeds, all trained in the way `chosen`."""
+
+    ways: Mapping[str, Way]
+    long: Way
+    chosen: str
+    tried: int = 12
+    cells: int = 160
+    twice: int = 40
+    once: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +64,9 @@ class Scale:
     rows: Mapping[str, Mapping[str, Flags]]
     larger: Flags
     larger_epochs: tuple[int, int]
+    instrument: Instrument | None = None
+    found: Mapping[str, Genotype] = field(default_factory=dict)
+    """Cells that stand in the table beside the random ones, and have no name in genotypes.py."""
 
 
 SMALL_IMAGES = {"set": "folder", "image_size": 16, "train_images": 10_000, "batch_size": 64, "workers": 1}
@@ -59,6 +88,19 @@ SCALES = {
         rows={"parameters": {"BNAS-C": {"init_channels": 4, "groups": None}}},
         larger={"image_size": 32},
         larger_epochs=(1, 1),
+        instrument=Instrument(
+            ways={
+                "many images": Way(200, 1),
+                "many epochs": Way(100, 2),
+                "both stages": Way(100, 1, stage1_epochs=1),
+            },
+            long=Way(200, 1, stage1_epochs=1),
+            chosen="many epochs",
+            tried=3,
+            cells=4,
+            twice=2,
+            once=("both stages",),
+        ),
     ),
     "small": Scale(
         images=SMALL_IMAGES,
@@ -92,6 +134,36 @@ SCALES = {
         },
         larger={"image_size": 32, "train_images": None},
         larger_epochs=(1, 3),
+    ),
+    "medium": Scale(
+        images={"set": "folder", "image_size": 32, "train_images": 50_000, "batch_size": 64, "workers": 0},
+        search={"init_channels": 16, "layers": 8, "epochs": 50, "batch_size": 256},  # the published one
+        # of C 84 and 14 groups, as published, a group has 6 channels too
+        network={"init_channels": 12, "groups": 2, "layers": 5, "drop_path_prob": 0, "learning_rate": 3e-3}
+        | {"holdout": 5_000},
+        stage1_epochs=3,
+        stage2_epochs=5,
+        trial={"epochs": 1},
+        candidates=8,
+        searches=3,
+        random_cells=10,
+        published=3,
+        seeds=3,
+        ema=0.99,
+        rows={},
+        larger={},
+        larger_epochs=(1, 1),
+        # 45,000 images a run in all its epochs, and 8 times as many of the long training
+        instrument=Instrument(
+            ways={
+                "many images": Way(50_000, 1),
+                "many epochs": Way(16_250, 4),
+                "both stages": Way(16_250, 3, stage1_epochs=1),
+            },
+            long=Way(50_000, 5, stage1_epochs=3),
+            chosen="many epochs",
+            once=("both stages",),
+        ),
     ),
     "full": Scale(  # the published settings
         images={"set": "cifar10"},
@@ -161,6 +233,73 @@ def searched_arms(scale: Scale, variants: Mapping[str, Flags]) -> tuple[Arm, ...
         arm(name, scale.seeds, lambda seed, flags=flags: searched_job(scale, seed, **flags))
         for name, flags in variants.items()
     )
+
+
+def way_job(scale: Scale, way: Way, seed: int, arch: Any) -> Job:
+    scale = replace(scale, stage1_epochs=way.stage1_epochs, stage2_epochs=way.epochs)
+    if way.stage1_epochs:
+        return network_job(scale, seed, arch, train_images=way.images)
+    return scratch_job(scale, seed, arch, train_images=way.images, epochs=way.epochs)
+
+
+SECOND = 1_000
+"""Cell `random:N` trains with seed N, and where it does so twice, with this much more; in the long training
+with twice this more. So no two runs of a cell have a seed in common."""
+
+NAMED_SEEDS = range(2_000, 2_003)
+"""Of the cells that are not random."""
+
+FIRST_CELL = 100
+"""The table has other random cells than those that chose how it is made."""
+
+
+def medium(scale: Scale) -> Study:
+    """Which short training ranks cells as a long one does, and tells them apart: how the table is made."""
+    plan = scale.instrument
+    numbers = range(plan.tried)
+
+    def arm_of(name: str, way: Way, more: int) -> Arm:
+        jobs = {number: way_job(scale, way, number + more, f"random:{number}") for number in numbers}
+        return Arm(name, jobs, held_out)
+
+    arms = [replace(arm_of("long training", plan.long, 2 * SECOND), way="long training")]
+    for more, which in ((0, "first"), (SECOND, "second")):
+        for name, way in plan.ways.items():
+            if not more or name not in plan.once:
+                arms.append(replace(arm_of(f"{name}, {which} seed", way, more), way=name))
+    question = "Which short training ranks cells as a long one does?"
+    return Study("medium", question, tuple(arms), analysis="ways")
+
+
+def cells(scale: Scale) -> Study:
+    """The table: random cells; the published one and those that this program found, by their names."""
+    plan = scale.instrument
+    way = plan.ways[plan.chosen]
+    numbers = range(FIRST_CELL, FIRST_CELL + plan.cells)
+
+    def random(numbers: range, more: int) -> dict[int, Job]:
+        return {n + more: way_job(scale, way, n + more, f"random:{n}") for n in numbers}
+
+    arms = [
+        Arm("random cells", random(numbers, 0)),
+        Arm("random cells again", random(numbers[: plan.twice], SECOND)),
+    ]
+    for names, arch in named_cells(scale).items():
+        arms.append(Arm(names, {seed: way_job(scale, way, seed, arch) for seed in NAMED_SEEDS}))
+    return Study("cells", "How do random cells differ, and the named ones from them?", tuple(arms), "table")
+
+
+def named_cells(scale: Scale) -> dict[str, Any]:
+    """What --arch takes, by name: EBNAS's of genotypes.py, and those found. Names of one network under
+    renaming are one, `A = B`."""
+    named = {name: genotype for name, genotype in GENOTYPES.items() if name.startswith("EBNAS")}
+    alike: dict[Genotype, list[str]] = {}
+    for name, genotype in (named | dict(scale.found)).items():
+        alike.setdefault(canonical(genotype), []).append(name)
+    return {
+        " = ".join(names): names[0] if names[0] in named else CellOf(scale.found[names[0]])
+        for names in alike.values()
+    }
 
 
 def resolution(scale: Scale) -> Study:
@@ -340,3 +479,6 @@ STUDIES: dict[str, Callable[[Scale], Study]] = {
     for study in (resolution, search, regularisers, stages, rows, beyond, sampling, ranking, transfer)
 }
 """In the order in which they are worth running."""
+
+INSTRUMENTS: dict[str, Callable[[Scale], Study]] = {study.__name__: study for study in (medium, cells)}
+"""A table of trained cells: how it is made, and the table."""

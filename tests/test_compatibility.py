@@ -104,7 +104,7 @@ def digest(run: Path) -> str:
 def metrics(run: Path) -> list[dict]:
     """metrics.jsonl without its times, and without alpha and beta, which are in the model."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    left_out = ("seconds", "images_per_second", "arch")
+    left_out = ("seconds", "cpu_seconds", "images_per_second", "arch")
     return [{name: value for name, value in record.items() if name not in left_out} for record in records]
 
 

@@ -99,7 +99,7 @@ def search(
         world.average_buffers(network)
     test = evaluate(model, loader(TEST, world), **shared)
     for means in (train, test):
-        del means["seconds"]
+        del means["seconds"], means["cpu_seconds"]
     del train["images_per_second"]
     return {
         "gradients": gradients,

@@ -180,6 +180,7 @@ def test_the_spread_of_cells_is_told_from_that_of_seeds():
     cells = random.normal(0, 3, (200, 1)) + random.normal(0, 1, (200, 2))
     found = spread(cells.tolist())
     assert abs(found.cells - 3) < 0.4 and abs(found.seeds - 1) < 0.15 and found.p < 1e-6
+    assert found.low < found.ratio < found.high and found.low < 3 < found.high
     assert spread([[1.0], [2.0]]) is None
     assert Summary.of([1.0]).n == 1 and math.isnan(Summary.of([1.0]).std)
 
@@ -278,3 +279,16 @@ def test_more_seeds_are_more_runs_and_the_same_ones():
         if name != "transfer":  # the best of more
             assert make(few).jobs().keys() <= make(more).jobs().keys()
     assert [len(arm.jobs) for arm in STUDIES["search"](more).arms] == [10, 8, 8, 8]
+
+
+def test_figures_of_other_images_of_the_same_name_are_refused():
+    ours = {"flags": {"set": "folder", "image_size": 16}, "images": {"classes": "a", "mean": [0.5, 0.4, 0.3]}}
+    same = ours | {"images": {"classes": "a", "mean": [0.5001, 0.4, 0.3]}}
+    larger = {
+        "flags": {"set": "folder", "image_size": 32},
+        "images": {"classes": "b", "mean": [0.1, 0.2, 0.3]},
+    }
+    runner._check_images(ours, [same, larger, {"flags": ours["flags"]}])
+    for images in ({"classes": "b", "mean": [0.5, 0.4, 0.3]}, {"classes": "a", "mean": [0.5, 0.4, 0.31]}):
+        with pytest.raises(InputError, match="of other images"):
+            runner._check_images(ours, [same, ours | {"images": images}])

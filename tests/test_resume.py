@@ -63,7 +63,7 @@ def final_state(run) -> tuple[dict, list[dict]]:
     checkpoint = dict(load_checkpoint(run))
     assert checkpoint["finished"]
     del checkpoint["args"]
-    timed = ("seconds", "images_per_second")
+    timed = ("seconds", "cpu_seconds", "images_per_second")
     return checkpoint, [{k: v for k, v in record.items() if k not in timed} for record in read_metrics(run)]
 
 
