@@ -7,6 +7,7 @@
     python study.py search --table                      # what results/ hold, without running or writing
     python study.py cells --data DIR                    # the table of trained cells, results/cells/; hours
     python study.py medium --data DIR                   # what decided how its cells are trained
+    python study.py strategies                          # searches by trials on that table; an hour
 
 Each run is an ordinary one of this program's scripts, in runs/, with its own resume: a study that was ended
 anywhere goes on where it was, and no run is made again whose figures stand in results/. Machines that share
@@ -30,6 +31,7 @@ from typing import Any
 
 import options
 from data import SETS, load_set
+from evidence import strategies
 from evidence.analysis import scores_of, what_it_shows
 from evidence.cell_pictures import draw_cells
 from evidence.cells import ROWS, Table, rows_of, write_rows
@@ -54,8 +56,13 @@ def shard(text: str) -> tuple[int, int]:
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
     flag = parser.add_argument
-    names = [*STUDIES, "all", *INSTRUMENTS]
-    flag("name", metavar="NAME", choices=names, help=f"{', '.join(STUDIES)}, or all of these; medium; cells")
+    names = [*STUDIES, "all", *INSTRUMENTS, "strategies"]
+    flag(
+        "name",
+        metavar="NAME",
+        choices=names,
+        help=f"{', '.join(STUDIES)}, or all of these; medium; cells; strategies",
+    )
     flag(
         "--scale",
         choices=SCALES,
@@ -72,6 +79,9 @@ def parser() -> options.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.name == "strategies":
+        compare_strategies(args)
+        return
     scale, name = scale_of(args)
     out = Path(args.out or default_out(name))
     table_folder = out / "cells" if args.out or name != "medium" else Path("results", "cells")
@@ -110,6 +120,18 @@ def main(args: argparse.Namespace) -> None:
                 print(f"picture {picture}")
     if failed := list(runner.failed.values()):
         raise RunFailed(f"{len(failed)} of the runs failed; the same command tries again. {failed[0]}")
+
+
+def compare_strategies(args: argparse.Namespace) -> None:
+    """Of the table of trained cells in results/cells/, or in the folder cells/ of --out."""
+    folder = Path(args.out or "results", "cells")
+    path = folder / "strategies.md"
+    if not args.table:
+        for written in strategies.run(strategies.trained_cells(Table(folder / ROWS)), folder):
+            print(f"written {written}")
+    elif not path.exists():
+        raise InputError(f"there is no {path} yet; leave --table out")
+    print(path.read_text())
 
 
 def studies_of(args: argparse.Namespace, scale: Scale) -> list[Study]:

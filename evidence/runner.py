@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 import queue
 import shlex
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +29,12 @@ from genotypes import Genotype, describe, genotype_from_dict, save_genotype
 from options import command_line
 from packed import program_bytes
 from packed.lowering import lower
+from processes import PROGRAM, Stopped, claimed, environment, last_word, signals_to_interrupts
 from runs import RESULT, RUNS, read_args, read_metrics, read_result
 from utils import InputError, RunFailed
 
-PROGRAM = Path(__file__).parent.parent
-PATIENCE = 1.0
-"""Seconds between looks at a lock that another process has."""
-
 CURVES = ("train_loss", "valid_loss", "valid_top1", "seconds", "cpu_seconds")
 """What a record keeps of each epoch of a training."""
-
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Stopped(Exception):
-    """The study was told to end before this job began."""
 
 
 class Runner:
@@ -75,7 +64,7 @@ class Runner:
         finals = [job for job in study.final_jobs()[part - 1 :: parts] if job.key not in known]
         jobs = {job.key for final in finals for job in final.chain}
         bar = tqdm(total=len(jobs), desc=study.name, unit=" runs", dynamic_ncols=True, disable=None)
-        with bar, _signals_to_interrupts(), ThreadPoolExecutor(self.at_once) as pool:
+        with bar, signals_to_interrupts(), ThreadPoolExecutor(self.at_once) as pool:
             chains = [pool.submit(self._run_chain, study, final, jobs, bar) for final in finals]
             try:
                 for chain in as_completed(chains):
@@ -95,7 +84,7 @@ class Runner:
 
     def _run_chain(self, study: Study, final: Job, waiting: set[str], bar: tqdm) -> None:
         for job in final.chain:
-            with self._claim(job) as claim:
+            with claimed(f"study-{job.key}", stopped=self.stopped) as claim:
                 records = self.results.records()
                 if final.key in records:
                     return
@@ -107,21 +96,6 @@ class Runner:
                 if job.key in waiting:
                     waiting.discard(job.key)
                     bar.update()
-
-    @contextmanager
-    def _claim(self, job: Job) -> Iterator[int]:
-        """Be the one process, of all that share the folder, that makes this job: the descriptor of the lock,
-        which the run inherits, for it may outlive a study that is killed. Raises Stopped."""
-        RUNS.mkdir(exist_ok=True)
-        with open(RUNS / f".study-{job.key}", "a") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if self.stopped.wait(PATIENCE):
-                        raise Stopped from None
-            yield file.fileno()
 
     def _made(self, job: Job, records: Mapping[str, dict], claim: int) -> dict[str, Any]:
         """A job's record: of a run that is done, though a study that was killed did not note it, or of one
@@ -152,7 +126,7 @@ class Runner:
                     raise Stopped
                 process = subprocess.Popen(
                     words,
-                    env=self._environment(),
+                    env=environment(self.at_once),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     pass_fds=(claim,),
@@ -165,36 +139,13 @@ class Runner:
         self.processes.discard(process)
         if run_folder(job):  # whatever the code: a signal may have come after the end
             return
-        lines = errors.decode(errors="replace").strip().splitlines()
-        code, reason = process.returncode, (lines or ["no word of why"])[-1]
+        code, reason = process.returncode, last_word(errors)
         if code < 0:
             reason = f"ended by {signal.Signals(-code).name}, as when memory runs out"
         elif code == 0:
             reason = f"it left no {RESULT}"
         kind = InputError if code == 2 else RunFailed
         raise kind(f"{shlex.join(['python', *words[1:]])}: {reason}")
-
-    def _environment(self) -> dict[str, str]:
-        """This one's, less what torchrun says to its own processes; a part of the cores for each run."""
-        theirs = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC")
-        kept = {name: value for name, value in os.environ.items() if not any(t in name for t in theirs)}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return {"OMP_NUM_THREADS": str(max(1, cores // self.at_once)), **kept}
-
-
-@contextmanager
-def _signals_to_interrupts() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP (a terminal that goes) end what runs, as Ctrl-C does."""
-
-    def interrupt(number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    previous = {each: signal.signal(each, interrupt) for each in ENDING}
-    try:
-        yield
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
 
 
 def run_folder(job: Job) -> Path | None:

@@ -13,7 +13,7 @@ SCRIPTS = [path.name for path in ROOT.glob("*.py") if "\n    run_main(main," in 
 MODULES = [
     path.relative_to(ROOT).as_posix()
     for pattern in (
-        *("*.py", "baselines/*.py", "packed/*.py", "figures/*.py"),
+        *("*.py", "baselines/*.py", "trials/*.py", "packed/*.py", "figures/*.py"),
         *("comparison/*.py", "web/*.py", "kernels/*.py", "evidence/*.py"),
     )
     for path in sorted(ROOT.glob(pattern))
