@@ -4,10 +4,11 @@
     python export.py runs/eval-EXP-stage2-TIME/best.pt --output small.ebnas
     python export.py runs/eval-EXP-stage2-TIME --web page  # page/index.html: the network in a browser
     python export.py models/shapes.ebnas --onnx shapes.onnx --pt2 shapes.pt2
+    python export.py models/shapes.ebnas --c shapes        # C99 for a microcontroller, in the folder shapes
 
 The .ebnas file is read by packed/, infer.py and benchmark.py infer; a page holds it and the same kernel. ONNX
 and .pt2 have no 1-bit arithmetic: they hold a float for each bit, many times the bytes, and run as float
-networks do. Given one of the last three, export.py writes no .ebnas file unless --output names it.
+networks do. Given --web, --onnx, --pt2 or --c, export.py writes no .ebnas file unless --output names it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,22 @@ import argparse
 import os
 from pathlib import Path
 
+import numpy as np
+
 import options
 from baselines import trained_network
+from board import BoardFiles, board_files
 from checkpoint import load_checkpoint, resolve_checkpoint
 from folders import readable_classes
-from packed import PackedFileError, Program, parse_program, program_bytes, read_program
+from packed import (
+    NoCompiler,
+    PackedFileError,
+    PackedNetwork,
+    Program,
+    parse_program,
+    program_bytes,
+    read_program,
+)
 from packed.exchange import onnx_bytes, pt2_bytes
 from packed.lowering import lower
 from utils import InputError, check_output, run_main, write_atomically
@@ -42,25 +54,34 @@ def parser() -> options.Parser:
     )
     flag("--onnx", type=Path, metavar="FILE", help="for ONNX Runtime, OpenVINO and others, in float32")
     flag("--pt2", type=Path, metavar="FILE", help="for torch.export.load, in float32")
+    flag(
+        "--c",
+        type=Path,
+        metavar="DIR",
+        help="C99 for a microcontroller: a library's folder, whose name is that of the C functions",
+    )
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     packed = args.network.endswith(".ebnas")
     path = Path(args.network) if packed else resolve_checkpoint(args.network)
-    others = (args.web, args.onnx, args.pt2)
+    others = (args.web, args.onnx, args.pt2, args.c)
     if packed and not any((args.output, *others)):
-        raise InputError(f"{path} is exported already; give --web, --onnx or --pt2")
+        raise InputError(f"{path} is exported already; give --web, --onnx, --pt2 or --c")
     output = args.output or (None if any(others) else path.with_name("model.ebnas"))
     web_page = args.web / "index.html" if args.web else None
     named = [file for file in (output, args.onnx, args.pt2, web_page) if file]
-    places = [os.path.realpath(place) for place in (*named, args.web) if place]
+    places = [os.path.realpath(place) for place in (*named, args.web, args.c) if place]
     if len(set(places)) < len(places):
-        raise InputError("two of --output, --web, --onnx and --pt2 are the same file; give another name")
-    if args.web and not args.web.is_dir():
-        check_output(args.web)  # what a file could be made of, a folder can
-        if args.web.exists():
-            raise InputError(f"{args.web} is not a folder; give another name")
+        raise InputError("two of --output, --web, --onnx, --pt2 and --c are the same file; give another name")
+    for folder in filter(None, (args.web, args.c)):
+        if not folder.is_dir():
+            check_output(folder)  # what a file could be made of, a folder can
+            if folder.exists():
+                raise InputError(f"{folder} is not a folder; give another name")
+    if args.c:
+        check_c_name(args.c)
     for file in named:
         if file != web_page or args.web.is_dir():
             check_output(file, path)
@@ -70,11 +91,42 @@ def main(args: argparse.Namespace) -> None:
     makers = {args.onnx: onnx_form, args.pt2: pt2_bytes, output: lambda _: content}
     makers[web_page] = lambda _: page(content)
     made = {file: make(program) for file, make in makers.items() if file}  # before anything is written
+    board = c_form(program, args.c.name) if args.c else None
     if args.web:
         args.web.mkdir(exist_ok=True)
     for file, form in made.items():
         write_atomically(file, form)
         print(f"{file}: {len(form):,} bytes{saved if file == output else ''}")
+    if board:
+        write_board(args.c, board)
+
+
+def check_c_name(folder: Path) -> None:
+    """The folder's name becomes that of C functions."""
+    if not (folder.name.isascii() and folder.name.isidentifier()):
+        raise InputError(f"--c {folder}: {folder.name!r} is no name in C; use letters, digits and _")
+
+
+def c_form(program: Program, name: str) -> BoardFiles:
+    """The C form with a test vector: a picture of noise and the logits that the plain path gives for it."""
+    shape = (1, program.image_size, program.image_size, program.buffers[0][0])
+    picture = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    try:
+        net = PackedNetwork(program, kernel="c", threads=1)
+    except (NoCompiler, ValueError) as error:
+        raise InputError(f"--c computes a test vector, which needs a C compiler: {error}") from None
+    return board_files(program, name, picture[0], net(net.preprocess(picture))[0])
+
+
+def write_board(folder: Path, board: BoardFiles) -> None:
+    for path, content in board.files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / path, content.encode())
+    print(f"{folder}: {len(board.files)} files of C")
+    print(f"  flash: {board.constants:,} bytes of constants, and some 10,000 of code")
+    print(f"  RAM: {board.arena:,} bytes, of which the largest at once are")
+    for name, size in board.largest:
+        print(f"    {size:9,}  {name}")
 
 
 def read_packed(path: Path) -> Program:

@@ -19,7 +19,10 @@
    who has not begun: threads that come late, or never, cost nothing but their help.
 
    All below the line "one path" is compiled once per instruction set, by this file including itself with
-   PATH defined, and run_network() is told which one to use. There is no global state, and no allocation. */
+   PATH defined, and run_network() is told which one to use. There is no global state, and no allocation.
+
+   Boards.  What stands between "board: from here" and "board: to here" is the part of this file that board/
+   writes for microcontrollers, with 32 bits for int64_t and a byte of `bits` as it is, not encoded. */
 
 #ifndef PATH
 
@@ -31,6 +34,7 @@
 #define INFINITY __builtin_inff()
 #define memcpy __builtin_memcpy
 #define memset __builtin_memset
+typedef __SIZE_TYPE__ size_t;
 #endif
 #if defined(_WIN32)
 void __stdcall Sleep(unsigned long milliseconds); /* its header has a FLOAT, too */
@@ -42,8 +46,17 @@ void __stdcall Sleep(unsigned long milliseconds); /* its header has a FLOAT, too
 #endif
 #endif
 
+/* board: from here */
 enum { BINARY, FLOAT, POOL, LINEAR };
 enum { LARGEST_KERNEL = 7 };
+
+#if defined(BOARD)
+typedef uint8_t encoded; /* a byte of weights */
+#define SPREAD(w) ((w) * 0x01010101u)
+#else
+typedef uint32_t encoded; /* what a path makes of a byte of weights */
+#define SPREAD(w) (w)
+#endif
 
 /* One byte of weights of each filter: where its input lies, relative to the group and the pixel, in bytes. */
 struct term {
@@ -65,12 +78,14 @@ struct unit {
     const uint8_t *masks;     /* BINARY: [tap][pixel] */
     const int16_t *valid;     /* BINARY: [pixel], weights inside the image */
     const float *threshold;   /* BINARY: [input channel] */
-    const uint32_t *bits;     /* BINARY: as encode_weights leaves them */
+    const encoded *bits;      /* BINARY: as encode_weights leaves them */
     const float *weight;      /* FLOAT: [group][block of 4 filters][input, tap][4]; LINEAR: [class][channel];
                                  POOL: [column of the window][pixel], see pool_windows */
     const float *scale;       /* BINARY: [filter]; POOL: [pixel], 1 / pixels in the window */
     const float *bias, *slope;
 };
+
+/* board: to here */
 
 /* Of one phase of a unit, of which it has up to two: the chunks that have been taken, from the first on in
    the lower 16 bits and from the last on in the upper ones; and the chunks that are done. */
@@ -79,6 +94,7 @@ struct counter {
     int32_t done;
 };
 
+/* board: from here */
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t padded(int64_t n) { return (n + 63) & ~(int64_t)63; }
 
@@ -98,6 +114,8 @@ static inline int64_t block_size(int64_t left, int64_t at_once)
     const int64_t size = least(left, at_once);
     return size >= 8 ? 8 : size >= 6 ? 6 : size >= 4 ? 4 : size >= 2 ? 2 : 1;
 }
+
+/* board: to here */
 
 /* Spins for some 20 microseconds, then sleeps between looks, for another program may want the core. Returns
    how often it slept. */
@@ -214,7 +232,7 @@ EXPORT int best_path(void)
 
 /* bytes [group][filter][term] -> the path's order and form, [group][block of filters][term][filter]. */
 EXPORT void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64_t filters, int64_t terms,
-                           uint32_t *encoded)
+                           encoded *to)
 {
     int64_t at_once = 4;
     if (path == PATH_AVX512)
@@ -229,7 +247,7 @@ EXPORT void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64
             for (int64_t t = 0; t < terms; t++)
                 for (int64_t f = first; f < first + size; f++) {
                     const uint32_t w = bytes[f * terms + t];
-                    *encoded++ = path == PATH_AVX2 ? (w & 15) * 16 | (w >> 4) * 16 << 16 : w * 0x01010101;
+                    *to++ = path == PATH_AVX2 ? (w & 15) * 16 | (w >> 4) * 16 << 16 : w * 0x01010101;
                 }
         }
 }
@@ -457,13 +475,19 @@ INLINE FN(bytes) FN(pack)(const float *x, int64_t plane, const float *threshold,
 
 #else
 
-#define LANES 16
+/* board: from here */
 #define FILTERS 4
 #define FLOATS 4
-typedef uint64_t FN(bytes) __attribute__((vector_size(16)));
+#if defined(BOARD) /* a register of a microcontroller */
+#define LANES 4
+typedef uint32_t FN(bytes);
+#else
+#define LANES 16
+typedef uint32_t FN(bytes) __attribute__((vector_size(16)));
+#endif
 typedef struct { FN(bytes) x, mask; } FN(tap);
 
-INLINE FN(bytes) FN(zero)(void) { return (FN(bytes)){0, 0}; }
+INLINE FN(bytes) FN(zero)(void) { return (FN(bytes)){0}; }
 INLINE void FN(store)(uint8_t *to, FN(bytes) v) { memcpy(to, &v, sizeof v); }
 
 INLINE FN(tap) FN(load_tap)(const uint8_t *x, const uint8_t *mask)
@@ -476,10 +500,10 @@ INLINE FN(tap) FN(load_tap)(const uint8_t *x, const uint8_t *mask)
 
 INLINE FN(bytes) FN(add_differing)(FN(bytes) count, FN(tap) t, uint32_t w)
 {
-    FN(bytes) v = (t.x ^ (w * 0x100000001u)) & t.mask;
-    v -= v >> 1 & 0x5555555555555555u; /* sums of 2, 4 and 8 bits, side by side */
-    v = (v & 0x3333333333333333u) + (v >> 2 & 0x3333333333333333u);
-    return count + ((v + (v >> 4)) & 0x0f0f0f0f0f0f0f0fu);
+    FN(bytes) v = (t.x ^ w) & t.mask;
+    v -= v >> 1 & 0x55555555u; /* sums of 2, 4 and 8 bits, side by side */
+    v = (v & 0x33333333u) + (v >> 2 & 0x33333333u);
+    return count + ((v + (v >> 4)) & 0x0f0f0f0fu);
 }
 
 INLINE FN(bytes) FN(pack)(const float *x, int64_t plane, const float *threshold, int channels)
@@ -487,15 +511,19 @@ INLINE FN(bytes) FN(pack)(const float *x, int64_t plane, const float *threshold,
     uint8_t bits[LANES] = {0};
     for (int c = 0; c < channels; c++, x += plane)
         for (int i = 0; i < LANES; i++)
-            bits[i] |= (x[i] >= threshold[c]) << c;
+            bits[i] = (uint8_t)(bits[i] | (x[i] >= threshold[c]) << c);
     FN(bytes) v;
     memcpy(&v, bits, sizeof v);
     return v;
 }
+/* board: to here */
 
 #endif
 
+/* board: from here */
 typedef float FN(floats) __attribute__((vector_size(4 * FLOATS), aligned(4), may_alias));
+
+/* board: to here */
 
 /* Does items first to end of a phase; `own` is where this thread's scratch memory is. */
 typedef void FN(part)(const struct unit *u, float *arena, float *own, int64_t first, int64_t end);
@@ -522,6 +550,7 @@ static int64_t FN(share)(FN(part) *part, int64_t items, const struct unit *u, fl
     return wait_for(&counter->done, u->chunks);
 }
 
+/* board: from here */
 static void FN(split_bytes)(const struct unit *u, const uint8_t *restrict whole, uint8_t *restrict phases,
                             int64_t plane_out)
 {
@@ -562,7 +591,7 @@ static void FN(pack_signs)(const struct unit *u, float *arena, float *own, int64
 
 /* For LANES pixels and `filters` filters: how many bits differ under the masks. */
 INLINE void FN(count_differing)(const int filters, const struct unit *u, const uint8_t *x,
-                                const uint8_t *masks, const uint32_t *w, uint16_t count[FILTERS][LANES])
+                                const uint8_t *masks, const encoded *w, uint16_t count[FILTERS][LANES])
 {
     for (int64_t start = 0; start < u->terms; start += 31) { /* 31 * 8 fits into the byte of a lane */
         const int64_t end = least(start + 31, u->terms);
@@ -572,13 +601,13 @@ INLINE void FN(count_differing)(const int filters, const struct unit *u, const u
         for (int64_t t = start; t < end; t++, w += filters) {
             const FN(tap) tap = FN(load_tap)(x + u->term[t].input, masks + u->term[t].mask);
             for (int f = 0; f < filters; f++)
-                sum[f] = FN(add_differing)(sum[f], tap, w[f]);
+                sum[f] = FN(add_differing)(sum[f], tap, SPREAD(w[f]));
         }
         for (int f = 0; f < filters; f++) {
             uint8_t low[LANES];
             FN(store)(low, sum[f]);
             for (int i = 0; i < LANES; i++)
-                count[f][i] = (start ? count[f][i] : 0) + low[i];
+                count[f][i] = (uint16_t)((start ? count[f][i] : 0) + low[i]);
         }
     }
 }
@@ -614,7 +643,7 @@ static NOINLINE void FN(finish_filters)(int filters, const struct unit *u, int64
 }
 
 INLINE void FN(convolve_filters)(const int filters, const struct unit *u, const uint8_t *planes,
-                                 const uint32_t *w, int64_t first, int64_t p, int64_t end, float *arena)
+                                 const encoded *w, int64_t first, int64_t p, int64_t end, float *arena)
 {
     for (; p < end; p += LANES) {
         uint16_t count[FILTERS][LANES];
@@ -630,7 +659,7 @@ static void FN(convolve_packed)(const struct unit *u, float *arena, float *own, 
     const int64_t plane = padded(u->height_out * u->width_out), items = plane / LANES;
     const int64_t filters = u->channels_out / u->groups;
     const uint8_t *planes = (uint8_t *)(arena + u->scratch) + u->slack;
-    const uint32_t *w = u->bits;
+    const encoded *w = u->bits;
     int64_t c = 0;
     for (int64_t g = 0; g < u->groups; g++, planes += group_stride(u))
         for (int64_t first = 0, size; first < filters; first += size, c += size, w += size * u->terms) {
@@ -650,6 +679,8 @@ static void FN(convolve_packed)(const struct unit *u, float *arena, float *own, 
             }
         }
 }
+
+/* board: to here */
 
 /* Of a group, the items of convolve_packed. */
 static int64_t FN(group_items)(const struct unit *u)
@@ -677,13 +708,14 @@ static int64_t FN(convolve_binary)(const struct unit *u, float *arena, float *ow
            FN(share)(FN(convolve_packed), u->groups * FN(group_items)(u), u, arena, own, counters + 1);
 }
 
+/* board: from here */
 /* The padded source of one group, each channel split into stride * stride phases of height * width floats. */
 static void FN(split_phases)(const struct unit *u, const float *source, float *phases, int64_t height,
                              int64_t width)
 {
     const int64_t channels = u->channels_in / u->groups, s = u->stride, pad = u->padding;
     const int64_t plane = padded(u->height_in * u->width_in);
-    memset(phases, 0, channels * s * s * height * width * sizeof(float));
+    memset(phases, 0, (size_t)(channels * s * s * height * width) * sizeof(float));
     for (int64_t c = 0; c < channels; c++, source += plane, phases += s * s * height * width)
         for (int64_t y = 0; y < u->height_in; y++)
             for (int64_t phase = 0; phase < s; phase++) {
@@ -767,7 +799,7 @@ INLINE void FN(pool_windows)(const int k, const int average, const int add, cons
         x[p] = outside;
 
     for (int64_t c = first; c < end; c++) {
-        memcpy(x, arena + u->source + c * plane, pixels * sizeof(float));
+        memcpy(x, arena + u->source + c * plane, (size_t)pixels * sizeof(float));
         for (int64_t p = 0; p < plane; p++) {
             float y = x[p - before * width];
             for (int i = 1; i < k; i++)
@@ -823,7 +855,7 @@ static void FN(classify)(const struct unit *u, float *arena, float *own, int64_t
     const int64_t pixels = u->height_in * u->width_in, plane = padded(pixels);
     const int64_t length = padded(u->channels_in);
     float *means = own;
-    memset(means, 0, length * sizeof(float));
+    memset(means, 0, (size_t)length * sizeof(float));
     for (int64_t c = 0; c < u->channels_in; c++) {
         const float *x = arena + u->source + c * plane;
         FN(floats) sums = {0};
@@ -833,7 +865,7 @@ static void FN(classify)(const struct unit *u, float *arena, float *own, int64_t
         float sum = FN(total)(sums);
         for (; p < pixels; p++)
             sum += x[p];
-        means[c] = sum / pixels;
+        means[c] = sum / (float)pixels;
     }
     for (int64_t f = 0; f < u->channels_out; f++) {
         const float *w = u->weight + f * length;
@@ -845,6 +877,8 @@ static void FN(classify)(const struct unit *u, float *arena, float *own, int64_t
         arena[u->target + f] = u->bias[f] + FN(total)((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
 }
+
+/* board: to here */
 
 static int64_t FN(run)(const struct unit *units, int64_t n, float *arena, int64_t own,
                        struct counter *counters)

@@ -88,7 +88,7 @@ def test_a_missing_exporter_is_named(fails, monkeypatch):
 
 
 def test_what_cannot_be_exported(fails, tmp_path):
-    assert "give --web, --onnx or --pt2" in fails("export.py", SHAPES)
+    assert "give --web, --onnx, --pt2 or --c" in fails("export.py", SHAPES)
     (tmp_path / "file").touch()
     assert "is not a folder" in fails("export.py", SHAPES, "--web", "file")
     assert "there is no folder" in fails("export.py", SHAPES, "--web", "absent/page")

@@ -14,7 +14,7 @@ MODULES = [
     path.relative_to(ROOT).as_posix()
     for pattern in (
         *("*.py", "baselines/*.py", "trials/*.py", "packed/*.py", "figures/*.py"),
-        *("comparison/*.py", "web/*.py", "kernels/*.py", "evidence/*.py"),
+        *("comparison/*.py", "web/*.py", "board/*.py", "kernels/*.py", "evidence/*.py"),
     )
     for path in sorted(ROOT.glob(pattern))
 ]
