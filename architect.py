@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data import Batch
 from distributed import World
-from engine import Precision, as_compiled, optimize, parts_of
+from engine import Precision, as_compiled, backward, parts_of, update
 from genotypes import NODES
 from model_search import Supernet, edge_weights
 
@@ -80,22 +80,20 @@ class Architect:
         precision: Precision,
         accumulate: int = 1,
     ) -> None:
-        """One step on the next of `batches`, which are of `batch_size` images, or less at an epoch's end;
-        in `accumulate` parts, as train_one_epoch."""
+        """One step on the next of `batches`, which are of `batch_size` images, or less at an epoch's end; in
+        `accumulate` parts, as engine.training_step."""
         batch = next(batches)
-
-        def losses() -> Iterator[Tensor]:
+        arch, weights = self.model.arch_parameters(), self.model.weight_parameters()
+        self.optimizer.zero_grad(set_to_none=True)
+        with only_gradients_of(arch, not_of=weights), as_compiled(batch, batch_size):
             for part in parts_of(batch, accumulate):
-                with precision.autocast(), as_compiled(batch, batch_size):
+                with precision.autocast():
                     logits, _ = self.model(part.images)
                 loss = nn.functional.cross_entropy(logits.float(), part.targets) * world.loss_factor(part)
                 path, edge = self.regularizers()  # the same on every process, so their mean is theirs
                 regularizer = ramp * (self.path_reg_weight * path + self.edge_reg_weight * edge)
-                yield loss + regularizer * (len(part.images) / len(batch.images))
-
-        arch, weights = self.model.arch_parameters(), self.model.weight_parameters()
-        with only_gradients_of(arch, not_of=weights):
-            optimize(losses(), self.optimizer, world=world, precision=precision)
+                backward(loss + regularizer * (len(part.images) / len(batch.images)), precision)
+            update(self.optimizer, world, precision)
 
 
 @contextmanager

@@ -52,7 +52,16 @@ from comparison.original_network import original_network
 from comparison.original_search import OriginalSupernet
 from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
-from engine import Precision, choose_precision, in_memory_format, optimize, training_loss
+from engine import (
+    Precision,
+    Training,
+    backward,
+    in_memory_format,
+    precision_of,
+    training_loss,
+    training_step,
+    update,
+)
 from kernels import Form, accelerate, choose_form
 from kernels.compilation import compile_regions
 from model import FAMILIES, CellNetwork, build_model
@@ -91,16 +100,19 @@ def parser() -> options.Parser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def main(flags: options.Flags) -> None:
+    args = flags.values
     if args.benchmark == "memory":
         print("\n".join(memory.table()))
         return
     world = setup(args.device)
     print_head(args, world.device)
-    for line in args.idle:
+    for line in flags.idle:
         print(line)
     torch.manual_seed(0)
     _, cases = BENCHMARKS[args.benchmark]
+    if args.benchmark == "infer":
+        check_network_given(flags)
     with cases(args, world) as to_time:
         rows = measure(
             to_time,
@@ -112,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
             count=args.benchmark != "infer" and not args.compile,
         )
     print_table(rows, world.device)
-    print(json.dumps({"settings": options.as_dict(args), "machine": machine(world.device), "rows": rows}))
+    print(json.dumps({"settings": vars(args), "machine": machine(world.device), "rows": rows}))
 
 
 # What is timed
@@ -140,7 +152,7 @@ def search_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]
     architect = Architect(
         ours, learning_rate=6e-4, weight_decay=1e-3, path_reg_weight=1.5, edge_reg_weight=0.8
     )
-    weight_step = training_step(ours, ours.weight_parameters(), batch, precision, world)
+    weight_step = step_of(ours, ours.weight_parameters(), batch, precision, world)
 
     def both_steps() -> None:
         batches = itertools.repeat(batch)
@@ -164,20 +176,22 @@ def original_search_steps(
     parameters, and Adam is torch's default one."""
     weights, arch = network.weight_parameters(), network.arch
     weight_optimizer = torch.optim.Adam(weights, lr=1e-3, weight_decay=3e-4)
+    training = Training(network, CRITERION, weight_optimizer, world, precision)
     arch_optimizer = torch.optim.Adam(arch.values(), lr=6e-4, betas=(0.5, 0.999), weight_decay=1e-3)
 
     def loss() -> Tensor:
         network.zero_grad()  # of what the optimiser does not step, too
-        return training_loss(network, batch, CRITERION, precision=precision, auxiliary_weight=0.0)[0]
+        return training_loss(training, batch)[0]
 
     def weight_step() -> None:
-        optimize([loss()], weight_optimizer, world=world, precision=precision, grad_clip=5.0)
+        backward(loss(), precision)
+        update(weight_optimizer, world, precision, grad_clip=5.0)
 
     def both_steps() -> None:
         path = path_regularizer(arch["alphas_normal"]) + path_regularizer(arch["alphas_reduce"])
         edge = edge_regularizer(arch["betas_normal"]) + edge_regularizer(arch["betas_reduce"])
-        objective = loss() + 1.5 * path + 0.8 * edge
-        optimize([objective], arch_optimizer, world=world, precision=precision)
+        backward(loss() + 1.5 * path + 0.8 * edge, precision)
+        update(arch_optimizer, world, precision)
         weight_step()
 
     return weight_step, both_steps
@@ -218,13 +232,11 @@ def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
     original = original_network(ours) if ours.config.system == "ebnas" else None
     ours = as_trained(ours, args, world.device)
     precision = precision_of(args, world.device)
-    our_step = training_step(ours, list(ours.parameters()), batch, precision, world)
+    our_step = step_of(ours, list(ours.parameters()), batch, precision, world)
     if original is None:
         yield [Case("training", our_step, args.batch_size)]
         return
-    original_step = training_step(
-        original, list(original.parameters()), batch, precision, world, fused_adam=False
-    )
+    original_step = step_of(original, list(original.parameters()), batch, precision, world, fused_adam=False)
     yield [
         Case("training", our_step, args.batch_size, against="training, original"),
         Case("training, original", original_step, args.batch_size),
@@ -246,7 +258,7 @@ def data_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
     for family in FAMILIES:
         model, batch = network_and_batch(args, family, world.device)
         model = as_trained(model, args, world.device)
-        steps[family] = training_step(model, list(model.parameters()), batch, precision, world)
+        steps[family] = step_of(model, list(model.parameters()), batch, precision, world)
     with tempfile.TemporaryDirectory() as folder:
         make_jpegs(Path(folder), args.images, args.width)
         settings = {"device": world.device, "workers": args.workers, "seed": 0}
@@ -364,13 +376,18 @@ def network_and_batch(args: argparse.Namespace, family: str, device: torch.devic
     return model.to(device), random_batch(args.batch_size, image_size, model.config.num_classes, device)
 
 
+def check_network_given(flags: options.Flags) -> None:
+    """Raise InputError where `infer` is given no network, two, or the size of one that has its own."""
+    if (flags.values.model is None) == (flags.values.arch is None):
+        raise InputError("give a packed network or --arch, one of the two")
+    of_arch = {"family", "init_channels", "layers", "groups", "image_size", "variant"}
+    if flags.values.model is not None and (idle := flags.given & of_arch):
+        raise InputError(f"--{min(idle)} has no use here: it needs --arch")
+
+
 def program_and_network(args: argparse.Namespace) -> tuple[Program, nn.Module, int]:
     """What `infer` compares: a packed program, its float network, and the bytes of its file."""
-    if (args.model is None) == (args.arch is None):
-        raise InputError("give a packed network or --arch, one of the two")
     if args.model is not None:
-        if idle := args.given & {"family", "init_channels", "layers", "groups", "image_size", "variant"}:
-            raise InputError(f"--{min(idle)} has no use here: it needs --arch")
         try:
             program = load(args.model).program
         except ValueError as error:
@@ -388,10 +405,6 @@ def program_and_network(args: argparse.Namespace) -> tuple[Program, nn.Module, i
     return program, model, len(program_bytes(program))
 
 
-def precision_of(args: argparse.Namespace, device: torch.device) -> Precision:
-    return choose_precision(args.precision, device, tf32=args.tf32, cudnn_benchmark=args.cudnn_benchmark)
-
-
 def form_of(args: argparse.Namespace, device: torch.device) -> Form:
     return choose_form(args.kernels, device, precision=args.precision, compiled=args.compile)
 
@@ -406,7 +419,7 @@ def as_trained(model: nn.Module, args: argparse.Namespace, device: torch.device)
     return model
 
 
-def training_step(
+def step_of(
     model: nn.Module,
     parameters: list[nn.Parameter],
     batch: Batch,
@@ -415,17 +428,13 @@ def training_step(
     *,
     fused_adam: bool = True,
 ) -> Callable[[], None]:
-    """The step of engine.train_one_epoch, as the training scripts take it by default."""
+    """A call takes a step on `batch`, as the training scripts take it by default."""
     # None, not False: Adam's default chooses its form by the device
     optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=fused_adam or None)
     if isinstance(model, CellNetwork):  # not a supernet
         model.register_update_rule(optimizer)
-
-    def step() -> None:
-        objective, _, _ = training_loss(model, batch, CRITERION, precision=precision, auxiliary_weight=0.4)
-        optimize([objective], optimizer, world=world, precision=precision, grad_clip=5.0)
-
-    return step
+    training = Training(model, CRITERION, optimizer, world, precision, grad_clip=5.0, auxiliary_weight=0.4)
+    return partial(training_step, training, batch)
 
 
 def cifar_loader(batch_size: int, device: torch.device) -> BatchLoader:
@@ -466,7 +475,7 @@ def epochs_of(loader: Loader) -> Callable[[], None]:
 
 def print_head(args: argparse.Namespace, device: torch.device) -> None:
     print(", ".join(f"{name} {value}" for name, value in machine(device).items()))
-    settings = options.as_dict(args).items()
+    settings = vars(args).items()
     print(
         ", ".join(f"{name} {value}" for name, value in settings if value is not None and value is not False)
     )

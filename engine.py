@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed import World
+from settings import StepSettings
 from utils import InputError, RunFailed
 
 if TYPE_CHECKING:  # data brings torchvision, which not every script needs
@@ -54,6 +55,10 @@ def choose_precision(
     return Precision(name, device)
 
 
+def precision_of(step: StepSettings, device: torch.device) -> Precision:
+    return choose_precision(step.precision, device, tf32=step.tf32, cudnn_benchmark=step.cudnn_benchmark)
+
+
 def in_memory_format(model: nn.Module, name: str, *, auto: str) -> nn.Module:
     """`model` with its weights, and so what its convolutions give, in a memory format of MEMORY_FORMATS."""
     name = auto if name == "auto" else name
@@ -69,9 +74,9 @@ def as_compiled(batch: Batch, batch_size: int) -> AbstractContextManager:
 
 
 def parts_of(batch: Batch, accumulate: int) -> Iterator[Batch]:
-    """`batch` in `accumulate` parts whose sizes differ by one at most; in fewer where it is small, for batch
-    normalisation needs two images. `global_size` stays, so that `World.loss_factor` weighs each as its part
-    of the whole."""
+    """`batch` in `accumulate` parts whose sizes differ by one at most; in fewer when the batch is small,
+    because batch normalisation needs two images. `global_size` stays: `World.loss_factor` weighs a part by
+    it."""
     count = max(1, min(accumulate, len(batch.images) // 2))
     for images, targets in zip(
         batch.images.tensor_split(count), batch.targets.tensor_split(count), strict=True
@@ -79,23 +84,62 @@ def parts_of(batch: Batch, accumulate: int) -> Iterator[Batch]:
         yield batch._replace(images=images, targets=targets)
 
 
-def optimize(
-    losses: Iterable[Tensor],
-    optimizer: torch.optim.Optimizer,
-    *,
-    world: World,
-    precision: Precision,
-    grad_clip: float = 0.0,
-) -> None:
-    """Backward, mean of the gradients over processes, clipping by norm (0: none), a step of `optimizer`.
+@dataclass(frozen=True)
+class Training:
+    """What trains: a model, and all that a step takes beside its batch.
 
-    The sum of `losses` is what this process minimises; each is scaled by `world.loss_factor`. One is asked
-    for after the backward pass of the one before, so that a generator holds the tensors of one at a time.
+    `model` maps images to (logits, auxiliary logits or None). `criterion` compares each with what
+    `targets_of` makes of the batch. A step takes its batch in `accumulate` parts, one after another, which
+    needs less memory; its gradient is that of the mean over the batch, but batch normalisation sees each
+    part by itself, and moves its running statistics once a part. `grad_clip` is the largest norm of the
+    gradient, 0 for none.
     """
+
+    model: nn.Module
+    criterion: nn.Module
+    optimizer: torch.optim.Optimizer
+    world: World
+    precision: Precision
+    targets_of: Callable[[Batch], Any] = attrgetter("targets")
+    accumulate: int = 1
+    grad_clip: float = 0.0
+    auxiliary_weight: float = 0.0
+
+
+def training_loss(training: Training, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """What is minimised, with the auxiliary head's loss; the loss alone; the logits (n, classes), float32."""
+    with training.precision.autocast():
+        targets = training.targets_of(batch)
+        logits, auxiliary_logits = training.model(batch.images)
+        logits = logits.float()
+        objective = loss = training.criterion(logits, targets)
+        if auxiliary_logits is not None:
+            auxiliary_loss = training.criterion(auxiliary_logits.float(), targets)
+            objective = loss + training.auxiliary_weight * auxiliary_loss
+    return objective, loss, logits
+
+
+def training_step(training: Training, batch: Batch, observe: Observe | None = None) -> None:
+    """One step of the optimiser on `batch`, of which `observe` sees each part."""
+    training.optimizer.zero_grad(set_to_none=True)
+    for part in parts_of(batch, training.accumulate):
+        objective, loss, logits = training_loss(training, part)
+        backward(objective * training.world.loss_factor(part), training.precision)
+        if observe is not None:
+            observe(objective, loss, logits, part.targets)
+    update(training.optimizer, training.world, training.precision, grad_clip=training.grad_clip)
+
+
+def backward(loss: Tensor, precision: Precision) -> None:
+    """Add the gradients of `loss`, scaled where fp16 needs it, to those that are there."""
+    precision.scaler.scale(loss).backward()
+
+
+def update(
+    optimizer: torch.optim.Optimizer, world: World, precision: Precision, *, grad_clip: float = 0.0
+) -> None:
+    """Average the gradients over processes, clip them by their norm (0: not at all), and take a step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    optimizer.zero_grad(set_to_none=True)
-    for loss in losses:
-        precision.scaler.scale(loss).backward()
     world.average_gradients(parameters)
     if grad_clip > 0:
         precision.scaler.unscale_(optimizer)
@@ -104,28 +148,8 @@ def optimize(
     precision.scaler.update()
 
 
-def training_loss(
-    model: nn.Module,
-    batch: Batch,
-    criterion: nn.Module,
-    *,
-    precision: Precision,
-    auxiliary_weight: float = 0.0,
-    targets_of: Callable[[Batch], Any] = attrgetter("targets"),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What is minimised, with the auxiliary head's loss; the loss alone; the logits (n, classes), float32.
-
-    `model` maps images to (logits, auxiliary logits or None), each of which `criterion` compares with what
-    `targets_of` makes of the batch.
-    """
-    with precision.autocast():
-        targets = targets_of(batch)
-        logits, auxiliary_logits = model(batch.images)
-        logits = logits.float()
-        objective = loss = criterion(logits, targets)
-        if auxiliary_logits is not None:
-            objective = loss + auxiliary_weight * criterion(auxiliary_logits.float(), targets)
-    return objective, loss, logits
+Observe = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Sees a part of a batch: what was minimised, the loss, the logits, the targets."""
 
 
 class Sums:
@@ -206,55 +230,35 @@ AfterStep = Callable[[int, Sums], None]
 
 
 def train_one_epoch(
-    model: nn.Module,
+    training: Training,
     loader: Loader,
-    optimizer: torch.optim.Optimizer,
-    criterion: nn.Module,
     *,
     start: Position,
-    world: World,
-    precision: Precision,
-    grad_clip: float = 0.0,
-    auxiliary_weight: float = 0.0,
-    targets_of: Callable[[Batch], Any] = attrgetter("targets"),
-    accumulate: int = 1,
     before_step: Callable[[], None] | None = None,
     after_step: AfterStep | None = None,
 ) -> dict[str, float]:
-    """Train what `optimizer` holds for an epoch, or the rest of one, from `start` on. Gives the means over
-    all of the epoch, loss, top1, top5 (percent), samples, and of this call seconds, cpu_seconds (of this
-    process: a loader's workers are left out) and images_per_second.
+    """Train for an epoch, or the rest of one, from `start` on. Gives the means over all of the epoch, loss,
+    top1, top5 (percent), samples, and of this call seconds, cpu_seconds (of this process: a loader's workers
+    are left out) and images_per_second.
 
-    `model` (see `training_loss`) is put into training mode. Raises RunFailed on a loss that is not finite.
-    A step takes its batch in `accumulate` parts, one after another, which needs less memory. The gradient is
-    that of the mean over the batch, but for batch normalisation: each part is normalised by its own
-    statistics, and moves the running ones once.
+    The model is put into training mode. Raises RunFailed on a loss that is not finite.
     """
-    model.train()
+    training.model.train()
     gc.freeze()  # what there is will stay; to look through it again and again takes a tenth of a small step
+    world = training.world
     totals = Sums(world.device, start.sums if start.sums and world.is_main else None)
     watch = FiniteWatch(start.epoch)
-
-    def losses(step: int, batch: Batch) -> Iterator[Tensor]:
-        for part in parts_of(batch, accumulate):
-            with as_compiled(batch, loader.batch_size):
-                objective, loss, logits = training_loss(
-                    model,
-                    part,
-                    criterion,
-                    precision=precision,
-                    auxiliary_weight=auxiliary_weight,
-                    targets_of=targets_of,
-                )
-            totals.add(loss, logits, part.targets)
-            watch.add(step, objective)
-            yield objective * world.loss_factor(part)
-
     started, cpu_started = time.perf_counter(), time.process_time()
     for step, batch in enumerate(loader.epoch(start.epoch, start.step), start.step):
+
+        def observe(objective: Tensor, loss: Tensor, logits: Tensor, targets: Tensor, step=step) -> None:
+            totals.add(loss, logits, targets)
+            watch.add(step, objective)
+
         if before_step is not None:
             before_step()
-        optimize(losses(step, batch), optimizer, world=world, precision=precision, grad_clip=grad_clip)
+        with as_compiled(batch, loader.batch_size):
+            training_step(training, batch, observe)
         if after_step is not None:
             after_step(step, totals)
     watch.finish()

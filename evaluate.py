@@ -15,7 +15,6 @@ if __name__ == "__main__":  # torch takes seconds to import
 
     end_on_interrupt()
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -58,14 +57,15 @@ def parser() -> options.Parser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def main(flags: options.Flags) -> None:
+    args = flags.values
     if args.costs:
-        options.check_alone(args, "costs")
+        options.check_alone(flags, "costs")
         print("\n".join(cost_table()))
         return
     if not args.checkpoints:
         raise InputError("give checkpoints or run folders, or --costs")
-    for line in args.idle:
+    for line in flags.idle:
         print(line)
     world = setup(args.device)
     precision = choose_precision(args.precision, world.device, tf32=args.tf32)
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
         packed = PackedNetwork(lower(model, data)) if args.packed else None
         key = json.dumps(data)
         if key not in loaders:
-            loaders[key] = test_loader(data, args, world)
+            loaders[key] = test_loader(data, args.data or data["root"], args.batch_size, args.workers, world)
         cost = measure_cost(model, data["image_size"])
         # as its run computed it, so that its figures come out to the last bit
         native = checkpoint.get("kernels") == "native"
@@ -114,20 +114,17 @@ def compare_packed(path: str, model: nn.Module, network: PackedNetwork, loader: 
     )
 
 
-def test_loader(data: dict, args: argparse.Namespace, world: World) -> Loader:
+def test_loader(data: dict, root: str, batch_size: int, workers: int, world: World) -> Loader:
     """The images that a checkpoint's training was tested on, as it saw them."""
-    root = args.data or data["root"]
     if data["set"] == "imagenet":
         loader, classes = imagenet_val_loader(
-            root, args.batch_size, device=world.device, workers=args.workers, image_size=data["image_size"]
+            root, batch_size, device=world.device, workers=workers, image_size=data["image_size"]
         )
     else:
-        test_set = load_set(
-            data["set"], root, train=False, image_size=data["image_size"], workers=args.workers
-        )
+        test_set = load_set(data["set"], root, train=False, image_size=data["image_size"], workers=workers)
         classes = test_set.classes
         normalize = Normalize(data["mean"], data["std"])
-        loader = BatchLoader(test_set.to(world.device), args.batch_size, normalize=normalize)
+        loader = BatchLoader(test_set.to(world.device), batch_size, normalize=normalize)
     if list(classes) != data["classes"]:
         raise InputError(
             f"{root} has the classes {', '.join(classes[:5])}, ...; the network was trained on "

@@ -18,7 +18,6 @@ if __name__ == "__main__":  # torch takes seconds to import
 
     end_on_interrupt()
 
-import argparse
 import os
 from pathlib import Path
 
@@ -63,7 +62,8 @@ def parser() -> options.Parser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def main(flags: options.Flags) -> None:
+    args = flags.values
     packed = args.network.endswith(".ebnas")
     path = Path(args.network) if packed else resolve_checkpoint(args.network)
     others = (args.web, args.onnx, args.pt2, args.c)

@@ -17,7 +17,6 @@ if __name__ == "__main__":  # NumPy takes a while to import
 
     end_on_interrupt()
 
-import argparse
 import csv
 import io
 import json
@@ -61,12 +60,13 @@ def parser() -> options.Parser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def main(flags: options.Flags) -> None:
+    args = flags.values
     warnings.showwarning = lambda message, *_: print(
         f"warning: {printable(one_line(message))}", file=sys.stderr
     )
     if args.list:
-        options.check_alone(args, "list")
+        options.check_alone(flags, "list")
         print("\n".join(map(described, sorted(MODELS.glob("*.ebnas")))))
         return
     for path in args.paths[1:]:

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from baselines import Config
 from data import Batch
-from engine import Precision, parts_of, training_loss
+from distributed import World
+from engine import Precision, Training, parts_of, training_loss
 from genotypes import GENOTYPES
 from kernels import accelerate
 from model import ModelConfig, build_model
@@ -31,7 +32,7 @@ CARDS = (8, 12, 16, 24, 80)
 
 
 @dataclass(frozen=True)
-class Step:
+class StepMemory:
     """A training step of one process on `images` images, as the scripts make it: in `accumulate` parts."""
 
     config: Config | SearchConfig
@@ -44,7 +45,7 @@ class Step:
         """Bytes, with the reserve but CUDA's own."""
         return int(FRAGMENTATION * count_bytes(self)) + WORKSPACE
 
-    def that_fits(self, free: int) -> Step | None:
+    def that_fits(self, free: int) -> StepMemory | None:
         """This step, or in twice, four, ... times as many parts: the first that fits into `free` bytes."""
         step = self
         while step.images >= 2 * step.accumulate:
@@ -53,9 +54,19 @@ class Step:
             step = replace(step, accumulate=2 * step.accumulate)
         return None
 
+    def advice(self, free: int | None, *, batch_size: int) -> str:
+        """What to do where memory has run out: by count, on a GPU with `free` bytes; at least twice as many
+        parts. `batch_size` is that of all processes."""
+        more = replace(self, accumulate=2 * self.accumulate)
+        fitting = more.that_fits(free) if free is not None else None
+        if fitting is None:
+            return "give a smaller one, or a larger --accumulate"
+        smaller = batch_size * self.accumulate // fitting.accumulate
+        return f"by count, --accumulate {fitting.accumulate} fits, or --batch_size {smaller}"
+
 
 @cache
-def count_bytes(step: Step) -> int:
+def count_bytes(step: StepMemory) -> int:
     """Parameters, Adam's two moments, and the most that tensors hold at one time in the forward and backward
     passes, gradients among them; of the search, of both kinds of step together."""
     build = Supernet if isinstance(step.config, SearchConfig) else build_model
@@ -68,7 +79,9 @@ def count_bytes(step: Step) -> int:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         largest = next(parts_of(batch, step.accumulate))
-        objective, _, _ = training_loss(model, largest, nn.CrossEntropyLoss(), precision=precision)
+        optimizer = torch.optim.Adam(model.parameters())  # takes no step, and so has no moments
+        training = Training(model, nn.CrossEntropyLoss(), optimizer, World(images.device), precision)
+        objective, _, _ = training_loss(training, largest)
         objective.backward()
         moments = 2 * sum(parameter.nbytes for parameter in model.parameters())
     return allocations.peak + moments
@@ -107,9 +120,9 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 PUBLISHED = {
-    "search": Step(SearchConfig(), 32),
-    "CIFAR": Step(ModelConfig(GENOTYPES["EBNAS"], auxiliary=True), 32),
-    "ImageNet": Step(
+    "search": StepMemory(SearchConfig(), 32),
+    "CIFAR": StepMemory(ModelConfig(GENOTYPES["EBNAS"], auxiliary=True), 32),
+    "ImageNet": StepMemory(
         ModelConfig(GENOTYPES["EBNAS"], "imagenet", 112, 14, num_classes=1000, auxiliary=True), 224
     ),
 }

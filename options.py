@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,18 @@ def _within(value: float, fits: bool, rule: str) -> Any:
     return value
 
 
+EMPTY = "is empty; give a value, or leave it out"
+
+
 def run_label(text: str) -> str:
     """The type of --save: part of a folder's name."""
+    if not text:
+        raise argparse.ArgumentTypeError(EMPTY)
     if "/" in text or not text.isprintable():
         raise argparse.ArgumentTypeError(
             f"is {text}; it is a name without slashes, the folder is under runs/"
         )
     return text
-
-
-EMPTY = "is empty; give a value, or leave it out"
 
 
 def path(text: str) -> Path:
@@ -78,39 +81,41 @@ non_negative_float = real(0)
 probability = real(0, 1)
 
 
-class Store(argparse.Action):
-    """argparse's `store`, which also notes in `given` that the user gave the flag."""
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        if "" in (value if isinstance(value, list) else [value]) and self.dest != "note":
-            raise argparse.ArgumentError(self, EMPTY)
-        setattr(namespace, self.dest, value)
-        vars(namespace).setdefault("given", set()).add(self.dest)
+def text(text: str) -> str:
+    """The type of a flag that takes words."""
+    if not text:
+        raise argparse.ArgumentTypeError(EMPTY)
+    return text
 
 
-class Switch(Store):
-    """argparse's `store_true`, noted in `given` likewise."""
+@dataclass(frozen=True)
+class Flags:
+    """What a user typed: the value of every flag, the names of those that were given, and a line for each of
+    these that has no use beside the others."""
 
-    def __init__(self, option_strings, dest, help=None):
-        super().__init__(option_strings, dest, nargs=0, default=False, help=help)
+    values: argparse.Namespace
+    given: frozenset[str]
+    idle: tuple[str, ...]
 
-    def __call__(self, parser, namespace, value, option_string=None):
-        super().__call__(parser, namespace, True, option_string)
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a script's docstring, and says each flag's default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        words = action.help or ""
+        nothing = any(action.default is each for each in (None, False, "", argparse.SUPPRESS))
+        if nothing or "default" in words:
+            return words
+        return f"{words} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are InputErrors (one line, exit code 2) and that notes what was given.
-
-    The flags it returns have `given`, the names of those that the user gave.
-    """
+    """An argument parser whose errors are InputErrors (one line, exit code 2). It knows which flags have no
+    use beside others."""
 
     def __init__(self, description: str | None = None, **keywords):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords
-        )
-        self.register("action", None, Store)
-        self.register("action", "store", Store)
-        self.register("action", "store_true", Switch)
+        super().__init__(description=description, formatter_class=HelpFormatter, **keywords)
+        self.register("type", None, text)
         self.register("type", Path, path)
         # flag: whether it is idle beside the others, and why
         self.idle: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {}
@@ -120,15 +125,32 @@ class Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ").replace(": is ", " is ", 1)
         raise InputError(f"{message}; {self.prog} --help lists the flags")
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
-        flags = super().parse_args(args, namespace)
-        flags.given = frozenset(vars(flags).get("given", ()))
-        flags.idle = tuple(self._idle_ones(flags))
-        return flags
+    def read(self, words: Sequence[str] | None = None) -> Flags:
+        """The flags among `words`, by default those of the command line."""
+        values, given = self.parse_args(words), self._given(words)
+        return Flags(values, given, tuple(self._idle_ones(values, given)))
+
+    def _given(self, words: Sequence[str] | None) -> frozenset[str]:
+        """The names of the flags among `words`: those that a second parse finds, without defaults."""
+        defaults = {action: action.default for action in self._all_actions()}
+        try:
+            for action in defaults:
+                action.default = argparse.SUPPRESS
+            return frozenset(vars(self.parse_args(words)))
+        finally:
+            for action, default in defaults.items():
+                action.default = default
+
+    def _all_actions(self) -> Iterator[argparse.Action]:
+        for action in self._actions:
+            yield action
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._all_actions()
 
     def check(self, saved: dict[str, Any]) -> None:
         """Raise InputError where a flag has a value, in what a run saved, that it does not take."""
-        ours = as_dict(self.parse_args([]))
+        ours = vars(self.parse_args([]))
         saved = {name: value for name, value in saved.items() if name in ours}
         words = [
             f"--{name}" if value is True else f"--{name}={value}"
@@ -153,14 +175,14 @@ class Parser(argparse.ArgumentParser):
         """Say that flag `name` has no use on a CPU."""
         self.idle[name] = (lambda flags: not _on_gpu(flags), "it is for a GPU, and this runs on the CPU")
 
-    def _idle_ones(self, flags: argparse.Namespace) -> list[str]:
+    def _idle_ones(self, flags: argparse.Namespace, given: Collection[str]) -> list[str]:
         lines = [
             f"--{name} has no use here: {reason}"
             for name, (is_idle, reason) in self.idle.items()
-            if name in flags.given and is_idle(flags)
+            if name in given and is_idle(flags)
         ]
         if "LOCAL_RANK" in os.environ and _on_gpu(flags):
-            numbers = [f"--{name}" for name in ("gpu",) if name in flags.given]
+            numbers = [f"--{name}" for name in ("gpu",) if name in given]
             if ":" in (flags.device or ""):
                 numbers.append(f"the number in --device {flags.device}")
             reason = "has no use here: under torchrun each process takes the GPU of its local rank"
@@ -176,16 +198,10 @@ def _on_gpu(flags: argparse.Namespace) -> bool:
     return (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
 
 
-def check_alone(args: argparse.Namespace, name: str) -> None:
+def check_alone(flags: Flags, name: str) -> None:
     """Raise InputError where more than the flag `name` was given."""
-    others = [other for other in sorted(args.given - {name}) if getattr(args, other) != []]
-    if others:
+    if others := sorted(flags.given - {name}):
         raise InputError(f"--{name} takes no other arguments; leave out {', '.join(others)}")
-
-
-def as_dict(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags alone, as args.json and checkpoints keep them."""
-    return {name: value for name, value in vars(args).items() if name not in ("given", "idle")}
 
 
 def command_line(flags: Mapping[str, Any]) -> list[str]:
@@ -201,7 +217,8 @@ def add_device_flags(parser: Parser) -> None:
     """Where and in which arithmetic a script computes."""
     from engine import PRECISIONS
 
-    flag = parser.add_argument
+    flag = parser.add_argument_group("arithmetic").add_argument
+    flag("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     flag(
         "--precision",
         choices=PRECISIONS,
@@ -209,7 +226,6 @@ def add_device_flags(parser: Parser) -> None:
         help="bf16 and fp16: autocast, faster on a GPU, with other results (docs/performance.md)",
     )
     flag("--tf32", action="store_true", help="let a GPU round fp32 convolutions and products to TF32")
-    flag("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     parser.needs_gpu("tf32")
 
 
@@ -217,7 +233,7 @@ def add_layout_flags(parser: Parser) -> None:
     """How convolutions are computed, where it changes their speed and no more than rounding."""
     from engine import MEMORY_FORMATS
 
-    flag = parser.add_argument
+    flag = parser.add_argument_group("layout").add_argument
     flag(
         "--memory_format",
         choices=MEMORY_FORMATS,
@@ -252,34 +268,18 @@ def add_worker_flag(parser: Parser) -> None:
     )
 
 
-def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
-    """Flags of everything that trains."""
+def add_run_flags(parser: Parser) -> None:
+    """Flags of everything that trains, but for those of `add_step_flags`."""
     from kernels.compilation import MODES
 
-    flag = parser.add_argument
+    flag = parser.add_argument_group("run").add_argument
     flag(
         "--save",
         type=run_label,
         default="EXP",
         help="name of the run; its folder is runs/<kind>-<name>-<time>",
     )
-    flag("--note", default="", help="a note on this run, kept in its args.json")
-    flag("--epochs", type=integer(1), default=epochs)
-    flag("--batch_size", type=integer(1), default=batch_size, help="images a step, over all GPUs together")
-    flag(
-        "--accumulate",
-        metavar="N",
-        type=integer(1),
-        default=1,
-        help="take a step's images in N parts, for a GPU that is too small: batch normalisation sees a part",
-    )
-    flag("--learning_rate", type=positive_float, default=1e-3, help="initial rate of the weights' Adam")
-    flag(
-        "--grad_clip",
-        type=non_negative_float,
-        default=5.0,
-        help="largest norm of the gradient; 0 leaves it as it is",
-    )
+    flag("--note", type=str, default="", help="a note on this run, kept in its args.json")
     flag("--report_freq", type=integer(1), default=50, help="steps between log lines")
     flag(
         "--save_freq",
@@ -287,13 +287,20 @@ def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
         default=0,
         help="steps between checkpoints within an epoch; 0: none but before its evaluation and at its end",
     )
-    flag("--seed", type=integer(0, 2**32 - 1024), default=0)  # NumPy's largest, less the processes' own
-    add_worker_flag(parser)
+    flag(
+        "--seed",
+        type=integer(0, 2**32 - 1024),  # NumPy's largest, less the processes' own
+        default=0,
+        help="of weights, of the order of the images and of their augmentation",
+    )
     flag(
         "--resume",
         metavar="PATH",
         help="go on with a run's folder; `auto`: with the newest unfinished one of the same flags",
     )
+    add_worker_flag(parser)
+    add_device_flags(parser)
+    flag = parser.add_argument_group("speed").add_argument
     flag("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps")
     flag(
         "--compile_mode",
@@ -302,21 +309,60 @@ def add_run_flags(parser: Parser, *, epochs: int, batch_size: int) -> None:
         help="of torch.compile; reduce-overhead: CUDA graphs, for a GPU that waits for the host",
     )
     parser.needs("compile_mode", "compile")
-    add_device_flags(parser)
-    add_layout_flags(parser)
-    add_kernels_flag(parser)
     flag("--gpu", type=integer(0, 1024), default=0, help="number of the CUDA GPU")
     parser.needs_gpu("gpu")
+    add_layout_flags(parser)
+    add_kernels_flag(parser)
     parser.retire("momentum", "Adam is the optimiser; a recipe with SGD has its own")
     parser.retire("model_path", "checkpoints are in the run's folder")
 
 
+def add_step_flags(parser: Parser, defaults: Mapping[str, Any], *, of_recipe: bool = False) -> None:
+    """Epochs, batch, rate and clipping. `of_recipe`: the value comes from --recipe where none is given, and
+    `defaults` are those of EBNAS's."""
+    flag = parser.add_argument_group("training").add_argument
+
+    def usual(name: str, words: str) -> dict[str, Any]:
+        if not of_recipe:
+            return {"default": defaults[name], "help": words}
+        return {"help": f"{words}; {of_ebnas(defaults[name])}"}
+
+    flag("--epochs", type=integer(1), **usual("epochs", "passes over the training images"))
+    flag("--batch_size", type=integer(1), **usual("batch_size", "images a step, over all GPUs together"))
+    flag(
+        "--accumulate",
+        metavar="N",
+        type=integer(1),
+        default=1,
+        help="take a step's images in N parts, for a GPU that is too small: batch normalisation sees a part",
+    )
+    flag(
+        "--learning_rate",
+        type=positive_float,
+        **usual("learning_rate", "of the weights; the highest where it changes"),
+    )
+    flag(
+        "--grad_clip",
+        type=non_negative_float,
+        **usual("grad_clip", "largest norm of the gradient; 0 leaves it as it is"),
+    )
+
+
+def of_ebnas(value: Any) -> str:
+    return f"default: that of --recipe, of ebnas {value}"
+
+
 def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
     """Flags of the sets that fit in memory."""
-    flag = parser.add_argument
-    flag("--set", choices=sets, default="cifar10")
+    flag = parser.add_argument_group("images").add_argument
+    flag("--set", choices=sets, default="cifar10", help="what to train on")
     flag("--data", default="data", help="where the set is, or is downloaded to")
-    flag("--image_size", type=integer(16, 4096), default=32, help="size that `folder` images are brought to")
+    flag(
+        "--image_size",
+        type=integer(16, 4096),
+        default=32,
+        help="height and width, in pixels, that images of `folder` are brought to",
+    )
     flag(
         "--train_images",
         metavar="N",
@@ -324,19 +370,17 @@ def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
         default=0,
         help="take N training images, the first of each class, for a trial; 0: all",
     )
-    flag("--cutout", action="store_true")
-    flag("--cutout_length", type=integer(1, 4096), default=16)
+    flag("--cutout", action="store_true", help="cover a square of each training image")
+    flag("--cutout_length", type=integer(1, 4096), default=16, help="side of that square, in pixels")
     parser.needs("cutout_length", "cutout")
     parser.idle["data"] = (lambda flags: flags.set == "shapes", "--set shapes is drawn, and reads nothing")
 
 
-def add_network_flags(
-    parser: Parser, *, init_channels: int, layers: int, drop_path_prob: float, label_smooth: float
-) -> None:
-    """Flags of a derived network and of its two stages."""
+def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping[str, Any]) -> None:
+    """Flags of a derived network and of its two stages. `defaults`: of EBNAS's recipe; `size`: of its row."""
     from binary_ops import WEIGHT_BINARIZATIONS
 
-    flag = parser.add_argument
+    flag = parser.add_argument_group("network").add_argument
     flag(
         "--arch",
         default="EBNAS",
@@ -346,35 +390,28 @@ def add_network_flags(
     flag(
         "--family", choices=tuple(OPERATIONS), help="whose blocks to build the genotype in; default: its own"
     )
-    flag(
-        "--recipe",
-        choices=("ebnas", "own", "best"),
-        default="ebnas",
-        help="EBNAS's training, the same for every row; the system's own: its flags are then the defaults; "
-        "EBNAS's with what was measured to help, a --teacher",
-    )
     flag("--variant", help="of BNAS as_run or intended, of BATS learned or mean; default: the first")
-    of_row = "default: that of --arch, of EBNAS"
-    flag("--init_channels", type=integer(1, 10_000), default=init_channels, help=f"{of_row} {init_channels}")
-    flag("--layers", type=integer(3, 1_000), default=layers, help=f"number of cells; {of_row} {layers}")
+
+    def of_row(name: str, words: str) -> str:
+        return f"{words}; default: that of --arch, of EBNAS {size[name]}"
+
+    flag("--init_channels", type=integer(1, 10_000), help=of_row("init_channels", "width of the first cell"))
+    flag("--layers", type=integer(3, 1_000), help=of_row("layers", "number of cells"))
     flag(
         "--groups",
         type=integer(1, 10_000),
-        default=14,
-        help=f"groups of the cells' convolutions, in EBNAS and BATS; {of_row} 14",
+        help=of_row("groups", "groups of the cells' convolutions, in EBNAS and BATS"),
     )
     flag("--auxiliary", action="store_true", help="train with the auxiliary head")
-    flag("--auxiliary_weight", type=non_negative_float, default=0.4)
+    flag("--auxiliary_weight", type=non_negative_float, default=0.4, help="of the auxiliary head's loss")
     parser.needs("auxiliary_weight", "auxiliary")
     flag(
-        "--drop_path_prob",
-        type=probability,
-        default=drop_path_prob,
-        help="at the last epoch; it grows from 0",
+        "--weight_binarization",
+        choices=WEIGHT_BINARIZATIONS,
+        default="plain",
+        help="of latent weights: their sign times their mean size; or centred first (docs/method.md)",
     )
-    flag("--label_smooth", type=probability, default=label_smooth)
-    flag("--learning_rate_min", type=non_negative_float, default=0.0, help="the cosine schedule ends here")
-    flag("--weight_decay", type=non_negative_float, default=0.0)
+    flag = parser.add_argument_group("stages").add_argument
     flag(
         "--binary",
         action="store_true",
@@ -383,23 +420,47 @@ def add_network_flags(
     flag(
         "--stage1",
         choices=("w1a32", "w32a1", "w32a32"),
-        default="w1a32",
-        help="what stage 1 makes binary: weights, activations, or nothing (a teacher)",
+        help="what stage 1 makes binary: weights, activations, or nothing (a teacher); default: that of the "
+        "system, of EBNAS w1a32",
     )
-    flag("--weight_binarization", choices=WEIGHT_BINARIZATIONS, default="plain")
     flag(
         "--pretrained",
         metavar="PATH",
         help="stage-1 run or checkpoint to start stage 2 from; default: the newest that fits",
     )
     flag("--from_scratch", action="store_true", help="train stage 2 without stage 1")
+    flag = parser.add_argument_group("recipe").add_argument
+    flag(
+        "--recipe",
+        choices=("ebnas", "own", "best"),
+        default="ebnas",
+        help="EBNAS's training, the same for every row; the system's own; EBNAS's with what was measured to "
+        "help, a --teacher",
+    )
+
+    def usual(name: str, words: str) -> str:
+        return f"{words}; {of_ebnas(defaults[name])}"
+
+    flag("--drop_path_prob", type=probability, help=usual("drop_path_prob", "at the last epoch, from 0 on"))
+    flag("--label_smooth", type=probability, help=usual("label_smooth", "weight of the uniform distribution"))
+    flag(
+        "--learning_rate_min",
+        type=non_negative_float,
+        help=usual("learning_rate_min", "the cosine ends here"),
+    )
+    flag("--weight_decay", type=non_negative_float, help=usual("weight_decay", "of all weights"))
+    flag(
+        "--stage1_weight_decay",
+        type=non_negative_float,
+        help=usual("stage1_weight_decay", "of convolutions' and linear layers' weights, in stage 1 only"),
+    )
 
 
 def add_beyond_flags(parser: Parser) -> None:
     """Flags that EBNAS does not have and that train the best networks of its field (docs/method.md)."""
     from binary_ops import ACTIVATIONS
 
-    flag = parser.add_argument
+    flag = parser.add_argument_group("beyond the paper").add_argument
     flag("--activation", choices=tuple(ACTIVATIONS), default="prelu", help="rprelu: with ReActNet's shift")
     flag(
         "--teacher",
@@ -409,18 +470,16 @@ def add_beyond_flags(parser: Parser) -> None:
     flag(
         "--teacher_weight",
         type=real(above=0, most=1),
-        default=1.0,
-        help="of the teacher's loss; that of the labels has the rest",
+        help="of the teacher's loss, that of the labels has the rest; default: 1",
     )
-    flag("--teacher_temperature", type=real(above=0, most=1_000), default=1.0)
+    flag(
+        "--teacher_temperature",
+        type=real(above=0, most=1_000),
+        default=1.0,
+        help="both distributions are softened by it",
+    )
     parser.needs("teacher_weight", "teacher")
     parser.needs("teacher_temperature", "teacher")
-    flag(
-        "--stage1_weight_decay",
-        type=non_negative_float,
-        default=0.0,
-        help="of convolutions' and linear layers' weights in stage 1 only (--weight_decay: of all, always)",
-    )
     flag(
         "--ema",
         metavar="DECAY",

@@ -67,9 +67,9 @@ def _thirds(optimizer: Optimizer, epochs: int, _steps: int) -> LRScheduler:
 class Recipe:
     """`optimizer` takes parameters, lr and weight_decay. `schedule` takes the optimiser, the epochs and the
     steps of an epoch; None is EBNAS's: warm-up and cosine. It is stepped with each step (`by_step`), or with
-    each epoch. `flags` are the training script's, where the user does not give them: epochs, batch, rate,
-    decay, augmentation, loss. `color_jitter` takes the place of Lighting on ImageNet. `taught`: it is nothing
-    without a --teacher.
+    each epoch. `flags` are those of the training script where the user does not give them: epochs, batch,
+    rate, decay, loss, and what else differs from EBNAS's. `color_jitter` takes the place of Lighting on
+    ImageNet. `taught`: it is nothing without a --teacher.
     """
 
     words: str
@@ -81,11 +81,27 @@ class Recipe:
     flags: Mapping[str, Any] = field(default_factory=dict)
 
 
-EBNAS = {
-    "cifar": Recipe("Adam, a cosine by epoch", flags={"epochs": 600, "batch_size": 256}),
-    "imagenet": Recipe("Adam, a cosine by epoch", flags={"epochs": 100, "batch_size": 256}),
+_USUAL = {
+    "epochs": 600,
+    "batch_size": 256,
+    "learning_rate": 1e-3,
+    "learning_rate_min": 0.0,
+    "weight_decay": 0.0,
+    "stage1_weight_decay": 0.0,
+    "grad_clip": 5.0,
+    "drop_path_prob": 0.2,
+    "label_smooth": 0.0,
+    "teacher_weight": 1.0,
 }
-"""By family of images. The rest are the defaults of the scripts' flags."""
+
+EBNAS = {
+    "cifar": Recipe("Adam, a cosine by epoch", flags=_USUAL),
+    "imagenet": Recipe(
+        "Adam, a cosine by epoch",
+        flags={**_USUAL, "epochs": 100, "drop_path_prob": 0.0, "label_smooth": 0.1, "warmup_epochs": 5},
+    ),
+}
+"""By family of images. The other recipes' flags are these where they say nothing."""
 
 OWN = {
     **{("ebnas", family): recipe for family, recipe in EBNAS.items()},

@@ -14,7 +14,6 @@ if __name__ == "__main__":  # torch takes seconds to import
 
     end_on_interrupt()
 
-import argparse
 import shlex
 import subprocess
 import sys
@@ -23,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import options
-import stages
+import stage_flags
 from baselines import ROWS, Config, label, make_config
-from memory import CONTEXT, GB, Step
+from memory import CONTEXT, GB, StepMemory
 from options import command_line
-from recipes import OWN, get_recipe
+from recipes import EBNAS, OWN, get_recipe
 from runs import RESULT, RUNS
 from utils import InputError, run_main
 
@@ -56,78 +55,78 @@ def parser() -> options.Parser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    script, flags = training_command(args)
-    config, recipe = trained(args, flags)
-    per = " a stage, two stages" if config.system in stages.STAGE1 else ""
-    print(f"# {label(config)} on {flags.get('set', args.set)}")
+def main(flags: options.Flags) -> None:
+    args = flags.values
+    tiny = args.scale == "tiny"
+    script, words = training_command(args.row, args.set, args.data, tiny=tiny)
+    config, recipe = trained(args.row, args.set, words, tiny=tiny)
+    per = " a stage, two stages" if config.system in stage_flags.STAGE1 else ""
+    print(f"# {label(config)} on {words.get('set', args.set)}")
     print(f"# {recipe['epochs']} epoch{'s' * (recipe['epochs'] > 1)}{per}, batch {recipe['batch_size']}")
-    print(f"# published: {figures(args)}")
-    save, words = flags["save"], command_line(flags)
-    chain = ["stage1", "stage2"] if config.system in stages.STAGE1 else ["single"]
+    print(f"# published: {figures(args.row, args.set, tiny=tiny)}")
+    save, typed = words["save"], command_line(words)
+    chain = ["stage1", "stage2"] if config.system in stage_flags.STAGE1 else ["single"]
     for stage in chain:
         start = ["--binary"] if stage == "stage2" else []  # it finds the newest stage 1 that fits
-        print(shlex.join(["python", script, *words, *start, "--resume", "auto"]))
+        print(shlex.join(["python", script, *typed, *start, "--resume", "auto"]))
     print(f"python evaluate.py runs/eval-{save}-{chain[-1]}-*", flush=True)
     print("counting the GPU memory of a step ...", file=sys.stderr, flush=True)
-    size = flags.get("image_size", SETS[args.set][2])
+    size = words.get("image_size", SETS[args.set][2])
     print(f"# GPU memory, counted: {memory(config, size, recipe['batch_size'])}", flush=True)
     if not args.run:
         return
     for stage in chain:
         start = ["--binary", "--pretrained", finished(save, "stage1")] if stage == "stage2" else []
         if finished(save, stage) is None:
-            run(script, *words, *start, "--resume", "auto")
+            run(script, *typed, *start, "--resume", "auto")
     run("evaluate.py", finished(save, chain[-1]))
-    print(f"published: {figures(args)}")
+    print(f"published: {figures(args.row, args.set, tiny=tiny)}")
 
 
-def training_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def training_command(name: str, images: str, data: str | None, *, tiny: bool) -> tuple[str, dict[str, Any]]:
     """The script that trains a row, and its flags: with the system's own recipe, where it is known.
 
     Raises InputError where the row has no network for such images, and on --data that nothing reads.
     """
-    row, family = ROWS[args.row], SETS[args.set][0]
+    row, family = ROWS[name], SETS[images][0]
     if family not in row.sizes:
-        sets = ", ".join(name for name, (other, _, _) in SETS.items() if other in row.sizes)
-        raise InputError(f"{args.row} is no network for {args.set}; its sets are {sets}")
-    tiny = args.scale == "tiny"
-    if tiny and args.data is not None:
+        sets = ", ".join(each for each, (other, _, _) in SETS.items() if other in row.sizes)
+        raise InputError(f"{name} is no network for {images}; its sets are {sets}")
+    if tiny and data is not None:
         raise InputError("--scale tiny draws its images and reads none; leave --data out")
     recipe = "own" if (row.system, "cifar" if tiny else family) in OWN else "ebnas"
-    flags = {"arch": args.row, "save": f"{args.row}-{args.set}-{args.scale}", "recipe": recipe}
+    flags = {"arch": name, "save": f"{name}-{images}-{'tiny' if tiny else 'full'}", "recipe": recipe}
     if row.system in ("ebnas", "bats"):
         flags["auxiliary"] = True
     if tiny:
         return "train.py", {**flags, **TINY, **TINY_SIZE[row.system]}
     if family == "imagenet":
-        return "train_imagenet.py", {**flags, "tmp_data_dir": args.data or "DIR"}
+        return "train_imagenet.py", {**flags, "tmp_data_dir": data or "DIR"}
     as_ebnas = row.system in ("ebnas", "bats", "resnet")
-    augmentation = {"cutout": as_ebnas, "mixup": as_ebnas and args.set == "cifar100"}
-    return "train.py", {**flags, "set": args.set, "data": args.data, **augmentation}
+    augmentation = {"cutout": as_ebnas, "mixup": as_ebnas and images == "cifar100"}
+    return "train.py", {**flags, "set": images, "data": data, **augmentation}
 
 
-def trained(args: argparse.Namespace, flags: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
+def trained(name: str, images: str, flags: Mapping[str, Any], *, tiny: bool) -> tuple[Config, dict[str, Any]]:
     """The network that these flags train last, and the flags with those of its recipe."""
-    system, (family, classes, _) = ROWS[args.row].system, SETS[args.set]
-    if args.scale == "tiny":
-        family, classes, _ = SETS["cifar10"]
+    system, (family, classes, _) = ROWS[name].system, SETS["cifar10" if tiny else images]
     bits = {} if system == "resnet" else {"weight_bits": 1, "activation_bits": 1}
-    network = {name: flags[name] for name in stages.NETWORK_FLAGS if name in flags}
-    config = make_config(args.row, family=family, num_classes=classes, **bits, **network)
-    return config, {**get_recipe(flags["recipe"], system, family).flags, **flags}
+    network = {each: flags[each] for each in stage_flags.NETWORK_FLAGS if each in flags}
+    config = make_config(name, family=family, num_classes=classes, **bits, **network)
+    recipe = get_recipe(flags["recipe"], system, family)
+    return config, {**EBNAS[family].flags, **recipe.flags, **flags}
 
 
 def memory(config: Config, image_size: int, batch_size: int) -> str:
     """What a training step needs of a GPU."""
-    steps = [Step(config, image_size, batch_size, precision) for precision in ("fp32", "bf16")]
+    steps = [StepMemory(config, image_size, batch_size, precision) for precision in ("fp32", "bf16")]
     return " or ".join(f"{(step.needs() + CONTEXT) / GB:.1f} GB in {step.precision}" for step in steps)
 
 
-def figures(args: argparse.Namespace) -> str:
+def figures(name: str, images: str, *, tiny: bool) -> str:
     """What the published table of a set says of the row."""
-    published = ROWS[args.row].published.get(args.set)
-    if args.scale == "tiny":
+    published = ROWS[name].published.get(images)
+    if tiny:
         return "nothing of this size, which only tries the chain"
     if published is None:
         return "nothing"

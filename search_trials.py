@@ -22,7 +22,7 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -37,8 +37,8 @@ from figures import draw_genotype
 from genotypes import describe, get_genotype, save_genotype
 from processes import PATIENCE, claimed, signals_to_interrupts
 from recipes import EBNAS
+from run_data import describe_data
 from runs import LOCATION, RESULT, RUNS, Run, create_run, differing_flags, read_args
-from session import describe_data
 from trials.cells import Space
 from trials.costs import COSTS, Costs
 from trials.pictures import draw_search
@@ -129,8 +129,9 @@ def parser() -> options.Parser:
         help="training images that trials are judged on; default: 5000",
     )
     flag("--train", default="", metavar="'FLAGS'", help="further flags of train.py, for all trials")
-    options.add_run_flags(parser, **{**EBNAS["cifar"].flags, "epochs": 6})
     options.add_set_flags(parser, SETS)
+    options.add_step_flags(parser, {**EBNAS["cifar"].flags, "epochs": 6})
+    options.add_run_flags(parser)
     return parser
 
 
@@ -149,9 +150,9 @@ def objectives(text: str) -> tuple[str, ...]:
     return tuple(costs)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(flags: options.Flags) -> None:
     require_optuna()
-    folder, ledger, args = find_search(args)
+    folder, ledger, args = find_search(flags.values, flags.given)
     train_set = load_set(
         args.set,
         args.data,
@@ -168,7 +169,7 @@ def main(args: argparse.Namespace) -> None:
     del train_set  # the trainings read their own
     search = Search(args, data, images)
     if folder is None:
-        folder = create_run(f"search-{args.save}", options.as_dict(args), torch.device("cpu"))
+        folder = create_run(f"search-{args.save}", vars(args), torch.device("cpu"))
         if ledger is None:
             ledger = Ledger(str(folder / JOURNAL), args.save)
     ledger.open(settings_of(args), search.budget * images, search.space, args.objective)
@@ -178,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
         stack.enter_context(claimed(own_lock()))
         try:
             with signals_to_interrupts():
-                search.start(run, ledger)
+                search.start(run, ledger, flags.idle)
                 while (taken := search.take(ledger)) is not None:
                     search.train(run, ledger, taken)
                 search.finish(run, ledger)
@@ -229,7 +230,7 @@ class Search:
             self.costs.value(candidate, name) <= limit for name, limit in limits.items() if limit is not None
         )
 
-    def start(self, run: Run, ledger: Ledger) -> None:
+    def start(self, run: Run, ledger: Ledger, notes: Sequence[str]) -> None:
         trials = ledger.trials()
         spent = sum(trial.job.cost for trial in trials)
         if spent:
@@ -239,7 +240,7 @@ class Search:
             f"{self.args.strategy}, by {self.args.judge}: {human(self.budget * self.images)} images, "
             f"{self.budget / self.strategy.epochs:.1f} full trainings of {self.strategy.epochs} epochs"
         )
-        for line in self.args.idle:
+        for line in notes:
             run.log(line)
         self.bar = run.progress("epochs of all trials", total=self.budget, start=spent)
 
@@ -307,7 +308,7 @@ class Search:
             run.folder / "genotype.json",
             best.job.candidate.genotype,
             epoch=best.job.epochs,
-            search=options.as_dict(self.args),
+            search=vars(self.args),
             data=self.data["set"],
             network={name: getattr(best.job.candidate, name) for name in ("init_channels", "layers")}
             | {"groups": self.args.groups},
@@ -383,10 +384,11 @@ def record(trial: Trial) -> dict[str, Any]:
 def training_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Of train.py, those that the user gave here or that differ from what they are there."""
     shared = options.Parser()
-    options.add_run_flags(shared, **EBNAS["cifar"].flags)
     options.add_set_flags(shared, SETS)
+    options.add_step_flags(shared, EBNAS["cifar"].flags)
+    options.add_run_flags(shared)
     own = {*OWN, "epochs", "momentum", "model_path"}
-    usual = options.as_dict(shared.parse_args([]))
+    usual = vars(shared.parse_args([]))
     flags = {name: getattr(args, name) for name in usual if name not in own}
     flags = {name: value for name, value in flags.items() if value != usual[name]}
     return {**flags, "groups": args.groups, "holdout": args.holdout}
@@ -394,7 +396,7 @@ def training_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What all processes of a search must agree on."""
-    flags = options.as_dict(args).items()
+    flags = vars(args).items()
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in flags
@@ -403,7 +405,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def find_search(
-    args: argparse.Namespace,
+    args: argparse.Namespace, given: Collection[str]
 ) -> tuple[Path | None, Ledger | None, argparse.Namespace]:
     """The run's folder, None for a new one; what keeps its trials, where that is there; and the flags, of
     which those that the user has not given are the search's own.
@@ -415,15 +417,15 @@ def find_search(
         folder = find_folder(args)
         if folder is not None:
             saved = read_args(folder)
-            args = with_saved(args, saved, f"{folder} was run")
+            args = with_saved(args, saved, given, f"{folder} was run")
             storage = saved.get("storage") or str(folder / JOURNAL)
             ledger = Ledger(storage, saved.get("save"))
-            if (folder / RESULT).exists() and "budget" not in args.given:
+            if (folder / RESULT).exists() and "budget" not in given:
                 raise InputError(f"{folder} is of a finished search; give a larger --budget to go on with it")
     if ledger is None and args.storage:
-        ledger = Ledger(args.storage, args.save if "save" in args.given else None)
+        ledger = Ledger(args.storage, args.save if "save" in given else None)
     if ledger is not None and ledger.settings is not None:
-        args = with_saved(args, ledger.settings, f"the search {ledger.name} in {ledger.shown} runs")
+        args = with_saved(args, ledger.settings, given, f"the search {ledger.name} in {ledger.shown} runs")
     return folder, ledger, args
 
 
@@ -445,15 +447,17 @@ def find_folder(args: argparse.Namespace) -> Path | None:
     return None
 
 
-def with_saved(args: argparse.Namespace, saved: dict[str, Any], where: str) -> argparse.Namespace:
+def with_saved(
+    args: argparse.Namespace, saved: dict[str, Any], given: Collection[str], where: str
+) -> argparse.Namespace:
     """The flags, with what a search has `saved` for those that were not given."""
     names = settings_of(args)
-    if differing := differing_flags(saved, names, args.given & names.keys()):
+    if differing := differing_flags(saved, names, given & names.keys()):
         raise InputError(f"{where} with {', '.join(differing)}: leave these flags out, or start a new search")
     own = vars(args) | {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in saved.items()
-        if name in (*names, "save", "budget", "data", "storage") and name not in args.given
+        if name in (*names, "save", "budget", "data", "storage") and name not in given
     }
     return argparse.Namespace(**own)
 

@@ -78,15 +78,16 @@ def parser() -> options.Parser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def main(flags: options.Flags) -> None:
+    args = flags.values
     if args.name == "strategies":
-        compare_strategies(args)
+        compare_strategies(args.out, recompute=not args.table)
         return
-    scale, name = scale_of(args)
+    scale, name = scale_of(args.name, args.scale, args.set, args.seeds)
     out = Path(args.out or default_out(name))
     table_folder = out / "cells" if args.out or name != "medium" else Path("results", "cells")
     scale = replace(scale, found=found_cells(table_folder / "found"))
-    studies = studies_of(args, scale)
+    studies = studies_of(args.name, scale, name)
     results = Results(out, name, [*STUDIES, *INSTRUMENTS])
     if args.table:
         for study in studies:
@@ -122,11 +123,11 @@ def main(args: argparse.Namespace) -> None:
         raise RunFailed(f"{len(failed)} of the runs failed; the same command tries again. {failed[0]}")
 
 
-def compare_strategies(args: argparse.Namespace) -> None:
+def compare_strategies(out: str | None, *, recompute: bool) -> None:
     """Of the table of trained cells in results/cells/, or in the folder cells/ of --out."""
-    folder = Path(args.out or "results", "cells")
+    folder = Path(out or "results", "cells")
     path = folder / "strategies.md"
-    if not args.table:
+    if recompute:
         for written in strategies.run(strategies.trained_cells(Table(folder / ROWS)), folder):
             print(f"written {written}")
     elif not path.exists():
@@ -134,16 +135,16 @@ def compare_strategies(args: argparse.Namespace) -> None:
     print(path.read_text())
 
 
-def studies_of(args: argparse.Namespace, scale: Scale) -> list[Study]:
-    if args.name in INSTRUMENTS:
+def studies_of(wanted: str, scale: Scale, name: str) -> list[Study]:
+    """The studies that are asked for, at a scale of this name. Raises InputError where there is none."""
+    if wanted in INSTRUMENTS:
         if scale.instrument is None:
-            raise InputError(f"{args.name}: --scale {args.scale} has no table of cells; leave --scale out")
-        return [INSTRUMENTS[args.name](scale)]
-    wanted = [key for key in STUDIES if args.name in (key, "all") and (key != "transfer" or scale.larger)]
-    if not wanted:
-        reason = f"--set {args.set}; leave --set out" if args.set else f"--scale {args.scale}; give another"
-        raise InputError(f"transfer: no larger task is known for {reason}")
-    return [STUDIES[key](scale) for key in wanted]
+            raise InputError(f"{wanted}: scale {name} has no table of cells; leave --scale out")
+        return [INSTRUMENTS[wanted](scale)]
+    keys = [key for key in STUDIES if wanted in (key, "all") and (key != "transfer" or scale.larger)]
+    if not keys:
+        raise InputError(f"transfer: no larger task is known for scale {name}; give another --scale or --set")
+    return [STUDIES[key](scale) for key in keys]
 
 
 def found_cells(folder: Path) -> dict[str, Genotype]:
@@ -174,21 +175,21 @@ def default_out(scale: str) -> Path:
     return Path("results", "" if scale == "small" else scale.replace(" ", "-"))
 
 
-def scale_of(args: argparse.Namespace) -> tuple[Scale, str]:
+def scale_of(wanted: str, name: str | None, images: str | None, seeds: int | None) -> tuple[Scale, str]:
     """The scale, and its name, with the set's where that is another."""
-    of = args.scale or ("medium" if args.name in INSTRUMENTS else "small")
-    scale = SCALES[of]
-    if args.seeds:
+    name = name or ("medium" if wanted in INSTRUMENTS else "small")
+    scale = SCALES[name]
+    if seeds:
         numbers = ("searches", "random_cells", "published", "seeds")
-        scale = replace(scale, **{name: max(getattr(scale, name), args.seeds) for name in numbers})
-    if args.set in (None, scale.images["set"]):
-        return scale, of
-    other = {"set", "image_size"} if args.set.startswith("cifar") else {"set"}  # CIFAR has a size of its own
-    images, larger = (
+        scale = replace(scale, **{number: max(getattr(scale, number), seeds) for number in numbers})
+    if images in (None, scale.images["set"]):
+        return scale, name
+    other = {"set", "image_size"} if images.startswith("cifar") else {"set"}  # CIFAR has a size of its own
+    small, larger = (
         {n: v for n, v in flags.items() if n not in other} for flags in (scale.images, scale.larger)
     )
-    images["set"] = args.set
-    return replace(scale, images=images, larger=larger), f"{of} on {args.set}"
+    small["set"] = images
+    return replace(scale, images=small, larger=larger), f"{name} on {images}"
 
 
 if __name__ == "__main__":

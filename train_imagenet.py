@@ -14,101 +14,80 @@ if __name__ == "__main__":  # torch takes seconds to import
 
     end_on_interrupt()
 
-import argparse
-
 import options
 import stages
+from baselines import EBNAS_ROW
 from data import STATISTICS, Share, imagenet_loaders
 from distributed import setup
-from engine import evaluate, train_one_epoch
+from engine import precision_of
 from recipes import EBNAS
-from session import Session, describe_data
+from run_data import describe_data
+from session import Session
+from settings import ImageNetSettings, settings_from
+from stage_flags import find_run
 from utils import InputError, run_main
 
 
 def parser() -> options.Parser:
-    parser = options.Parser(__doc__)
-    options.add_run_flags(parser, **EBNAS["imagenet"].flags)
-    options.add_network_flags(parser, init_channels=112, layers=14, drop_path_prob=0.0, label_smooth=0.1)
-    options.add_beyond_flags(parser)
+    parser, usual = options.Parser(__doc__), EBNAS["imagenet"].flags
     flag = parser.add_argument
     flag("--tmp_data_dir", metavar="DIR", help="where train/ and val/ are")
-    flag(
-        "--warmup_epochs",
-        type=options.integer(0),
-        default=5,
-        help="of rising learning rate, where the batch exceeds 256",
-    )
-    flag("--image_size", type=options.integer(16, 4096), default=224)
+    flag("--image_size", type=options.integer(16, 4096), default=224, help="side of a crop, in pixels")
     flag(
         "--jpeg_draft",
         action="store_true",
         help="decode large JPEGs at 1/2, 1/4 or 1/8 where the crop allows it: faster, other pixels "
         "(docs/performance.md)",
     )
+    options.add_network_flags(parser, usual, EBNAS_ROW["imagenet"])
+    options.add_step_flags(parser, usual, of_recipe=True)
+    flag(
+        "--warmup_epochs",
+        type=options.integer(0),
+        help="of rising learning rate, where the batch exceeds 256; "
+        + options.of_ebnas(usual["warmup_epochs"]),
+    )
+    options.add_beyond_flags(parser)
+    options.add_run_flags(parser)
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    args = stages.settle(args, family="imagenet")
-    world = setup(args.device, args.gpu)
-    session = Session(args, parser=parser(), script="train_imagenet", name=stages.run_name, world=world)
-    args, precision = session.args, session.precision
-    if args.tmp_data_dir is None:
+def main(flags: options.Flags) -> None:
+    world = setup(flags.values.device, flags.values.gpu)
+    origin = find_run(flags, parser=parser(), script="train_imagenet", family="imagenet", world=world)
+    settings = settings_from(ImageNetSettings, origin.flags)
+    images, batch_size = settings.images, settings.step.batch_size
+    precision = precision_of(settings.step, world.device)
+    session = Session(origin, settings, world=world, precision=precision, notes=flags.idle)
+    if images.tmp_data_dir is None:
         raise InputError("--tmp_data_dir is missing: give the folder where train/ and val/ are")
     train_loader, valid_loader, classes = imagenet_loaders(
-        args.tmp_data_dir,
-        args.batch_size,
+        images.tmp_data_dir,
+        batch_size,
         device=world.device,
-        workers=args.workers,
-        seed=args.seed,
-        image_size=args.image_size,
-        jpeg_draft=args.jpeg_draft,
+        workers=settings.run.workers,
+        seed=settings.run.seed,
+        image_size=images.image_size,
+        jpeg_draft=images.jpeg_draft,
         share=Share(world.rank, world.size),
-        color_jitter=stages.recipe_of(args, "imagenet").color_jitter,
+        color_jitter=stages.recipe_of(settings).color_jitter,
     )
-    data = session.own_images(
-        describe_data("imagenet", args.tmp_data_dir, args.image_size, classes, STATISTICS["imagenet"])
-    )
-    warmup = args.warmup_epochs if args.batch_size > 256 else 0
-    training = stages.build(session, train_loader, family="imagenet", data=data, warmup=warmup)
-    model = training.model
+    statistics = STATISTICS["imagenet"]
+    data = describe_data("imagenet", images.tmp_data_dir, images.image_size, classes, statistics)
+    data = origin.own_images(data)
 
-    with session.start(model=training.network, stateful=training.stateful, **training.header) as run:
-        stages.log_start(run, args, training, session.checkpoint)
-        for epoch in session.epochs():
-            learning_rate = training.scheduler.get_last_lr()[0]
-            run.log(f"epoch {epoch} lr {learning_rate:e}")
-            model.drop_path_prob = args.drop_path_prob * epoch / args.epochs
-            train = train_one_epoch(
-                model,
-                train_loader,
-                training.optimizer,
-                training.criterion,
-                start=session.position,
-                world=world,
-                precision=precision,
-                grad_clip=args.grad_clip,
-                auxiliary_weight=args.auxiliary_weight,
-                targets_of=training.targets_of,
-                accumulate=args.accumulate,
-                after_step=session.training(train_loader),
-            )
-            training.end_epoch()
-            for network in training.networks:
-                world.average_buffers(network)
-            valid = evaluate(
-                training.network,
-                valid_loader,
-                world=world,
-                precision=precision,
-                after_step=session.evaluating(valid_loader),
-            )
-            run.log(
-                f"train_acc {train['top1']:.2f} valid_acc {valid['top1']:.2f} top5 {valid['top5']:.2f} "
-                f"loss {valid['loss']:.4f}"
-            )
-            session.finish_epoch(epoch, stages.epoch_record(train, valid, learning_rate), score=valid["top1"])
+    teacher = stages.build_teacher(settings, data, world)
+    network = stages.build_network(settings, origin, data, world)
+    optimizer = stages.build_optimizer(settings, network.model)
+    warmup = settings.recipe.warmup_epochs if batch_size > 256 else 0
+    schedule = stages.build_schedule(settings, optimizer, steps=len(train_loader), warmup=warmup)
+    training = stages.build_training(
+        settings, network.model, optimizer, schedule, teacher, precision=precision, world=world
+    )
+    header = stages.header_of(origin, network, data)
+    with session.start(model=training.evaluated, stateful=training.stateful, **header):
+        stages.log_start(session, network)
+        stages.train_epochs(session, training, train_loader, valid_loader)
         stages.finish(session, held_out="validation")
 
 

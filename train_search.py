@@ -15,7 +15,6 @@ if __name__ == "__main__":  # torch takes seconds to import
 
     end_on_interrupt()
 
-import argparse
 import copy
 import shlex
 from collections import Counter
@@ -32,7 +31,7 @@ from architect import Architect
 from augment import Augmentation
 from data import SETS, Batch, BatchLoader, ImageSet, split_halves
 from distributed import World, setup
-from engine import evaluate, in_memory_format, train_one_epoch
+from engine import Training, evaluate, in_memory_format, precision_of, train_one_epoch
 from figures import draw_curves, draw_genotype
 from genotypes import (
     Genotype,
@@ -42,31 +41,44 @@ from genotypes import (
     random_genotype,
     save_genotype,
 )
-from kernels import accelerate, choose_form
+from kernels import Form, accelerate, choose_form
 from kernels.compilation import compile_regions
 from model_search import SearchConfig, Supernet
+from resume import Origin, find_origin
+from run_data import loader_settings, prepare_data
 from runs import Run
-from session import Session, loader_settings, prepare_data
+from session import Session
+from settings import SearchSettings, settings_from
 from stages import log_form
 from utils import InputError, run_main, seed_everything
+
+STEP = {"epochs": 50, "batch_size": 256, "learning_rate": 1e-3, "grad_clip": 5.0}
 
 
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    options.add_run_flags(parser, epochs=50, batch_size=256)
     options.add_set_flags(parser, SETS)
-    flag = parser.add_argument
-    flag("--init_channels", type=options.integer(1, 10_000), default=16)
+    flag = parser.add_argument_group("supernet").add_argument
+    flag("--init_channels", type=options.integer(1, 10_000), default=16, help="width of the first cell")
     flag("--layers", type=options.integer(3, 1_000), default=8, help="number of cells")
-    flag("--weight_decay", type=options.non_negative_float, default=3e-4)
+    for kind, k in (("normal", 8), ("reduce", 4)):
+        flag(
+            f"--k_{kind}",
+            type=options.integer(2, 1_000),
+            default=k,
+            help=f"one in k channels of a {kind} cell goes through its operations",
+        )
+    options.add_step_flags(parser, STEP)
+    flag = parser.add_argument_group("search").add_argument
+    flag("--weight_decay", type=options.non_negative_float, default=3e-4, help="of the weights")
     flag(
         "--train_portion",
         type=options.real(below=1, above=0),
         default=0.5,
-        help="part of the training images that trains the weights",
+        help="part of the training images that trains the weights; the rest trains the architecture",
     )
-    flag("--arch_learning_rate", type=options.positive_float, default=6e-4)
-    flag("--arch_weight_decay", type=options.non_negative_float, default=1e-3)
+    flag("--arch_learning_rate", type=options.positive_float, default=6e-4, help="of alpha and beta")
+    flag("--arch_weight_decay", type=options.non_negative_float, default=1e-3, help="of alpha and beta")
     flag(
         "--arch_start_epoch",
         type=options.integer(0),
@@ -79,13 +91,6 @@ def parser() -> options.Parser:
         default=0.8,
         help="of the variance-based edge regularisation",
     )
-    for kind, k in (("normal", 8), ("reduce", 4)):
-        flag(
-            f"--k_{kind}",
-            type=options.integer(2, 1_000),
-            default=k,
-            help=f"one in k channels of a {kind} cell goes through its operations",
-        )
     flag(
         "--score_random",
         type=options.integer(0, 10_000),
@@ -93,46 +98,43 @@ def parser() -> options.Parser:
         metavar="N",
         help="at the end cut the supernet down to N random cells too: does it rank them as training does?",
     )
+    options.add_run_flags(parser)
     parser.retire("learning_rate_min", "the learning rate of a search is constant, as in the original")
     parser.retire("drop_path_prob", "the supernet has no drop-path, as in the original")
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    if args.arch_start_epoch is None:
-        args.arch_start_epoch = args.epochs // 2
-    world = setup(args.device, args.gpu)
-    session = Session(
-        args, parser=parser(), script="train_search", name=lambda args: f"search-{args.save}", world=world
-    )
-    args, precision = session.args, session.precision
-    train_set, _, data = prepare_data(session, test=False)
-    weight_loader, arch_loader, valid_loader = make_loaders(args, train_set, data, world)
+def main(flags: options.Flags) -> None:
+    world = setup(flags.values.device, flags.values.gpu)
+    origin = find_run(flags, world)
+    settings = settings_from(SearchSettings, origin.flags)
+    recipe, step = settings.recipe, settings.step
+    precision = precision_of(step, world.device)
+    session = Session(origin, settings, world=world, precision=precision, notes=flags.idle)
+    train_set, _, data = prepare_data(settings, origin, world, test=False)
+    weight_loader, arch_loader, valid_loader = make_loaders(settings, train_set, data, world)
 
-    seed_everything(args.seed)
-    config = SearchConfig(
-        args.init_channels, args.layers, len(data["classes"]), k_normal=args.k_normal, k_reduce=args.k_reduce
-    )
-    form = choose_form(args.kernels, world.device, precision=args.precision, compiled=args.compile)
-    model = accelerate(Supernet(config).to(world.device), form.name)
-    in_memory_format(model, args.memory_format, auto="contiguous")  # channels-last is slower on a CPU
-    if args.compile:
-        compile_regions(model, mode=args.compile_mode)
-    optimizer = torch.optim.Adam(
-        model.weight_parameters(),
-        lr=args.learning_rate,
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
+    model, form = build_supernet(settings, len(data["classes"]), world)
     architect = Architect(
         model,
-        learning_rate=args.arch_learning_rate,
-        weight_decay=args.arch_weight_decay,
-        path_reg_weight=args.path_reg_weight,
-        edge_reg_weight=args.edge_reg_weight,
+        learning_rate=recipe.arch_learning_rate,
+        weight_decay=recipe.arch_weight_decay,
+        path_reg_weight=recipe.path_reg_weight,
+        edge_reg_weight=recipe.edge_reg_weight,
+    )
+    optimizer = torch.optim.Adam(
+        model.weight_parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
+    training = Training(
+        model,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        world,
+        precision,
+        accumulate=step.accumulate,
+        grad_clip=step.grad_clip,
     )
     stateful = {"optimizer": optimizer, "arch_optimizer": architect.optimizer}
-    criterion = nn.CrossEntropyLoss()
 
     def validate(network: nn.Module) -> dict[str, float]:
         after_step = session.evaluating(valid_loader)
@@ -143,34 +145,26 @@ def main(args: argparse.Namespace) -> None:
         world.average_buffers(discrete)
         return validate(discrete)["top1"]
 
-    header = {"kind": "search", "config": config.to_dict(), "data": data, "kernels": form.name}
+    header = {"kind": "search", "config": model.config.to_dict(), "data": data, "kernels": form.name}
     with session.start(model=model, stateful=stateful, **header) as run:
-        log_form(run, form, session.checkpoint)
+        log_form(run, form, origin.checkpoint)
         for epoch in session.epochs():
-            run.log(f"epoch {epoch} lr {args.learning_rate:e}")
+            run.log(f"epoch {epoch} lr {recipe.learning_rate:e}")
             arch_step = None
-            if epoch >= args.arch_start_epoch:
-                batches = endless(arch_loader, epoch, session.position.step)
-                ramp = epoch / max(args.epochs - 1, 1)
+            if epoch >= recipe.arch_start_epoch:
                 arch_step = partial(
                     architect.step,
-                    batches,
-                    ramp=ramp,
-                    batch_size=args.batch_size,
-                    accumulate=args.accumulate,
+                    endless(arch_loader, epoch, session.position.step),
+                    ramp=epoch / max(settings.run.epochs - 1, 1),
+                    batch_size=step.batch_size,
+                    accumulate=step.accumulate,
                     world=world,
                     precision=precision,
                 )
             train = train_one_epoch(
-                model,
+                training,
                 weight_loader,
-                optimizer,
-                criterion,
                 start=session.position,
-                world=world,
-                precision=precision,
-                grad_clip=args.grad_clip,
-                accumulate=args.accumulate,
                 before_step=arch_step,
                 after_step=session.training(weight_loader),
             )
@@ -184,27 +178,58 @@ def main(args: argparse.Namespace) -> None:
         discrete = cut_down(model, model.genotype())
         figures = {"discrete_top1": validate(discrete)["top1"]}
         figures["discrete_top1_new_statistics"] = renewed_top1(discrete)
-        if args.score_random:
-            cells = map(random_genotype, range(args.score_random))
+        if recipe.score_random:
+            cells = map(random_genotype, range(recipe.score_random))
             figures["random_cells"] = [renewed_top1(cut_down(model, cell)) for cell in cells]
         finish(session, model.genotype(), figures)
 
 
+def find_run(flags: options.Flags, world: World) -> Origin:
+    """Which search this is; its flags are settled."""
+    values = dict(vars(flags.values))
+    if values["arch_start_epoch"] is None:
+        values["arch_start_epoch"] = values["epochs"] // 2
+    name = f"search-{values['save']}"
+    return find_origin(values, flags.given, script="train_search", name=name, parser=parser(), world=world)
+
+
+def build_supernet(settings: SearchSettings, num_classes: int, world: World) -> tuple[Supernet, Form]:
+    """The supernet on its device, in the form that is asked for."""
+    network, step = settings.network, settings.step
+    seed_everything(settings.run.seed)
+    config = SearchConfig(
+        network.init_channels,
+        network.layers,
+        num_classes,
+        k_normal=network.k_normal,
+        k_reduce=network.k_reduce,
+    )
+    form = choose_form(step.kernels, world.device, precision=step.precision, compiled=step.compile)
+    model = accelerate(Supernet(config).to(world.device), form.name)
+    in_memory_format(model, step.memory_format, auto="contiguous")  # channels-last is slower on a CPU
+    if step.compile:
+        compile_regions(model, mode=step.compile_mode)
+    return model, form
+
+
 def make_loaders(
-    args: argparse.Namespace, train_set: ImageSet, data: dict, world: World
+    settings: SearchSettings, train_set: ImageSet, data: dict, world: World
 ) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
     """The halves of the training set: the weights' and, in its own order, the architecture's, both augmented,
     and the architecture's again as it is, for evaluation."""
-    weight_half, arch_half = split_halves(len(train_set), args.train_portion, args.seed)
+    images, batch_size, seed = settings.images, settings.step.batch_size, settings.run.seed
+    weight_half, arch_half = split_halves(len(train_set), settings.recipe.train_portion, seed)
     augmentation = Augmentation(
-        crop_padding=args.image_size // 8, flip=True, cutout_length=args.cutout_length if args.cutout else 0
+        crop_padding=images.image_size // 8,
+        flip=True,
+        cutout_length=images.cutout_length if images.cutout else 0,
     )
-    shared = loader_settings(args, data, world)
+    shared = loader_settings(data, seed, world)
     training = {"augmentation": augmentation, "shuffle": True, **shared}
     return (
-        BatchLoader(train_set, args.batch_size, indices=weight_half, stream=0, **training),
-        BatchLoader(train_set, args.batch_size, indices=arch_half, stream=1, **training),
-        BatchLoader(train_set, args.batch_size, indices=arch_half, **shared),
+        BatchLoader(train_set, batch_size, indices=weight_half, stream=0, **training),
+        BatchLoader(train_set, batch_size, indices=arch_half, stream=1, **training),
+        BatchLoader(train_set, batch_size, indices=arch_half, **shared),
     )
 
 
@@ -258,7 +283,7 @@ def log_epoch(run: Run, epoch: int, record: dict) -> None:
 def write_genotype(session: Session, genotype: Genotype, set_name: str) -> None:
     """The search's result so far, with its settings; `epoch` is the last one that it comes from."""
     if session.world.is_main:
-        epoch, search = session.position.epoch - 1, options.as_dict(session.args)
+        epoch, search = session.position.epoch - 1, session.origin.flags
         path = session.folder / "genotype.json"
         save_genotype(path, genotype, epoch=epoch, search=search, data=set_name)
 
@@ -298,7 +323,7 @@ def write_result(run: Run, discrete: dict[str, Any]) -> None:
 def finish(session: Session, genotype: Genotype, discrete: dict[str, Any]) -> None:
     """Write result.json and mark the search as finished; pictures of the cells and of its course; what to do
     next."""
-    run, args = session.run, session.args
+    run, images = session.run, session.settings.images
     with suppress(InputError, LookupError):  # of damaged metrics: said below, with the pictures
         write_result(run, discrete)
     session.finish()
@@ -310,7 +335,7 @@ def finish(session: Session, genotype: Genotype, discrete: dict[str, Any]) -> No
     except (InputError, OSError) as error:  # the search is done, with pictures or without
         run.log(f"no pictures: {error}")
     run.log(f"genotype written to {run.folder / 'genotype.json'}; train it:")
-    where = ["--set", args.set, "--data", args.data, "--image_size", str(args.image_size)]
+    where = ["--set", images.set, "--data", images.data, "--image_size", str(images.image_size)]
     run.log(shlex.join(["python", "train.py", *where, "--auxiliary", "--cutout", "--arch", str(run.folder)]))
 
 

@@ -48,7 +48,7 @@ def run_main(main: Callable[[Any], None], parser: Callable[[], Any]) -> None:
             getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal that knows only ASCII
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # no longer that of `end_on_interrupt`
-        main(parser().parse_args())
+        main(parser().read())
         sys.stdout.flush()  # here, where a reader that has gone is still our business
     except (InputError, RunFailed) as error:
         _end(str(error), 2 if isinstance(error, InputError) else 1)

@@ -14,12 +14,11 @@ if __name__ == "__main__":  # torch takes seconds to import
 
     end_on_interrupt()
 
-import argparse
 from pathlib import Path
 
 from figures import draw_curves, draw_genotype, draw_layers
 from genotypes import EVERY_OPERATION, GENOTYPES, get_genotype
-from options import Parser
+from options import Flags, Parser
 from utils import InputError, run_main
 
 RESNET = "ResNet18"
@@ -43,7 +42,8 @@ def parser() -> Parser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def main(flags: Flags) -> None:
+    args = flags.values
     run = Path(args.what)
     if args.what == RESNET:
         paths = draw_layers(f"{RESNET}, ImageNet", RESNET_STAGES, Path(args.out or "."), name=RESNET)

@@ -113,6 +113,9 @@ ROWS = {
 }
 """In the order of the tables. CP-NAS has no row: nothing of it is public but its search space."""
 
+EBNAS_ROW = {family: size._asdict() for family, size in ROWS["EBNAS"].sizes.items()}
+"""EBNAS's width, depth and groups, by family of images."""
+
 NOT_PUBLIC = {
     "CP-NAS (not public)": {
         "cifar10": Published(params=10.6, error=4.73),

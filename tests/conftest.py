@@ -19,8 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from session import Session
 from shapes import SHAPES, draw_shapes
+from signals import StopSignal
 from utils import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,13 +161,13 @@ def call_at_step(patch: pytest.MonkeyPatch, n: int, event: Callable[[], None]) -
     evaluations counted together, and before anything is saved there."""
     counter = itertools.count(1)
 
-    def after_step(session: Session, step: int) -> bool:
+    def after_step(stop: StopSignal, step: int) -> bool:
         if next(counter) == n:
             event()
-        return stopping(session, step)
+        return stopping(stop, step)
 
-    stopping = Session._stopping
-    patch.setattr(Session, "_stopping", after_step)
+    stopping = StopSignal.after_step
+    patch.setattr(StopSignal, "after_step", after_step)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ CASES = {
 @pytest.mark.parametrize(("flags", "names"), CASES.items())
 def test_table_and_json(flags, names, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags.split()])
-    benchmark.main(benchmark.parser().parse_args())
+    benchmark.main(benchmark.parser().read())
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
@@ -102,6 +102,6 @@ def test_flags_are_checked(fails):
 def test_a_row_on_packed_bits(monkeypatch, capsys):
     flags = "infer --arch BATS --init_channels 12 --groups 2 --layers 3 --image_size 16 --rivals"
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags.split(), "--repeats", "1", "--warmup", "0"])
-    benchmark.main(benchmark.parser().parse_args())
+    benchmark.main(benchmark.parser().read())
     output = capsys.readouterr().out
     assert output.count("top-1 as eager 100.0%") == len(available_kernels())

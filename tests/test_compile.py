@@ -16,7 +16,7 @@ from baselines.bats import BatsConfig, BatsUnit
 from baselines.bnas import BnasUnit
 from baselines.dcp_nas import DcpConvolution
 from data import Batch
-from engine import Position, Precision, evaluate, optimize, train_one_epoch, training_loss
+from engine import Position, Precision, Training, evaluate, train_one_epoch, training_step
 from genotypes import GENOTYPES
 from kernels.compilation import compile_regions, regions
 from model import ModelConfig, Network, build_model
@@ -92,8 +92,9 @@ def test_tails_and_evaluation_run_eager():
     compile_regions(model.cells[0].preprocess1, backend=counter)
     optimizer = torch.optim.Adam(model.parameters())
     shared = {"world": WORLD, "precision": Precision("fp32", WORLD.device)}
+    training = Training(model, nn.CrossEntropyLoss(), optimizer, **shared)
     for loader in (Batches(1), WithTail(1)):
-        train_one_epoch(model, loader, optimizer, nn.CrossEntropyLoss(), start=Position(0), **shared)
+        train_one_epoch(training, loader, start=Position(0))
         evaluate(model, loader, **shared)
         counts.append(counter.frame_count)
     assert counts[0] == counts[1] > 0
@@ -135,9 +136,9 @@ def test_a_step_of_the_search_reads_nothing_on_the_host():
 
 
 def step(model: nn.Module, parameters: list[nn.Parameter], batch: Batch, precision: Precision) -> None:
-    loss, _, _ = training_loss(model, batch, nn.CrossEntropyLoss(), precision=precision, auxiliary_weight=0.4)
     optimizer = torch.optim.Adam(parameters, fused=True)
-    optimize([loss], optimizer, world=WORLD, precision=precision, grad_clip=5.0)
+    settings = {"grad_clip": 5.0, "auxiliary_weight": 0.4}
+    training_step(Training(model, nn.CrossEntropyLoss(), optimizer, WORLD, precision, **settings), batch)
 
 
 def test_a_step_in_cuda_graphs_begins_with_the_networks_forward_pass(monkeypatch):

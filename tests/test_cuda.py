@@ -5,6 +5,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from architect import Architect
 from checkpoint import Checkpointer, load_checkpoint
 from data import Batch
 from distributed import World, setup
-from engine import PRECISIONS, FiniteWatch, Precision, Sums, optimize, training_loss
+from engine import PRECISIONS, FiniteWatch, Precision, Sums, Training, training_step
 from genotypes import GENOTYPES
 from model import ModelConfig, Network, build_model
 from model_search import SearchConfig, Supernet
@@ -86,18 +87,15 @@ def make_batch() -> Batch:
 def steps_of(network: nn.Module, parameters: list[nn.Parameter], precision: Precision) -> Callable[[], None]:
     """A training step as in engine.train_one_epoch, with its sums and its watch over the loss."""
     optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
-    batch, criterion = make_batch(), nn.CrossEntropyLoss()
+    settings = {"grad_clip": 5.0, "auxiliary_weight": 0.4}
+    training = Training(network, nn.CrossEntropyLoss(), optimizer, WORLD, precision, **settings)
     sums, watch = Sums(DEVICE), FiniteWatch(0)
 
-    def step() -> None:
-        objective, loss, logits = training_loss(
-            network, batch, criterion, precision=precision, auxiliary_weight=0.4
-        )
-        optimize([objective], optimizer, world=WORLD, precision=precision, grad_clip=5.0)
-        sums.add(loss, logits, batch.targets)
+    def observe(objective, loss, logits, targets) -> None:
+        sums.add(loss, logits, targets)
         watch.add(0, objective)
 
-    return step
+    return partial(training_step, training, make_batch(), observe)
 
 
 def search_step(precision: Precision) -> Callable[[], None]:
@@ -174,10 +172,7 @@ def test_a_checkpoint_restores_weights_optimizer_and_cudas_random_stream(tmp_pat
         )
 
     network, optimizer, checkpoints = make()
-    objective, _, _ = training_loss(
-        network, make_batch(), nn.CrossEntropyLoss(), precision=precision, auxiliary_weight=0.4
-    )
-    optimize([objective], optimizer, world=WORLD, precision=precision)
+    training_step(Training(network, nn.CrossEntropyLoss(), optimizer, WORLD, precision), make_batch())
     checkpoints.save(epoch=1)
     draws = torch.rand(5, device=DEVICE)
 

@@ -26,7 +26,7 @@ from augment import Normalize
 from checkpoint import load_checkpoint
 from data import BatchLoader, ImageSet, Share
 from distributed import World, setup
-from engine import Position, Precision, evaluate, train_one_epoch
+from engine import Position, Precision, Training, evaluate, train_one_epoch
 from model_search import SearchConfig, Supernet
 from teacher import DistillationLoss, Teacher
 from utils import InputError, RunFailed, one_line
@@ -83,18 +83,9 @@ def search(
     average = moving_average(model, optimizer, 0.5)
     gradients = []
     optimizer.register_step_post_hook(lambda *_: gradients.append([p.grad.clone() for p in weights]))
-    train = train_one_epoch(
-        model,
-        loader(TRAIN, world, shuffle=True, stream=0),
-        optimizer,
-        criterion,
-        start=Position(0),
-        targets_of=targets_of,
-        before_step=arch_step,
-        grad_clip=5.0,
-        **parts,
-        **shared,
-    )
+    training = Training(model, criterion, optimizer, targets_of=targets_of, grad_clip=5.0, **parts, **shared)
+    weight_loader = loader(TRAIN, world, shuffle=True, stream=0)
+    train = train_one_epoch(training, weight_loader, start=Position(0), before_step=arch_step)
     for network in (model, average):
         world.average_buffers(network)
     test = evaluate(model, loader(TEST, world), **shared)

@@ -11,6 +11,7 @@ from engine import (
     Position,
     Precision,
     Sums,
+    Training,
     choose_precision,
     evaluate,
     parts_of,
@@ -69,21 +70,22 @@ class Batches:
         yield from self.batches[start:]
 
 
-def train_once(epochs: int = 1, precision: str = "fp32", **changes) -> tuple[dict, nn.Module]:
+def train_once(
+    epochs: int = 1, precision: str = "fp32", start: Position | None = None, after_step=None, **changes
+) -> tuple[dict, nn.Module]:
     """The means of the last of some epochs, and the network."""
     torch.manual_seed(0)
     model = build_model(CONFIG)
-    settings = {
-        "start": Position(0),
-        "world": WORLD,
-        "precision": Precision(precision, WORLD.device),
-        "grad_clip": 5.0,
-        "auxiliary_weight": 0.4,
-        **changes,
-    }
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    training = Training(
+        model,
+        nn.CrossEntropyLoss(),
+        torch.optim.Adam(model.parameters(), 1e-2),
+        WORLD,
+        Precision(precision, WORLD.device),
+        **{"grad_clip": 5.0, "auxiliary_weight": 0.4, **changes},
+    )
     for _ in range(epochs):
-        means = train_one_epoch(model, Batches(), optimizer, nn.CrossEntropyLoss(), **settings)
+        means = train_one_epoch(training, Batches(), start=start or Position(0), after_step=after_step)
     return means, model
 
 
@@ -126,18 +128,17 @@ def test_a_step_in_parts_equals_a_whole_one(loader, monkeypatch):
         torch.manual_seed(0)
         model = FixedStatistics(CONFIG).double()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        means = train_one_epoch(
+        training = Training(
             model,
-            loader,
-            optimizer,
             nn.CrossEntropyLoss(label_smoothing=0.1),
-            start=Position(0),
-            world=WORLD,
-            precision=Precision("fp32", WORLD.device),
+            optimizer,
+            WORLD,
+            Precision("fp32", WORLD.device),
             grad_clip=0.5,
             auxiliary_weight=0.4,
             accumulate=accumulate,
         )
+        means = train_one_epoch(training, loader, start=Position(0))
         results.append((dict(model.named_parameters()), {name: means[name] for name in ("loss", "top1")}))
     for parameters, means in results[1:]:
         torch.testing.assert_close(parameters, results[0][0], rtol=1e-10, atol=1e-12)

@@ -18,8 +18,8 @@ from evidence.studies import ONE_STAGE, SCALES, STUDIES
 from genotypes import genotype_to_dict, get_genotype, random_genotype
 from options import command_line
 from runs import RUNS
-from stages import settle
-from study import parser, scale_of
+from stage_flags import settle
+from study import scale_of
 from utils import InputError
 
 FIRST = Job("train.py", {"seed": 0, "epochs": 1})
@@ -137,10 +137,11 @@ def test_every_run_is_one_that_its_script_takes(name, scale):
     for job in STUDIES[name](SCALES[scale]).jobs().values():
         known = {flag: value for flag, value in job.flags.items() if not isinstance(value, FolderOf | BestOf)}
         if job.script == "train_search.py":
-            assert not train_search.parser().parse_args(command_line(known)).idle
+            assert not train_search.parser().read(command_line(known)).idle
         else:
-            args = settle(train.parser().parse_args(command_line(known)), family="cifar")  # or it raises
-            assert not args.idle
+            flags = train.parser().read(command_line(known))
+            settle(flags, family="cifar")  # or it raises
+            assert not flags.idle
 
 
 def test_differences_are_those_of_the_t_tests():
@@ -274,7 +275,7 @@ def test_a_run_that_fails_is_not_tried_again_by_the_next_that_needs_it(tmp_path,
 
 
 def test_more_seeds_are_more_runs_and_the_same_ones():
-    few, more = (scale_of(parser().parse_args(["all", *flags]))[0] for flags in ([], ["--seeds", "8"]))
+    few, more = (scale_of("all", None, None, seeds)[0] for seeds in (None, 8))
     for name, make in STUDIES.items():
         if name != "transfer":  # the best of more
             assert make(few).jobs().keys() <= make(more).jobs().keys()

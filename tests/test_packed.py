@@ -328,7 +328,7 @@ def run_folder(tmp_path, models) -> Path:
 
 def call(module, monkeypatch, *arguments) -> None:
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    module.main(module.parser().parse_args())
+    module.main(module.parser().read())
 
 
 def test_export_script(run_folder, monkeypatch, models, capsys):

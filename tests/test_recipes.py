@@ -1,15 +1,15 @@
 """The recipes: BNAS's schedule by step, what an own recipe sets, and which are not known."""
 
-from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-import stages
 import train
 import train_imagenet
 from recipes import OWN, OneCycle, get_recipe
+from stage_flags import settle
 from utils import InputError
 
 
@@ -52,9 +52,9 @@ def test_every_recipe_makes_an_optimiser_and_a_schedule():
     assert rates[25] == pytest.approx(0.025) and rates[50] == rates[0] == 0.05
 
 
-def settled(script, *words: str) -> Namespace:
+def settled(script, *words: str) -> SimpleNamespace:
     family = "cifar" if script is train else "imagenet"
-    return stages.settle(script.parser().parse_args([*words]), family=family)
+    return SimpleNamespace(**settle(script.parser().read([*words]), family=family))
 
 
 def test_an_own_recipe_gives_the_flags_that_the_user_does_not():
@@ -79,7 +79,7 @@ def test_recipes_that_are_not_known(system, family, message):
 
 def test_the_best_recipe_is_ebnas_with_a_teacher():
     args, ebnas = settled(train, "--recipe", "best", "--teacher", "runs/RUN"), settled(train)
-    same = vars(args).keys() - {"recipe", "teacher", "given"}
+    same = vars(args).keys() - {"recipe", "teacher"}
     assert all(getattr(args, name) == getattr(ebnas, name) for name in same)
     with pytest.raises(InputError, match=r"learns from a network in full precision: .*--stage1 w32a32"):
         settled(train, "--recipe", "best")

@@ -10,10 +10,10 @@ import torch
 from conftest import TINY_SEARCH, TINY_STAGE, Killed, Scripts, kill, receive
 
 import checkpoint as checkpoints
-import session
+import signals
 import train_search
 from checkpoint import load_checkpoint
-from runs import read_metrics
+from runs import Run, read_metrics
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -136,7 +136,7 @@ def test_signals_wait_until_the_interrupted_checkpoint_is_written(scripts, at_st
 
     def interrupted_write(path, content):
         if written:  # the first checkpoint is written before the first step
-            monkeypatch.setattr(session, "time", later)  # a second Ctrl-C, long after the first
+            monkeypatch.setattr(signals, "time", later)  # a second Ctrl-C, long after the first
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
         write(path, content)
@@ -205,7 +205,7 @@ def test_other_images_are_refused(interrupted, scripts, images, tmp_path):
 
 
 def test_a_run_is_resumed_by_one_process(interrupted, scripts):
-    lock = session.Run(interrupted)
+    lock = Run(interrupted)
     assert "is in use by another process" in scripts.run("train.py", "--resume", interrupted, code=2).stderr
     lock.close()
 
@@ -234,4 +234,14 @@ def test_the_events_of_tensorboard_may_go(scripts, at_step, data_flags):
         result.stderr == ""
         and len(read_metrics(run)) == 2
         and len(list((run / "tensorboard").iterdir())) == 1
+    )
+
+
+def test_flags_without_a_value_are_damage(interrupted, scripts):
+    checkpoint = torch.load(interrupted / "last.pt", weights_only=True)
+    checkpoint["args"]["epochs"] = None
+    torch.save(checkpoint, interrupted / "last.pt")
+    assert (
+        "of its flags, --epochs has no value"
+        in scripts.run("train.py", "--resume", interrupted, code=2).stderr
     )

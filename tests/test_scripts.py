@@ -129,7 +129,7 @@ BAD_FLAGS = [
     ("train.py", "--drop_path_prob -0.1", "--drop_path_prob is -0.1"),
     ("train.py", "--label_smooth 1", "--label_smooth is 1.0"),
     ("train.py", "--batch_size 129", "larger than the 128 images"),
-    ("train.py", "--accumulate 17", "give at least 34, or less parts"),
+    ("train.py", "--accumulate 17", "--accumulate 16 or less"),
     ("train.py", "--accumulate 2 --compile --compile_mode reduce-overhead", "does not go with --accumulate"),
     (
         "train.py",

@@ -6,17 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY_STAGE, environment
 from torch._inductor.exc import InvalidCxxCompiler
 
 import engine
 from checkpoint import load_checkpoint
-from session import StopSignal
+from distributed import World
+from signals import StopSignal
 
 
 def test_signals_are_noted_and_the_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
+    with StopSignal(World(torch.device("cpu"))) as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert stop.received == signal.SIGTERM
@@ -66,7 +68,7 @@ def test_what_ends_a_run_is_explained_also_in_its_log(error, message, scripts, d
     def failing(*_args, **_keywords):
         raise error
 
-    monkeypatch.setattr(engine, "optimize", failing)
+    monkeypatch.setattr(engine, "update", failing)
     line = scripts.run("train.py", *data_flags, *TINY_STAGE, code=1).stderr
     assert line.endswith(f"{message}\n") and line.count("\n") == 1
     (run,) = scripts.runs("*")

@@ -1,13 +1,12 @@
 """The two training stages: which stage-1 run the second starts from, and the learning rate by epoch."""
 
 import math
-from argparse import Namespace
 
 import pytest
 import torch
 from conftest import TINY_STAGE
 
-from stages import make_scheduler
+from stages import cosine_schedule
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -41,9 +40,7 @@ def test_learning_rates_by_epoch_and_through_resume(warmup, least):
 
     def start():
         optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=highest)
-        return optimizer, make_scheduler(
-            optimizer, Namespace(epochs=epochs, learning_rate_min=least), warmup=warmup
-        )
+        return optimizer, cosine_schedule(optimizer, epochs=epochs, warmup=warmup, least=least)
 
     optimizer, scheduler = start()
     for epoch in range(epochs):

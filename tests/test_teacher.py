@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from checkpoint import load_checkpoint
 from data import STATISTICS, Batch
 from distributed import World
-from engine import Precision, optimize, training_loss
+from engine import Precision, Training, training_loss, training_step
 from genotypes import GENOTYPES
 from model import ModelConfig, build_model
 from teacher import DistillationLoss, Taught, Teacher, find_teacher
@@ -60,17 +61,19 @@ def test_a_step_with_a_teacher():
     model = build_model(ModelConfig(GENOTYPES["EBNAS"], auxiliary=True, **fields))
     batch = Batch(torch.randn(6, 3, 16, 16), torch.randint(10, (6,)), 6)
     before = copy.deepcopy(network.state_dict())
-    settings = {"precision": Precision("fp32", WORLD.device), "targets_of": teacher}
     criterion = DistillationLoss(nn.CrossEntropyLoss(), temperature=3.0)
-    objective, loss, logits = training_loss(model, batch, criterion, auxiliary_weight=0.4, **settings)
+    settings = {"world": WORLD, "precision": Precision("fp32", WORLD.device), "targets_of": teacher}
+    optimizer = torch.optim.Adam(model.parameters())
+    training = Training(model, criterion, optimizer, auxiliary_weight=0.4, **settings)
+    objective, loss, logits = training_loss(training, batch)
     taught = Taught(batch.targets, network(batch.images)[0].detach())
     torch.testing.assert_close(loss, criterion(logits, taught))
     assert objective > loss > 0
-    optimize([objective], torch.optim.Adam(model.parameters()), world=WORLD, precision=settings["precision"])
+    training_step(training, batch)
     assert all(parameter.grad is None for parameter in network.parameters()) and not network.training
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name])
-    _, loss, _ = training_loss(copy.deepcopy(network), batch, criterion, **settings)
+    _, loss, _ = training_loss(replace(training, model=copy.deepcopy(network)), batch)
     assert abs(loss) < 1e-6
 
 

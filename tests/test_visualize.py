@@ -1,6 +1,5 @@
 """Pictures: what a cell's figure shows is its genotype, nothing overlaps, curves are the run's numbers."""
 
-import argparse
 import errno
 import json
 import runpy
@@ -388,9 +387,9 @@ def test_damaged_files_are_named_with_the_line(tmp_path, name, content, message)
 
 def test_a_search_with_damaged_metrics_ends_well(tmp_path, coarse, capsys):
     (tmp_path / "metrics.jsonl").write_text("[]\n")
-    args = argparse.Namespace(set="shapes", data="data", image_size=16)
-    run = Run(tmp_path)
-    finish_search(SimpleNamespace(run=run, args=args, finish=lambda: None), GENOTYPES["EBNAS"], {})
+    images = SimpleNamespace(set="shapes", data="data", image_size=16)
+    run, settings = Run(tmp_path), SimpleNamespace(images=images)
+    finish_search(SimpleNamespace(run=run, settings=settings, finish=lambda: None), GENOTYPES["EBNAS"], {})
     run.close()
     log = capsys.readouterr().out
     assert f"no pictures: {tmp_path / 'metrics.jsonl'}, line 1: not a JSON object\n" in log
