@@ -176,9 +176,9 @@ def _on_gpu(flags: argparse.Namespace) -> bool:
     return (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
 
 
-def check_alone(args: argparse.Namespace, name: str) -> None:
-    """Raise InputError where more than the flag `name` was given."""
-    others = [other for other in sorted(args.given - {name}) if getattr(args, other) != []]
+def check_alone(args: argparse.Namespace, name: str, *, beside: Sequence[str] = ()) -> None:
+    """Raise InputError where more than the flag `name` and those `beside` it was given."""
+    others = [other for other in sorted(args.given - {name, *beside}) if getattr(args, other) != []]
     if others:
         raise InputError(f"--{name} takes no other arguments; leave out {', '.join(others)}")
 
@@ -340,8 +340,8 @@ def add_network_flags(
     flag(
         "--arch",
         default="EBNAS",
-        help="a row of the published tables (docs/rows.md), random:SEED, a genotype file, or a search run's "
-        "folder",
+        help="a row of the published tables (docs/rows.md), random:SEED, a genotype file or text, a search "
+        "run's folder, or FOLDER@EPOCH: its genotype at the end of that epoch",
     )
     flag(
         "--family", choices=tuple(OPERATIONS), help="whose blocks to build the genotype in; default: its own"
