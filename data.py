@@ -319,7 +319,7 @@ class _Reader(Dataset):
 def _split_folders(roots: Sequence[Path], held_out: Sequence[str]) -> tuple[Path, Path]:
     """`train` and the first of `held_out` that exists, in the first of `roots` that has a `train`.
 
-    Raises InputError where there is none, or their classes differ.
+    Raises InputError where there is none, or their classes differ, or there is only one.
     """
     root = next((root for root in roots if (root / "train").is_dir()), None)
     if root is None:
@@ -336,6 +336,12 @@ def _split_folders(roots: Sequence[Path], held_out: Sequence[str]) -> tuple[Path
     ]
     if only:
         raise InputError(f"the classes of {train} and {test} differ; {'; '.join(only)}")
+    if len(classes[train]) == 1:
+        (name,) = classes[train]
+        raise InputError(
+            f"{train} has one class, {name}, and a network needs two to tell apart: each folder in {train} "
+            "is to be a class"
+        )
     return train, test
 
 

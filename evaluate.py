@@ -6,6 +6,7 @@ python evaluate.py runs/eval-*-stage?-*                  # several, in one table
 python evaluate.py RUN --data DIR                        # where the images are now
 python evaluate.py runs/eval-EXP-stage2-TIME --packed    # and as packed bits: do the two agree?
 python evaluate.py --costs                               # what the rows of the published tables cost
+python evaluate.py --costs runs/search-EXP-TIME          # what networks of these genotypes cost
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if __name__ == "__main__":  # torch takes seconds to import
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import options
 from augment import Normalize
-from baselines import NOT_PUBLIC, ROWS, Config, Published, label, make_config, trained_network
+from baselines import CELL_SYSTEMS, NOT_PUBLIC, ROWS, Config, Published, label, make_config, trained_network
 from checkpoint import load_checkpoint, network_config
 from cost import Cost, measure_cost
 from data import BatchLoader, Loader, imagenet_val_loader, load_set
@@ -42,11 +43,20 @@ from utils import InputError, human, run_main
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
     parser.add_argument(
-        "checkpoints", nargs="*", metavar="CHECKPOINT", help="a checkpoint file or a run's folder"
+        "checkpoints",
+        nargs="*",
+        metavar="CHECKPOINT",
+        help="a checkpoint file or a run's folder; with --costs a genotype, as train.py --arch takes it",
     )
     parser.add_argument(
-        "--costs", action="store_true", help="count the published networks; needs no checkpoint"
+        "--costs", action="store_true", help="count the published networks, or those of the genotypes given"
     )
+    parser.add_argument(
+        "--family",
+        choices=CELL_SYSTEMS,
+        help="whose blocks --costs builds the genotypes in; default: their own",
+    )
+    parser.needs("family", "costs")
     parser.add_argument("--data", help="where the images are; default: where they were in training")
     parser.add_argument("--batch_size", type=options.integer(1), default=256)
     options.add_worker_flag(parser)
@@ -60,8 +70,8 @@ def parser() -> options.Parser:
 def main(flags: options.Flags) -> None:
     args = flags.values
     if args.costs:
-        options.check_alone(flags, "costs")
-        print("\n".join(cost_table()))
+        options.check_alone(flags, "costs", beside=("checkpoints", "family"))
+        print("\n".join(cost_table(args.checkpoints, args.family)))
         return
     if not args.checkpoints:
         raise InputError("give checkpoints or run folders, or --costs")
@@ -178,8 +188,9 @@ def described(config: Config) -> str:
 SETS = {"cifar10": ("CIFAR-10", "cifar", 32, 10), "imagenet": ("ImageNet", "imagenet", 224, 1000)}
 
 
-def cost_table() -> Iterator[str]:
-    """Markdown: what the rows of the published tables cost by this program's count, beside their figures.
+def cost_table(genotypes: Sequence[str] = (), system: str | None = None) -> Iterator[str]:
+    """Markdown: what the rows of the published tables cost by this program's count, beside their figures; or
+    what networks of these `genotypes` cost in the blocks of `system`, at its usual sizes.
 
     BNAS's rows of these tables twice: as its code runs, and as intended.
     """
@@ -190,7 +201,12 @@ def cost_table() -> Iterator[str]:
     yield "| " + " | ".join(columns.split(",")) + " |"
     yield "|---|---|" + "---:|" * (columns.count(",") - 1)
     for name, (title, family, size, classes) in SETS.items():
-        for arch, row in ROWS.items():
+        for arch in genotypes:
+            with torch.device("meta"):
+                config = make_config(arch, system, family=family, num_classes=classes)
+                cost = measure_cost(build_model(config), size)
+            yield cost_line(title, label(config), cost, None)
+        for arch, row in () if genotypes else ROWS.items():
             published = row.published.get(name)
             in_a_table = row.published or row.label != "{name}"  # or is a stand-in for one that is
             if family not in row.sizes or not in_a_table:
@@ -203,7 +219,7 @@ def cost_table() -> Iterator[str]:
                     cost = measure_cost(build_model(config), size)
                 note = f", {variant.replace('_', ' ')}" if variant else ""
                 yield cost_line(title, label(config) + note, cost, published)
-        for network, published in NOT_PUBLIC.items():
+        for network, published in () if genotypes else NOT_PUBLIC.items():
             yield cost_line(title, network, None, published.get(name))
 
 

@@ -1,7 +1,8 @@
 """Which files of a folder are images, and of which class: DIR/<class>/**. No torch.
 
-The order and the suffixes are those of torchvision's ImageFolder, but a folder is read once at most, however
-many links lead to it, and a pipe is no image.
+Order and suffixes are those of torchvision's ImageFolder, and .gif. Unlike there, a folder is read once at
+most, however many links lead to it, a pipe is no image, and what systems and programs leave in folders for
+themselves (hidden files, __MACOSX, Thumbs.db) is neither an image nor a class.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from pathlib import Path
 
 from utils import InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+
+OF_SYSTEMS = ("__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN", "lost+found")
+"""What macOS, Windows, a NAS and Linux leave in folders for themselves, beside hidden files."""
+
+_LOWER = {name.lower(): name for name in OF_SYSTEMS}
 
 SYNSETS = ("LOC_synset_mapping.txt", "synset_words.txt")
 
@@ -31,8 +37,14 @@ class ImageFiles:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The names of the folders in `folder`, sorted. Raises InputError where there is none."""
+    """The names of the class folders in `folder`, sorted. Raises InputError where there is none."""
     return [entry.name for entry in _class_folders(folder)]
+
+
+def of_system(name: str) -> str | None:
+    """What a file or folder of this name is where it is not the user's own (`hidden`, `Thumbs.db`): left out,
+    and so counted. None for all others."""
+    return "hidden" if name.startswith(".") else _LOWER.get(name.lower())
 
 
 def readable_classes(classes: list[str], root: Path) -> list[str]:
@@ -70,7 +82,8 @@ def list_images(folder: Path) -> ImageFiles:
     """
     classes = _class_folders(folder)
     folders, links = [], []  # to be read: (label, path)
-    found, left_out, known = [], Counter(), set()
+    found, known = [], set()
+    left_out = Counter(kind for entry in _sorted_entries(folder) if (kind := of_system(entry.name)))
 
     def note(label: int, entry: os.DirEntry) -> None:
         (links if entry.is_symlink() else folders).append((label, entry.path))
@@ -86,13 +99,15 @@ def list_images(folder: Path) -> ImageFiles:
         known.update(map(_identity, (real, *real.parents)))
         names = []
         for entry in _sorted_entries(path):
-            if entry.is_dir():
+            if kind := of_system(entry.name):
+                left_out[kind] += 1
+            elif entry.is_dir():
                 note(label, entry)
             elif not entry.is_file():
                 left_out["not a regular file"] += 1
             elif entry.name.lower().endswith(SUFFIXES):
                 names.append(entry.name)
-            elif not entry.name.startswith("."):
+            else:
                 left_out[os.path.splitext(entry.name)[1].lower() or "without a suffix"] += 1
         found.append((label, path, names))
     found.sort()
@@ -107,12 +122,17 @@ def list_images(folder: Path) -> ImageFiles:
         [entry.name for entry in classes],
         [os.path.join(path, name) for _, path, names in found for name in names],
         [label for label, _, names in found for _ in names],
-        ", ".join(f"{what} ({count})" for what, count in sorted(left_out.items())),
+        counted(left_out),
     )
 
 
+def counted(left_out: Counter[str]) -> str:
+    """`.db (1), hidden (3)`."""
+    return ", ".join(f"{what} ({count})" for what, count in sorted(left_out.items()))
+
+
 def _class_folders(folder: Path) -> list[os.DirEntry]:
-    entries = [entry for entry in _sorted_entries(folder) if entry.is_dir()]
+    entries = [entry for entry in _sorted_entries(folder) if entry.is_dir() and not of_system(entry.name)]
     if not entries:
         raise InputError(f"there is no class folder in {folder}: its images are to be in {folder}/<class>/")
     return entries

@@ -13,7 +13,8 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils import InputError, write_atomically
+from genotype_text import find_genotype, looks_like_genotype, read_text
+from utils import InputError, one_line, write_atomically
 
 PRIMITIVES = (
     "skip_connect",
@@ -175,15 +176,24 @@ def canonical(genotype: Genotype) -> Genotype:
 
 
 def get_genotype(name: str, system: str | None = None, *, known: tuple[str, ...] = PRIMITIVES) -> Genotype:
-    """The genotype registered as `name`, a random one (`random:SEED`), or that in the JSON file or search run
-    folder of that path, of the operations `known`.
+    """The genotype that `name` stands for, of the operations `known`. It may be
+
+    a registered name; `random:SEED`; a genotype as text (see genotype_text.py); a file of JSON or text, of
+    which the last genotype counts; a search run's folder; or `FOLDER@EPOCH`, what that search had found at
+    the end of that epoch.
 
     For a `system` it may be any system's, and its convolutions are renamed to that system's.
     Raises InputError: unknown name (the known ones are listed), a file that holds no valid genotype, or an
     operation that the system does not have.
     """
     if system is not None:
-        return translated(get_genotype(name, known=EVERY_OPERATION), system, origin=name)
+        genotype = _named(name, known=EVERY_OPERATION, system=system)
+        return translated(genotype, system, origin=one_line(name, 60))
+    return _named(name, known=known)
+
+
+def _named(name: str, **operations: Any) -> Genotype:
+    """See get_genotype; `operations` are for genotype_from_dict."""
     if name in GENOTYPES:
         return GENOTYPES[name]
     if name.startswith(RANDOM):
@@ -191,38 +201,92 @@ def get_genotype(name: str, system: str | None = None, *, known: tuple[str, ...]
         if not seed.isdecimal():
             raise InputError(f"genotype {name!r}: {RANDOM} takes a seed, a whole number from 0")
         return random_genotype(int(seed))
-    path = Path(name)
-    if path.is_dir():
-        path = path / "genotype.json"
-        if not path.is_file():
-            raise InputError(f"no genotype.json in {name}: give the folder of a search run")
-    if not path.is_file():
+    folder, _, epoch = name.rpartition("@")
+    if is_path(name):
+        fields, origin = _fields_of_path(Path(name))
+    elif folder and epoch.isdecimal() and is_path(folder):
+        fields, origin = _fields_of_epoch(Path(folder), int(epoch))
+    elif looks_like_genotype(name):
+        fields, origin = _fields_of_text(name, "the genotype given")
+    else:
         raise InputError(
-            f"unknown genotype {name!r}: choose from {', '.join(GENOTYPES)}, or give {RANDOM}SEED, a "
-            "genotype file or a search's folder"
+            f"unknown genotype {one_line(name, 60)!r}: choose from {', '.join(GENOTYPES)}, or give "
+            f"{RANDOM}SEED, a genotype file, a search's folder (FOLDER@EPOCH: of an earlier epoch), or the "
+            "text Genotype(...)"
         )
+    return genotype_from_dict(fields, origin=origin, **operations)
+
+
+def is_path(name: str) -> bool:
+    """Whether `name` is that of a file or folder that is there."""
     try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"genotype file {path} is not JSON: {error}") from None
-    return genotype_from_dict(fields, origin=str(path), known=known)
+        return Path(name).exists()
+    except (OSError, ValueError):  # too long for a name, or no name: a genotype as text
+        return False
+
+
+def _fields_of_path(path: Path) -> tuple[Any, str]:
+    """The fields of a genotype file or of a search's folder, unchecked, and where they stand."""
+    if path.is_dir():
+        folder, path = path, path / "genotype.json"
+        if not path.is_file():
+            raise InputError(f"no genotype.json in {folder}: give the folder of a search run")
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {one_line(error.strerror or error)}") from None
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return _fields_of_text(text, str(path))
+    if isinstance(fields, dict) and fields.keys() & set(Genotype._fields):
+        return fields, str(path)
+    return _fields_of_text(text, str(path))
+
+
+def _fields_of_text(text: str, origin: str) -> tuple[Any, str]:
+    """The fields of the last genotype in `text`, unchecked, and where they stand."""
+    try:
+        found = find_genotype(text)
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from None
+    if found is None:
+        raise InputError(
+            f"{origin} holds no genotype: neither JSON with the fields {', '.join(Genotype._fields)} nor a "
+            "text Genotype(normal=[...], ...)"
+        )
+    fields, line = found
+    return fields, f"{origin}, line {line}" if "\n" in text.strip() else origin
+
+
+def _fields_of_epoch(folder: Path, epoch: int) -> tuple[Any, str]:
+    """The fields that a search's metrics.jsonl has of an epoch, unchecked, and where they stand."""
+    path, epochs = folder / "metrics.jsonl", []
+    if not path.is_file():
+        raise InputError(f"no metrics.jsonl in {folder}: FOLDER@EPOCH takes the folder of a search run")
+    for line in path.read_text("utf-8", "replace").splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # the last one of a run that was killed
+            continue
+        if not isinstance(record, dict) or "genotype" not in record:
+            continue
+        if record.get("epoch") == epoch:
+            return record["genotype"], f"{path}, epoch {epoch}"
+        epochs.append(record.get("epoch"))
+    if not epochs:
+        raise InputError(f"{path} has no genotypes: FOLDER@EPOCH takes the folder of a search run")
+    raise InputError(f"{path} has no epoch {epoch}: its epochs are {epochs[0]} to {epochs[-1]}")
 
 
 def translated(genotype: Genotype, system: str, *, origin: str = "genotype") -> Genotype:
     """`genotype` with plain and dilated convolutions called as `system` calls them: `sep_conv_3x3` of BATS is
     `bin_conv_3x3` of BNAS. Raises InputError where the system lacks an operation."""
-    ours = CONVOLUTION_PREFIXES[system]
-    renamed = {
-        theirs: own
-        for prefixes in CONVOLUTION_PREFIXES.values()
-        for theirs, own in zip(prefixes, ours, strict=True)
-    }
     cells = {}
     for kind in ("normal", "reduce"):
         pairs = []
         for operation, source in getattr(genotype, kind):
-            prefix, _, size = operation.rpartition("_")
-            own = f"{renamed[prefix]}_{size}" if prefix in renamed else operation
+            own = _renamed(operation, system)
             if own not in OPERATIONS[system]:
                 raise InputError(
                     f"{origin}: the blocks of {system} have no {operation}; choose from {OPERATIONS[system]}"
@@ -232,14 +296,23 @@ def translated(genotype: Genotype, system: str, *, origin: str = "genotype") -> 
     return genotype._replace(**cells)
 
 
+def _renamed(operation: str, system: str) -> str:
+    """An operation, a plain or dilated convolution as `system` calls it."""
+    prefix, _, size = operation.rpartition("_")
+    for plain_and_dilated in CONVOLUTION_PREFIXES.values():
+        if prefix in plain_and_dilated:
+            return f"{CONVOLUTION_PREFIXES[system][plain_and_dilated.index(prefix)]}_{size}"
+    return operation
+
+
 def genotype_from_dict(
-    fields: Any, *, origin: str = "genotype", known: tuple[str, ...] = PRIMITIVES
+    fields: Any, *, origin: str = "genotype", known: tuple[str, ...] = PRIMITIVES, system: str = "ebnas"
 ) -> Genotype:
     """A validated Genotype of the operations `known` from its JSON form; keys beyond the four fields are
-    ignored.
+    ignored. `system`: of whose operations the nearest is named where one is not known.
 
-    Raises InputError that names the field: one is missing, not of its type, an unknown operation, an input
-    state that does not exist where it is read, or a wrong number of pairs.
+    Raises InputError that names the field and the pair: one is missing, not of its type, an unknown
+    operation, an input state that does not exist where it is read, or a wrong number of pairs.
     """
     if not isinstance(fields, dict):
         raise InputError(
@@ -250,11 +323,50 @@ def genotype_from_dict(
             raise InputError(f"{origin}: field {field!r} is missing")
     cells: dict[str, Any] = {}
     for kind in ("normal", "reduce"):
-        cells[kind] = _checked_pairs(fields[kind], f"{origin}: field {kind!r}", known)
+        cells[kind] = _checked_pairs(fields[kind], f"{origin}: field {kind!r}")
         cells[f"{kind}_concat"] = _checked_concat(
             fields[f"{kind}_concat"], f"{origin}: field '{kind}_concat'"
         )
-    return Genotype(**cells)
+    genotype = Genotype(**cells)
+    used = {name: None for name, _ in genotype.normal + genotype.reduce}  # in this order, each once
+    if unknown := [name for name in used if name not in known]:
+        raise InputError(f"{origin}: {_unknown_operations(unknown, tuple(used), system)}")
+    return genotype
+
+
+def _unknown_operations(unknown: list[str], used: tuple[str, ...], system: str) -> str:
+    """What to say of a genotype of the operations `used`, some of which are `unknown`: the nearest that the
+    `system` has, and the --family whose blocks have all of them."""
+    words = []
+    for name in unknown:
+        nearest = nearest_operation(name, OPERATIONS[system])
+        words.append(f"{name!r} (nearest: {nearest})" if nearest else f"{name!r} (there is none like it)")
+    text = f"unknown operation{'s' if len(words) > 1 else ''} {', '.join(words)}"
+    ways = []
+    if system == "ebnas" and all(_renamed(name, system) in PRIMITIVES for name in used):
+        ways.append("--family ebnas takes the nearest")
+    if fitting := [name for name, operations in OPERATIONS.items() if set(used) <= set(operations)]:
+        ways.append(f"--family {' or '.join(fitting)} has all of these operations")
+    return f"{text}; {', '.join(ways) or f'choose from {OPERATIONS[system]}'}"
+
+
+def nearest_operation(name: str, choices: tuple[str, ...]) -> str | None:
+    """The one of `choices` that does what `name`, an operation of another program, says: a pool or a
+    convolution of that kind, of the nearest size. None where there is none of its kind."""
+    kind = _kind(name)
+    alike = [choice for choice in choices if kind and _kind(choice) == kind]
+    return min(alike, key=lambda choice: abs(_size(choice) - _size(name)), default=None)
+
+
+def _kind(operation: str) -> str | None:
+    words = {"skip": "skip", "identity": "skip", "max": "max", "avg": "avg", "av": "avg"}
+    words |= {"dil": "dilated", "conv": "plain", "res": "plain"}
+    return next((kind for word, kind in words.items() if word in operation.lower()), None)
+
+
+def _size(operation: str) -> int:
+    sizes = re.findall(r"\d+", operation)
+    return int(sizes[0][:4]) if sizes else 3
 
 
 def genotype_to_dict(genotype: Genotype) -> dict[str, list]:
@@ -277,21 +389,31 @@ def describe(genotype: Genotype) -> str:
     return "\n".join(lines)
 
 
-def _checked_pairs(pairs: Any, where: str, known: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
-    if not isinstance(pairs, list | tuple) or len(pairs) != 2 * NODES:
-        raise InputError(f"{where} must list {2 * NODES} [operation, input] pairs, two for each node")
+def _checked_pairs(pairs: Any, where: str) -> tuple[tuple[str, int], ...]:
+    """Two pairs for each node; also in a list for each node, as some programs write them."""
+    wanted = f"{where} must list {2 * NODES} [operation, input] pairs, two for each of {NODES} nodes"
+    if not isinstance(pairs, list | tuple):
+        raise InputError(wanted)
+    if all(isinstance(node, list | tuple) and node and isinstance(node[0], list | tuple) for node in pairs):
+        pairs = [pair for node in pairs for pair in node]
     for position, pair in enumerate(pairs):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise InputError(f"{where}[{position}] is {pair!r}, not an [operation, input] pair")
-        operation, source = pair
-        if operation not in known:
-            raise InputError(f"{where}[{position}]: unknown operation {operation!r}; choose from {known}")
+        fits = isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)
+        if not fits:
+            raise InputError(
+                f"{where}[{position}] is {one_line(repr(pair), 60)}, not an [operation, input] pair"
+            )
+        if position == 2 * NODES:
+            raise InputError(f"{wanted}; {where}[{position}] {tuple(pair)} is one too many")
+        _, source = pair
         states = 2 + position // 2
         if type(source) is not int or not 0 <= source < states:
             raise InputError(
-                f"{where}[{position}]: node {position // 2} takes input {source!r}, which does not exist; "
-                f"its inputs are 0 to {states - 1}"
+                f"{where}[{position}] is {tuple(pair)}: node {position // 2} takes input {source!r}, which "
+                f"does not exist; its inputs are 0 to {states - 1}"
             )
+    if len(pairs) < 2 * NODES:
+        which = "second pair" if len(pairs) % 2 else "pairs"
+        raise InputError(f"{wanted}; it ends after {len(pairs)}: node {len(pairs) // 2} lacks its {which}")
     return tuple((operation, source) for operation, source in pairs)
 
 

@@ -22,6 +22,7 @@ import io
 import json
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,12 +30,11 @@ from pathlib import Path
 import numpy as np
 
 import options
-from folders import SUFFIXES
+from folders import SUFFIXES, counted, of_system
 from images import central_square, read_rgb
 from packed import NoCompiler, PackedNetwork, load
 from utils import InputError, RunFailed, check_output, one_line, printable, run_main, write_atomically
 
-PICTURES = (*SUFFIXES, ".gif")
 BATCH = 64
 MODELS = Path(__file__).resolve().parent / "models"
 DEFAULTS = ("cifar10", "shapes")  # the first that is there
@@ -95,7 +95,7 @@ def main(flags: options.Flags) -> None:
 
 def model_and_pictures(paths: list[Path]) -> tuple[Path, list[Path]]:
     """A network and pictures; where none was typed, the network that comes along, which is then named."""
-    if paths and paths[0].suffix != ".ebnas" and (len(paths) == 1 or paths[0].suffix.lower() in PICTURES):
+    if paths and paths[0].suffix != ".ebnas" and (len(paths) == 1 or paths[0].suffix.lower() in SUFFIXES):
         files = [MODELS / f"{name}.ebnas" for name in DEFAULTS]
         model = next(filter(Path.is_file, files), files[-1])
         print(f"no network given: {described(model)}", file=sys.stderr)
@@ -129,10 +129,21 @@ def load_network(path: Path, threads: int | None) -> PackedNetwork:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures in a folder and in those in it. Raises InputError: there are none."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+    """The pictures in a folder and in those in it. What systems leave there for themselves is left out, which
+    a line on stderr says. Raises InputError: there are none."""
+    paths, left_out = [], Counter()
+    for path in sorted(folder.rglob("*")):
+        kinds = [of_system(part) for part in path.relative_to(folder).parts]
+        if any(kinds[:-1]):  # in a folder that is left out
+            continue
+        if kinds[-1]:
+            left_out[kinds[-1]] += 1
+        elif path.suffix.lower() in SUFFIXES and path.is_file():
+            paths.append(path)
     if not paths:
-        raise InputError(f"no pictures in {folder} ({', '.join(sorted(PICTURES))})")
+        raise InputError(f"no pictures in {folder} ({', '.join(sorted(SUFFIXES))})")
+    if left_out:
+        print(printable(f"warning: left out in {folder}: {counted(left_out)}"), file=sys.stderr)
     return paths
 
 

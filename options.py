@@ -198,9 +198,9 @@ def _on_gpu(flags: argparse.Namespace) -> bool:
     return (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
 
 
-def check_alone(flags: Flags, name: str) -> None:
-    """Raise InputError where more than the flag `name` was given."""
-    if others := sorted(flags.given - {name}):
+def check_alone(flags: Flags, name: str, *, beside: Sequence[str] = ()) -> None:
+    """Raise InputError where more than the flag `name` and those `beside` it was given."""
+    if others := sorted(flags.given - {name, *beside}):
         raise InputError(f"--{name} takes no other arguments; leave out {', '.join(others)}")
 
 
@@ -384,8 +384,8 @@ def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping
     flag(
         "--arch",
         default="EBNAS",
-        help="a row of the published tables (docs/rows.md), random:SEED, a genotype file, or a search run's "
-        "folder",
+        help="a row of the published tables (docs/rows.md), random:SEED, a genotype file or text, a search "
+        "run's folder, or FOLDER@EPOCH: its genotype at the end of that epoch",
     )
     flag(
         "--family", choices=tuple(OPERATIONS), help="whose blocks to build the genotype in; default: its own"

@@ -3,7 +3,9 @@
 python visualize.py EBNAS                           # EBNAS-normal.png and EBNAS-reduce.png
 python visualize.py BNAS-A                          # likewise, of any row of the published tables
 python visualize.py genotype.json --out pictures    # a genotype from a file
+python visualize.py "Genotype(normal=[...], ...)"    # a genotype as text; a log that has one works too
 python visualize.py runs/search-EXP-TIME            # its cells, curves, alpha and beta, into its folder
+python visualize.py runs/search-EXP-TIME@30         # the cells that it had found at the end of epoch 30
 python visualize.py runs/eval-EXP-stage1-TIME       # a training run: its curves
 """
 
@@ -17,7 +19,7 @@ if __name__ == "__main__":  # torch takes seconds to import
 from pathlib import Path
 
 from figures import draw_curves, draw_genotype, draw_layers
-from genotypes import EVERY_OPERATION, GENOTYPES, get_genotype
+from genotypes import EVERY_OPERATION, GENOTYPES, RANDOM, get_genotype, is_path
 from options import Flags, Parser
 from utils import InputError, run_main
 
@@ -35,7 +37,7 @@ RESNET_STAGES = [
 
 def parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("what", help="a registered genotype, a genotype file, or the folder of a run")
+    parser.add_argument("what", help="a registered genotype, a genotype file or text, or the folder of a run")
     parser.add_argument(
         "--out", metavar="DIR", help="where to; default: the run's folder, else the current one"
     )
@@ -44,24 +46,38 @@ def parser() -> Parser:
 
 def main(flags: Flags) -> None:
     args = flags.values
-    run = Path(args.what)
     if args.what == RESNET:
         paths = draw_layers(f"{RESNET}, ImageNet", RESNET_STAGES, Path(args.out or "."), name=RESNET)
-    elif args.what in GENOTYPES or not run.is_dir():
-        name = args.what if args.what in GENOTYPES else run.stem
-        paths = draw_genotype(
-            get_genotype(args.what, known=EVERY_OPERATION), Path(args.out or "."), name=name
-        )
+    elif args.what not in GENOTYPES and is_path(args.what) and Path(args.what).is_dir():
+        paths = draw_run(Path(args.what), Path(args.out or args.what))
     else:
-        folder = Path(args.out or run)
-        has_genotype, has_metrics = ((run / name).exists() for name in ("genotype.json", "metrics.jsonl"))
-        if not has_genotype and not has_metrics:
-            raise InputError(f"{run} is no run: it has neither genotype.json nor metrics.jsonl")
-        genotype = get_genotype(str(run), known=EVERY_OPERATION) if has_genotype else None
-        paths = draw_curves(run, folder=folder) if has_metrics else []
-        paths = ([] if genotype is None else draw_genotype(genotype, folder)) + paths
+        genotype = get_genotype(args.what, known=EVERY_OPERATION)
+        folder, name = place_of(args.what)
+        paths = draw_genotype(genotype, Path(args.out or folder), name=name)
     for path in paths:
         print(path)
+
+
+def draw_run(run: Path, folder: Path) -> list[Path]:
+    """The cells of a search's folder and the curves of any run's."""
+    has_genotype, has_metrics = ((run / name).exists() for name in ("genotype.json", "metrics.jsonl"))
+    if not has_genotype and not has_metrics:
+        raise InputError(f"{run} is no run: it has neither genotype.json nor metrics.jsonl")
+    genotype = get_genotype(str(run), known=EVERY_OPERATION) if has_genotype else None
+    curves = draw_curves(run, folder=folder) if has_metrics else []
+    return ([] if genotype is None else draw_genotype(genotype, folder)) + curves
+
+
+def place_of(what: str) -> tuple[Path, str]:
+    """Where the pictures of a genotype go, and what their names begin with."""
+    if what in GENOTYPES:
+        return Path("."), what
+    if is_path(what):
+        return Path("."), Path(what).stem
+    folder, _, epoch = what.rpartition("@")
+    if folder and is_path(folder):
+        return Path(folder), f"epoch-{epoch}"
+    return Path("."), what.replace(":", "-") if what.startswith(RANDOM) else "genotype"
 
 
 if __name__ == "__main__":

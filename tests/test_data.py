@@ -24,6 +24,7 @@ from torchvision.datasets import utils as torchvision_downloads
 from torchvision.transforms import v2
 
 import data
+import infer
 from augment import Augmentation, Normalize
 from data import (
     Batch,
@@ -478,6 +479,11 @@ def break_agreement(root):
     (root / "test" / "dog").rename(root / "test" / "wolf")
 
 
+def break_all_but_one_class(root):
+    for split in ("train", "test"):
+        (root / split / "dog").rename(root / split / "cat" / "dog")
+
+
 def break_everything(root):
     for split in ("train", "test"):
         (root / split).rename(root / f"{split} elsewhere")
@@ -491,6 +497,7 @@ def break_everything(root):
         (break_test, "no folder 'test' or 'val' in {root}"),
         (break_class, "{root}/train: no image in the classes dog"),
         (break_agreement, "only in {root}/train: dog; only in {root}/test: wolf"),
+        (break_all_but_one_class, "{root}/train has one class, cat, and a network needs two"),
         (break_everything, "no class folder in {root}/train"),
     ],
 )
@@ -506,13 +513,26 @@ def test_what_is_left_out_is_told_in_one_line(tmp_path, capsys):
     write_folder(tmp_path)
     assert load_set("folder", tmp_path, train=True).images.shape == (4, 3, 32, 32)
     assert capsys.readouterr().err == ""
-    for name in ("1.gif", "2.GIF", "notes"):
+    for name in ("1.txt", "2.TXT", "notes", "._000.png", "Thumbs.db"):
         (tmp_path / "train" / "cat" / name).write_text("")
-    (tmp_path / "test" / "cat" / "\x1b.gif").write_text("")
-    load_set("folder", tmp_path, train=True)
-    assert (
-        capsys.readouterr().err == f"warning: left out in {tmp_path}/train: .gif (2), without a suffix (1)\n"
+    (tmp_path / "test" / "cat" / "\x1b.txt").write_text("")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    assert len(load_set("folder", tmp_path, train=True)) == 4
+    assert capsys.readouterr().err == (
+        f"warning: left out in {tmp_path}/train: .txt (2), Thumbs.db (1), hidden (2), without a suffix (1)\n"
     )
+
+
+def test_a_gif_is_read_by_training_and_by_infer(tmp_path, capsys):
+    write_folder(tmp_path, count=1, suffix=".gif")
+    assert load_set("folder", tmp_path, train=True).images.shape == (2, 3, 32, 32)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "train" / "__MACOSX").mkdir()
+    for name in ("cat/._000.gif", "__MACOSX/000.gif"):
+        (tmp_path / "train" / name).write_text("")
+    expected = [tmp_path / "train" / name / "000.gif" for name in ("cat", "dog")]
+    assert infer.pictures_in(tmp_path / "train") == expected
+    assert capsys.readouterr().err == f"warning: left out in {tmp_path}/train: __MACOSX (1), hidden (1)\n"
 
 
 # ImageNet

@@ -30,7 +30,15 @@ def test_an_ordinary_tree_is_read_as_torchvision_reads_it(tmp_path):
     root = make(
         tmp_path / "root",
         *("dog/1.jpg", "dog/10.jpg", "dog/2.JPEG", "dog/x/3.png", "dog/x-y/4.png", "dog/x/y/5.webp"),
-        *("Cat/b.tif", "Cat/a.ppm", "Cat/.jpg", "Cat/folder.jpg/c.bmp", "Cat/a.gif", "ü ñ/ß.pgm", "file.jpg"),
+        *(
+            "Cat/b.tif",
+            "Cat/a.ppm",
+            "Cat/x.jpg",
+            "Cat/folder.jpg/c.bmp",
+            "Cat/notes.txt",
+            "ü ñ/ß.pgm",
+            "file.jpg",
+        ),
     )
     (root / "bee").symlink_to(store)
     (root / "dog" / "linked").symlink_to(store / "deep" / ".." / ".." / "other")
@@ -40,7 +48,33 @@ def test_an_ordinary_tree_is_read_as_torchvision_reads_it(tmp_path):
     assert ours.classes == theirs.classes == class_names(root)
     assert list(zip(ours.paths, ours.labels, strict=True)) == theirs.samples
     assert len(ours.paths) == 15
-    assert SUFFIXES == IMG_EXTENSIONS
+    assert (*IMG_EXTENSIONS, ".gif") == SUFFIXES
+
+
+def test_what_systems_leave_in_folders_is_neither_an_image_nor_a_class(tmp_path):
+    """`._1.png` is what a Mac writes beside 1.png on a stick and into a zip."""
+    make(
+        tmp_path,
+        *("cat/1.jpg", "cat/._1.jpg", "cat/.DS_Store", "cat/Thumbs.db", "cat/.ipynb_checkpoints/1-copy.png"),
+        *("cat/@eaDir/1.jpg/SYNOPHOTO_THUMB.jpg", "dog/2.GIF", "dog/DESKTOP.INI", "dog/.2.gif.swp"),
+        *(
+            ".hidden/3.jpg",
+            ".ipynb_checkpoints/4.jpg",
+            "__MACOSX/cat/._1.jpg",
+            "._cat",
+            ".DS_Store",
+            "thumbs.db",
+        ),
+    )
+    assert class_names(tmp_path) == ["cat", "dog"]
+    assert listed(tmp_path) == [("cat/1.jpg", "cat"), ("dog/2.GIF", "dog")]
+    left_out = "@eaDir (1), Thumbs.db (2), __MACOSX (1), desktop.ini (1), hidden (8)"
+    assert list_images(tmp_path).left_out == left_out
+
+
+def test_hidden_folders_above_do_not_matter(tmp_path):
+    root = make(tmp_path / ".cache" / "train", "cat/1.jpg")
+    assert listed(root) == [("cat/1.jpg", "cat")]
 
 
 @pytest.mark.parametrize("where", ["cat/up", "cat/deep/up", "dog/up"])
@@ -73,12 +107,12 @@ def test_a_class_that_is_a_link_to_another_is_refused(tmp_path):
 
 
 def test_links_that_lead_nowhere_and_pipes_are_left_out(tmp_path):
-    make(tmp_path, "cat/1.jpg", "cat/.hidden", "cat/thumbs.db")
+    make(tmp_path, "cat/1.jpg", "cat/.hidden", "cat/notes.db")
     os.mkfifo(tmp_path / "cat" / "x.jpg")
     (tmp_path / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
     (tmp_path / "cat" / "gone").symlink_to(tmp_path / "nowhere")
     assert listed(tmp_path) == [("cat/1.jpg", "cat")]
-    assert list_images(tmp_path).left_out == ".db (1), not a regular file (3)"
+    assert list_images(tmp_path).left_out == ".db (1), hidden (1), not a regular file (3)"
 
 
 def test_numbers_of_wordnet_are_named(tmp_path):

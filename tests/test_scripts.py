@@ -161,7 +161,7 @@ BAD_FLAGS = [
     ("train_imagenet.py", "--tmp_data_dir nowhere", "nowhere"),
     ("train_imagenet.py", "", "--tmp_data_dir"),
     ("evaluate.py", "nowhere", "no checkpoint nowhere"),
-    ("evaluate.py", "--costs foo", "--costs takes no other arguments; leave out checkpoints"),
+    ("evaluate.py", "--costs foo", "unknown genotype 'foo': choose from EBNAS"),
     ("evaluate.py", "--costs --packed", "leave out packed"),
 ]
 

@@ -431,6 +431,18 @@ def test_script_draws_a_registered_genotype_here(tmp_path, monkeypatch, capsys, 
     assert sorted(path.name for path in tmp_path.iterdir()) == printed
 
 
+def test_script_draws_an_earlier_epoch_and_a_genotype_as_text(tmp_path, monkeypatch, capsys, coarse):
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "run", SEARCH[:2])
+    printed = script(monkeypatch, capsys, f"{run}@1")
+    assert printed == [str(run / f"epoch-1-{kind}.png") for kind in ("normal", "reduce")]
+    assert script(monkeypatch, capsys, str(GENOTYPES["BATS"])) == [
+        "genotype-normal.png",
+        "genotype-reduce.png",
+    ]
+    assert all(Path(path).stat().st_size > 0 for path in printed)
+
+
 def test_script_refuses_what_it_cannot_draw_or_write(tmp_path, fails, coarse):
     assert fails("visualize.py", "EBNAZ").startswith("error: unknown genotype 'EBNAZ'")
     assert "neither genotype" in fails("visualize.py", tmp_path)
