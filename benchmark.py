@@ -18,11 +18,6 @@ a call that do work (no views), the optimisers' too: on a GPU each is a kernel t
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import argparse
 import copy
 import itertools
@@ -35,55 +30,94 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor, nn
-
-import memory
 import options
-from architect import Architect, edge_regularizer, path_regularizer
-from augment import Augmentation, Normalize
-from baselines import make_config, settings_of, system_of
-from binary_ops import WEIGHT_BINARIZATIONS
-from comparison.engines import RIVALS, Logits, float_network, make_runner
-from comparison.measure import CLOCKS, MEMORY, Case, measure
-from comparison.original_network import original_network
-from comparison.original_search import OriginalSupernet
-from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
-from distributed import World, setup
-from engine import (
-    Precision,
-    Training,
-    backward,
-    in_memory_format,
-    precision_of,
-    training_loss,
-    training_step,
-    update,
-)
-from kernels import Form, accelerate, choose_form
-from kernels.compilation import compile_regions
-from model import FAMILIES, CellNetwork, build_model
-from model_search import SearchConfig, Supernet
-from packed import PackedNetwork, Program, available_kernels, load, program_bytes
-from packed.lowering import lower
-from runs import machine
-from utils import InputError, one_line, run_main
-
-IMAGES = {"cifar": (32, 10), "imagenet": (224, 1000)}
-"""Usual size, and number of classes."""
+from choices import CLOCKS, FAMILIES, RIVALS, WEIGHT_BINARIZATIONS
+from utils import InputError, check_usage, one_line, run_main
 
 BITS = {"w1a1": (1, 1), "w1a32": (1, 32), "w32a1": (32, 1)}
-CRITERION = nn.CrossEntropyLoss()
+
+
+def add_search_flags(parser: options.Parser) -> None:
+    flag = parser.add_argument
+    flag("--init_channels", type=options.integer(1, 10_000), default=16)
+    flag("--layers", type=options.integer(3, 1_000), default=8)
+    flag("--batch_size", type=options.integer(1), default=64)
+    flag("--image_size", type=options.integer(16, 4096), default=32)
+
+
+def add_size_flags(parser: options.Parser) -> None:
+    flag = parser.add_argument
+    size = "default: as published, and so with layers, groups and image_size"
+    flag("--init_channels", type=options.integer(1, 10_000), help=size)
+    flag("--layers", type=options.integer(3, 1_000))
+    flag("--groups", type=options.integer(1, 10_000))
+    flag("--image_size", type=options.integer(16, 4096))
+    flag("--variant", help="of BNAS as_run or intended, of BATS learned or mean; default: the first")
+
+
+def add_network_flags(parser: options.Parser) -> None:
+    flag = parser.add_argument
+    flag("--arch", default="EBNAS", help="a row of the published tables, or a genotype")
+    flag("--bits", choices=BITS, default="w1a1", help="of weights and activations")
+    add_size_flags(parser)
+    flag("--batch_size", type=options.integer(1), default=32)
+    flag("--weight_binarization", choices=WEIGHT_BINARIZATIONS)
+
+
+def add_family_flag(parser: options.Parser) -> None:
+    parser.add_argument("--family", choices=FAMILIES, default="cifar", help="of images")
+
+
+def add_train_flags(parser: options.Parser) -> None:
+    add_family_flag(parser)
+    add_network_flags(parser)
+
+
+def add_data_flags(parser: options.Parser) -> None:
+    add_network_flags(parser)
+    parser.add_argument("--images", type=options.integer(1), default=256, help="JPEG files that are made")
+    parser.add_argument("--width", type=options.integer(16, 10_000), default=500, help="theirs; height: 3/4")
+    options.add_worker_flag(parser)
+
+
+def add_infer_flags(parser: options.Parser) -> None:
+    flag = parser.add_argument
+    flag("model", nargs="?", help="a packed network (export.py)")
+    flag("--arch", help="instead of a file: a network of random weights, BN spread as after training")
+    add_family_flag(parser)
+    add_size_flags(parser)
+    flag("--batch_size", type=options.integer(1), default=1)
+    parser.add_argument("--threads", type=options.integer(1, 1024), default=1)
+    parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=RIVALS)
+
+
+BENCHMARKS = {
+    "search": (
+        add_search_flags,
+        "a weight step, and an architecture step with a weight step: ours, and the original's",
+    ),
+    "train": (
+        add_train_flags,
+        "a training step: of our network, and of EBNAS's original's (its binarization plain)",
+    ),
+    "data": (
+        add_data_flags,
+        "the loaders of CIFAR and of ImageNet, and beside each a training step of its network",
+    ),
+    "infer": (
+        add_infer_flags,
+        "a packed network, on every path of its kernel that runs here, and its float form elsewhere",
+    ),
+}
+"""By name: a function that adds its flags, and what is timed."""
 
 
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
-    benchmarks.add_parser("memory", help=memory.__doc__.splitlines()[0])
-    for name, (add_flags, cases) in BENCHMARKS.items():
-        benchmark = benchmarks.add_parser(name, help=cases.__doc__, description=cases.__doc__)
+    benchmarks.add_parser("memory", help="the GPU memory that a training step needs, counted")
+    for name, (add_flags, words) in BENCHMARKS.items():
+        benchmark = benchmarks.add_parser(name, help=words, description=words)
         add_flags(benchmark)
         flag = benchmark.add_argument
         flag("--repeats", type=options.integer(1), default=5, help="rounds that are timed")
@@ -100,6 +134,49 @@ def parser() -> options.Parser:
     return parser
 
 
+if __name__ == "__main__":
+    check_usage(parser)
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import memory
+from architect import Architect, edge_regularizer, path_regularizer
+from augment import Augmentation, Normalize
+from baselines import make_config, settings_of
+from comparison.engines import Logits, float_network, make_runner
+from comparison.measure import MEMORY, Case, measure
+from comparison.original_network import original_network
+from comparison.original_search import OriginalSupernet
+from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
+from distributed import World, setup
+from engine import (
+    Precision,
+    Training,
+    backward,
+    in_memory_format,
+    precision_of,
+    training_loss,
+    training_step,
+    update,
+)
+from kernels import Form, accelerate, choose_form
+from kernels.compilation import compile_regions
+from model import CellNetwork, build_model
+from model_search import SearchConfig, Supernet
+from packed import PackedNetwork, Program, available_kernels, load, program_bytes
+from packed.lowering import lower
+from rows import system_of
+from runs import machine
+
+IMAGES = {"cifar": (32, 10), "imagenet": (224, 1000)}
+"""Usual size, and number of classes."""
+
+CRITERION = nn.CrossEntropyLoss()
+
+
 def main(flags: options.Flags) -> None:
     args = flags.values
     if args.benchmark == "memory":
@@ -110,7 +187,7 @@ def main(flags: options.Flags) -> None:
     for line in flags.idle:
         print(line)
     torch.manual_seed(0)
-    _, cases = BENCHMARKS[args.benchmark]
+    cases = CASES[args.benchmark]
     if args.benchmark == "infer":
         check_network_given(flags)
     with cases(args, world) as to_time:
@@ -128,14 +205,6 @@ def main(flags: options.Flags) -> None:
 
 
 # What is timed
-
-
-def add_search_flags(parser: options.Parser) -> None:
-    flag = parser.add_argument
-    flag("--init_channels", type=options.integer(1, 10_000), default=16)
-    flag("--layers", type=options.integer(3, 1_000), default=8)
-    flag("--batch_size", type=options.integer(1), default=64)
-    flag("--image_size", type=options.integer(16, 4096), default=32)
 
 
 @contextmanager
@@ -197,37 +266,9 @@ def original_search_steps(
     return weight_step, both_steps
 
 
-def add_size_flags(parser: options.Parser) -> None:
-    flag = parser.add_argument
-    size = "default: as published, and so with layers, groups and image_size"
-    flag("--init_channels", type=options.integer(1, 10_000), help=size)
-    flag("--layers", type=options.integer(3, 1_000))
-    flag("--groups", type=options.integer(1, 10_000))
-    flag("--image_size", type=options.integer(16, 4096))
-    flag("--variant", help="of BNAS as_run or intended, of BATS learned or mean; default: the first")
-
-
-def add_network_flags(parser: options.Parser) -> None:
-    flag = parser.add_argument
-    flag("--arch", default="EBNAS", help="a row of the published tables, or a genotype")
-    flag("--bits", choices=BITS, default="w1a1", help="of weights and activations")
-    add_size_flags(parser)
-    flag("--batch_size", type=options.integer(1), default=32)
-    flag("--weight_binarization", choices=WEIGHT_BINARIZATIONS)
-
-
-def add_family_flag(parser: options.Parser) -> None:
-    parser.add_argument("--family", choices=FAMILIES, default="cifar", help="of images")
-
-
-def add_train_flags(parser: options.Parser) -> None:
-    add_family_flag(parser)
-    add_network_flags(parser)
-
-
 @contextmanager
 def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
-    """a training step: of our network as it is trained, and of EBNAS's original's (its binarization plain)"""
+    """a training step: of our network, and of EBNAS's original's (its binarization plain)"""
     ours, batch = network_and_batch(args, args.family, world.device)
     original = original_network(ours) if ours.config.system == "ebnas" else None
     ours = as_trained(ours, args, world.device)
@@ -241,13 +282,6 @@ def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
         Case("training", our_step, args.batch_size, against="training, original"),
         Case("training, original", original_step, args.batch_size),
     ]
-
-
-def add_data_flags(parser: options.Parser) -> None:
-    add_network_flags(parser)
-    parser.add_argument("--images", type=options.integer(1), default=256, help="JPEG files that are made")
-    parser.add_argument("--width", type=options.integer(16, 10_000), default=500, help="theirs; height: 3/4")
-    options.add_worker_flag(parser)
 
 
 @contextmanager
@@ -290,20 +324,9 @@ def difference(one: Loader, other: Loader) -> str:
     return f"pixels differ by {mean:.2f} levels of 255, PSNR {psnr:.1f} dB"
 
 
-def add_infer_flags(parser: options.Parser) -> None:
-    flag = parser.add_argument
-    flag("model", nargs="?", help="a packed network (export.py)")
-    flag("--arch", help="instead of a file: a network of random weights, BN spread as after training")
-    add_family_flag(parser)
-    add_size_flags(parser)
-    flag("--batch_size", type=options.integer(1), default=1)
-    parser.add_argument("--threads", type=options.integer(1, 1024), default=1)
-    parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=RIVALS)
-
-
 @contextmanager
 def infer_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
-    """a packed network, on every path of its kernel that this processor runs, and its float form elsewhere"""
+    """a packed network, on every path of its kernel that runs here, and its float form elsewhere"""
     torch.set_num_threads(args.threads)
     program, network, size = program_and_network(args)
     images = torch.randn(args.batch_size, 3, program.image_size, program.image_size)
@@ -335,13 +358,8 @@ def infer_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
         yield cases
 
 
-BENCHMARKS = {
-    "search": (add_search_flags, search_cases),
-    "train": (add_train_flags, train_cases),
-    "data": (add_data_flags, data_cases),
-    "infer": (add_infer_flags, infer_cases),
-}
-"""By name: a function that adds its flags, and a context that gives its cases."""
+CASES = {"search": search_cases, "train": train_cases, "data": data_cases, "infer": infer_cases}
+"""By name of a benchmark: a context that gives what it times."""
 
 
 # What the cases are made of
@@ -451,12 +469,12 @@ def cifar_loader(batch_size: int, device: torch.device) -> BatchLoader:
 
 
 def make_jpegs(root: Path, n: int, width: int) -> None:
-    """ImageNet-like files, smooth noise of a photograph's proportions: `n` in train, one in val."""
+    """ImageNet-like files, smooth noise of a photograph's proportions: `n` in train, two in val."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", n), ("val", 1)):
-        folder = root / part / "noise"
-        folder.mkdir(parents=True)
+    for part, count in (("train", n), ("val", 2)):
         for index in range(count):
+            folder = root / part / f"noise{index % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
             coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
             size = width, width * 3 // 4
             coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{index}.jpg")

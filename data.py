@@ -32,8 +32,6 @@ import torch.nn.functional as F
 from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.transforms import RandomResizedCrop, v2
 from tqdm import tqdm
 
 from augment import (
@@ -47,12 +45,11 @@ from augment import (
     random_crop,
     random_flip,
 )
+from choices import SETS
 from folders import ImageFiles, class_names, list_images
 from images import central_corner, evaluation_resize, read_rgb, resized_shape
 from shapes import SHAPES, draw_shapes
 from utils import InputError, RunFailed, nearest_multiples, one_line, printable
-
-SETS = ("cifar10", "cifar100", "shapes", "folder")
 
 # Of the training images: DARTS's and PC-DARTS's for CIFAR.
 STATISTICS = {
@@ -168,6 +165,8 @@ def _split(n: int, first: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
 
 
 def _load_cifar(name: str, root: str | Path, *, train: bool) -> ImageSet:
+    from torchvision.datasets import CIFAR10, CIFAR100  # takes seconds to import; other sets do without
+
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     root = Path(root)
     missing = [folder for folder in (root, *root.parents) if not folder.exists()]  # torchvision makes them
@@ -256,6 +255,10 @@ class _Reader(Dataset):
         self.labels = torch.tensor(files.labels)
         self.size, self.resize, self.seed = size, resize, seed
         self.jpeg_draft = jpeg_draft
+        if seed is None:
+            return
+        from torchvision.transforms import v2  # takes seconds to import; the small sets do without
+
         colors = [v2.ColorJitter(0.4, 0.4, 0.4, 0.2)] if color_jitter else []
         self.crop = v2.RandomResizedCrop(size, antialias=True)
         self.after_crop = v2.Compose([v2.RandomHorizontalFlip(), *colors])
@@ -287,6 +290,9 @@ class _Reader(Dataset):
         of its size where the crop, which is the same, still has `size` pixels each way."""
         if not self.jpeg_draft:
             return self.after_crop(self.crop(_pixels(path)))
+        from torchvision.transforms import RandomResizedCrop
+        from torchvision.transforms.v2.functional import resized_crop
+
         whole = box = None
 
         def reduction(*size: int) -> int:
@@ -299,14 +305,14 @@ class _Reader(Dataset):
         image = _pixels(path, reduction)
         drawn = [n / full for n, full in zip(image.shape[1:], whole, strict=True)]
         box = [round(n * scale) for n, scale in zip(box, 2 * drawn, strict=True)]
-        return self.after_crop(
-            v2.functional.resized_crop(image, *box, [self.size, self.size], antialias=True)
-        )
+        return self.after_crop(resized_crop(image, *box, [self.size, self.size], antialias=True))
 
     def _centre(self, image: Tensor) -> Tensor:
         height, width = resized_shape(*image.shape[1:], self.resize)
         if image.shape[1:] != (height, width):  # v2 takes as long to find that out as a small image to decode
-            image = v2.functional.resize(image, [height, width], antialias=True)
+            from torchvision.transforms.v2.functional import resize
+
+            image = resize(image, [height, width], antialias=True)
         top, left = central_corner(height, width, self.size)
         return image[:, top : top + self.size, left : left + self.size]
 

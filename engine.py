@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from choices import PRECISIONS
 from distributed import World
-from settings import StepSettings
 from utils import InputError, RunFailed
 
 if TYPE_CHECKING:  # data brings torchvision, which not every script needs
     from data import Batch, Loader
-
-PRECISIONS = ("fp32", "bf16", "fp16")
-MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
+    from settings import StepSettings
 
 
 class Precision:
@@ -60,7 +58,7 @@ def precision_of(step: StepSettings, device: torch.device) -> Precision:
 
 
 def in_memory_format(model: nn.Module, name: str, *, auto: str) -> nn.Module:
-    """`model` with its weights, and so what its convolutions give, in a memory format of MEMORY_FORMATS."""
+    """`model` with its weights, and so what its convolutions give, in one of choices.MEMORY_FORMATS."""
     name = auto if name == "auto" else name
     return model.to(memory_format=torch.channels_last) if name == "channels_last" else model
 

@@ -11,33 +11,14 @@ python evaluate.py --costs runs/search-EXP-TIME          # what networks of thes
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import json
 import sys
 from collections.abc import Iterator, Sequence
 
-import torch
-from torch import nn
-from tqdm import tqdm
-
 import options
-from augment import Normalize
-from baselines import CELL_SYSTEMS, NOT_PUBLIC, ROWS, Config, Published, label, make_config, trained_network
-from checkpoint import load_checkpoint, network_config
-from cost import Cost, measure_cost
-from data import BatchLoader, Loader, imagenet_val_loader, load_set
-from distributed import World, setup
-from engine import Precision, choose_precision, evaluate
 from genotypes import describe
-from kernels import accelerate, choose_form
-from model import build_model
-from packed import PackedNetwork
-from packed.lowering import lower
-from utils import InputError, human, run_main
+from rows import CELL_SYSTEMS, NOT_PUBLIC, ROWS, Published
+from utils import InputError, check_usage, human, run_main
 
 
 def parser() -> options.Parser:
@@ -65,6 +46,26 @@ def parser() -> options.Parser:
     )
     options.add_device_flags(parser)
     return parser
+
+
+if __name__ == "__main__":
+    check_usage(parser)
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from augment import Normalize
+from baselines import Config, label, make_config, trained_network
+from checkpoint import load_checkpoint, network_config
+from cost import Cost, measure_cost
+from data import BatchLoader, Loader, imagenet_val_loader, load_set
+from distributed import World, setup
+from engine import Precision, choose_precision, evaluate
+from kernels import accelerate, choose_form
+from model import build_model
+from packed import PackedNetwork
+from packed.lowering import lower
 
 
 def main(flags: options.Flags) -> None:

@@ -12,11 +12,6 @@ cut out, as in training. What a folder holds and Pillow cannot read is left out 
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # NumPy takes a while to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import csv
 import io
 import json

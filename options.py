@@ -10,6 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from choices import (
+    ACTIVATIONS,
+    COMPILE_MODES,
+    FORMS,
+    MEMORY_FORMATS,
+    PRECISIONS,
+    SETS,
+    WEIGHT_BINARIZATIONS,
+)
 from genotypes import OPERATIONS
 from utils import InputError
 
@@ -215,8 +224,6 @@ def command_line(flags: Mapping[str, Any]) -> list[str]:
 
 def add_device_flags(parser: Parser) -> None:
     """Where and in which arithmetic a script computes."""
-    from engine import PRECISIONS
-
     flag = parser.add_argument_group("arithmetic").add_argument
     flag("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     flag(
@@ -231,8 +238,6 @@ def add_device_flags(parser: Parser) -> None:
 
 def add_layout_flags(parser: Parser) -> None:
     """How convolutions are computed, where it changes their speed and no more than rounding."""
-    from engine import MEMORY_FORMATS
-
     flag = parser.add_argument_group("layout").add_argument
     flag(
         "--memory_format",
@@ -250,11 +255,9 @@ def add_layout_flags(parser: Parser) -> None:
 
 
 def add_kernels_flag(parser: Parser) -> None:
-    from kernels import CHOICES
-
     parser.add_argument(
         "--kernels",
-        choices=CHOICES,
+        choices=("auto", *FORMS),
         default="auto",
         help="what computes, the same but for rounding: native, C for a CPU; torch, fewer and larger tensor "
         "operations; plain, the modules as they are read; auto: native on a CPU with a C compiler, or torch",
@@ -270,8 +273,6 @@ def add_worker_flag(parser: Parser) -> None:
 
 def add_run_flags(parser: Parser) -> None:
     """Flags of everything that trains, but for those of `add_step_flags`."""
-    from kernels.compilation import MODES
-
     flag = parser.add_argument_group("run").add_argument
     flag(
         "--save",
@@ -304,7 +305,7 @@ def add_run_flags(parser: Parser) -> None:
     flag("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps")
     flag(
         "--compile_mode",
-        choices=MODES,
+        choices=COMPILE_MODES,
         default="default",
         help="of torch.compile; reduce-overhead: CUDA graphs, for a GPU that waits for the host",
     )
@@ -352,10 +353,10 @@ def of_ebnas(value: Any) -> str:
     return f"default: that of --recipe, of ebnas {value}"
 
 
-def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
+def add_set_flags(parser: Parser) -> None:
     """Flags of the sets that fit in memory."""
     flag = parser.add_argument_group("images").add_argument
-    flag("--set", choices=sets, default="cifar10", help="what to train on")
+    flag("--set", choices=SETS, default="cifar10", help="what to train on")
     flag("--data", default="data", help="where the set is, or is downloaded to")
     flag(
         "--image_size",
@@ -378,8 +379,6 @@ def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
 
 def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping[str, Any]) -> None:
     """Flags of a derived network and of its two stages. `defaults`: of EBNAS's recipe; `size`: of its row."""
-    from binary_ops import WEIGHT_BINARIZATIONS
-
     flag = parser.add_argument_group("network").add_argument
     flag(
         "--arch",
@@ -458,10 +457,8 @@ def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping
 
 def add_beyond_flags(parser: Parser) -> None:
     """Flags that EBNAS does not have and that train the best networks of its field (docs/method.md)."""
-    from binary_ops import ACTIVATIONS
-
     flag = parser.add_argument_group("beyond the paper").add_argument
-    flag("--activation", choices=tuple(ACTIVATIONS), default="prelu", help="rprelu: with ReActNet's shift")
+    flag("--activation", choices=ACTIVATIONS, default="prelu", help="rprelu: with ReActNet's shift")
     flag(
         "--teacher",
         metavar="PATH|NAME",

@@ -9,11 +9,6 @@ With --run a chain that was ended anywhere goes on where it was: the same comman
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import shlex
 import subprocess
 import sys
@@ -22,13 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import options
-import stage_flags
-from baselines import ROWS, Config, label, make_config
-from memory import CONTEXT, GB, StepMemory
 from options import command_line
 from recipes import EBNAS, OWN, get_recipe
-from runs import RESULT, RUNS
-from utils import InputError, run_main
+from rows import ROWS
+from utils import InputError, check_usage, run_main
 
 HERE = Path(__file__).parent
 SETS = {"cifar10": ("cifar", 10, 32), "cifar100": ("cifar", 100, 32), "imagenet": ("imagenet", 1000, 224)}
@@ -53,6 +45,15 @@ def parser() -> options.Parser:
     flag("--data", help="where the images are")
     flag("--run", action="store_true", help="run the commands, too")
     return parser
+
+
+if __name__ == "__main__":
+    check_usage(parser)
+
+import stage_flags
+from baselines import Config, label, make_config
+from memory import CONTEXT, GB, StepMemory
+from runs import RESULT, RUNS
 
 
 def main(flags: options.Flags) -> None:

@@ -13,11 +13,6 @@ Leaves runs/search-EXP-TIME/genotype.json (rewritten after every trial), for tra
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import argparse
 import shlex
 import sys
@@ -28,24 +23,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 import options
-from data import SETS, channel_statistics, load_set
-from figures import draw_genotype
+from choices import COSTS
 from genotypes import describe, get_genotype, save_genotype
-from processes import PATIENCE, claimed, signals_to_interrupts
 from recipes import EBNAS
-from run_data import describe_data
-from runs import LOCATION, RESULT, RUNS, Run, create_run, differing_flags, read_args
 from trials.cells import Space
-from trials.costs import COSTS, Costs
-from trials.pictures import draw_search
-from trials.storage import Ledger, Taken, own_lock, require_optuna
 from trials.strategies import FIGURES, STRATEGIES, Judge, Strategy, Trial, front
-from trials.training import Trainer
-from utils import InputError, RunFailed, human, run_main
+from utils import InputError, RunFailed, check_usage, human, run_main
 
 JOURNAL = "trials.journal"
 OWN = ("resume", "storage", "save", "budget", "note")
@@ -129,7 +113,7 @@ def parser() -> options.Parser:
         help="training images that trials are judged on; default: 5000",
     )
     flag("--train", default="", metavar="'FLAGS'", help="further flags of train.py, for all trials")
-    options.add_set_flags(parser, SETS)
+    options.add_set_flags(parser)
     options.add_step_flags(parser, {**EBNAS["cifar"].flags, "epochs": 6})
     options.add_run_flags(parser)
     return parser
@@ -148,6 +132,23 @@ def objectives(text: str) -> tuple[str, ...]:
             f"is {text}; it is accuracy, then any of {', '.join(COSTS)}, with commas between"
         )
     return tuple(costs)
+
+
+if __name__ == "__main__":
+    check_usage(parser)
+
+import numpy as np
+import torch
+
+from data import channel_statistics, load_set
+from figures import draw_genotype
+from processes import PATIENCE, claimed, signals_to_interrupts
+from run_data import describe_data
+from runs import LOCATION, RESULT, RUNS, Run, create_run, differing_flags, read_args
+from trials.costs import Costs
+from trials.pictures import draw_search
+from trials.storage import Ledger, Taken, own_lock, require_optuna
+from trials.training import Trainer
 
 
 def main(flags: options.Flags) -> None:
@@ -384,7 +385,7 @@ def record(trial: Trial) -> dict[str, Any]:
 def training_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Of train.py, those that the user gave here or that differ from what they are there."""
     shared = options.Parser()
-    options.add_set_flags(shared, SETS)
+    options.add_set_flags(shared)
     options.add_step_flags(shared, EBNAS["cifar"].flags)
     options.add_run_flags(shared)
     own = {*OWN, "epochs", "momentum", "model_path"}

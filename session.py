@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from checkpoint import Checkpointer
+from choices import CUDA_GRAPH_MODES
 from distributed import World, launch_name
 from engine import AfterStep, Position, Precision, Sums
-from kernels.compilation import CUDA_GRAPH_MODES
 from memory import GB, StepMemory, free_bytes
 from resume import Origin
 from runs import Run, create_run

@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import options
-from baselines import EBNAS_ROW, Config, make_config, settings_of, system_of, usual_size
+from baselines import Config, make_config, settings_of
 from distributed import World
 from recipes import EBNAS, get_recipe
 from resume import Origin, find_origin
+from rows import EBNAS_ROW, system_of, usual_size
 from settings import NetworkSettings, settings_from
 from utils import InputError
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LRScheduler
 
-from baselines import label, system_of
+from baselines import label
 from checkpoint import LIVE, network_config
 from data import Loader
 from distributed import World
@@ -23,9 +23,11 @@ from figures import draw_curves
 from kernels import Form, accelerate, choose_form
 from kernels.compilation import compile_regions
 from model import build_model
+from optimizers import OPTIMIZERS, SCHEDULES
 from pretrained import find_start, load_start, saw_holdout
 from recipes import Recipe, get_recipe
 from resume import Origin
+from rows import system_of
 from runs import Run, read_args, read_metrics
 from session import Session
 from settings import StageSettings
@@ -109,7 +111,7 @@ def build_optimizer(settings: StageSettings, model: nn.Module) -> torch.optim.Op
     ours, parameters = settings.recipe, model.parameters()
     if ours.stage1_weight_decay and not settings.network.binary:
         parameters = decaying_groups(model, ours.stage1_weight_decay)
-    make = recipe_of(settings).optimizer
+    make = OPTIMIZERS[recipe_of(settings).optimizer]
     optimizer = make(parameters, lr=ours.learning_rate, weight_decay=ours.weight_decay)
     model.register_update_rule(optimizer)
     if ours.clip_weights:
@@ -123,12 +125,14 @@ def build_schedule(
     """The recipe's, for epochs of `steps` steps; EBNAS's begins with `warmup` epochs of linear rise."""
     # a run that goes on where an epoch's steps were done, in another process, takes the schedule's first
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
-    recipe, epochs = recipe_of(settings), settings.run.epochs
-    if recipe.schedule is None:
-        least = settings.recipe.learning_rate_min
-        schedule = cosine_schedule(optimizer, epochs=epochs, warmup=warmup, least=least)
-    else:
-        schedule = recipe.schedule(optimizer, epochs, steps)
+    recipe = recipe_of(settings)
+    schedule = SCHEDULES[recipe.schedule](
+        optimizer,
+        epochs=settings.run.epochs,
+        steps=steps,
+        warmup=warmup,
+        least=settings.recipe.learning_rate_min,
+    )
     if recipe.by_step:
         optimizer.register_step_post_hook(lambda *_: schedule.step())
     return schedule
@@ -186,17 +190,6 @@ def _place(network: nn.Module, settings: StageSettings, world: World) -> Form:
     channels_last = device.type == "cpu" and form.name != "native"
     in_memory_format(network, step.memory_format, auto="channels_last" if channels_last else "contiguous")
     return form
-
-
-def cosine_schedule(
-    optimizer: torch.optim.Optimizer, *, epochs: int, warmup: int, least: float
-) -> LRScheduler:
-    """By epoch: `warmup` epochs of linear rise from 1/warmup of the rate, then a cosine to `least`."""
-    cosine = CosineAnnealingLR(optimizer, max(epochs - warmup, 1), eta_min=least)
-    if not warmup:
-        return cosine
-    rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=max(warmup - 1, 1))
-    return SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
 
 
 # Its epochs

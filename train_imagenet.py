@@ -9,23 +9,10 @@ DIR, or its ILSVRC2012 or ImageNet-ILSVRC2012, holds train/<class>/* and val/<cl
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import options
-import stages
-from baselines import EBNAS_ROW
-from data import STATISTICS, Share, imagenet_loaders
-from distributed import setup
-from engine import precision_of
 from recipes import EBNAS
-from run_data import describe_data
-from session import Session
-from settings import ImageNetSettings, settings_from
-from stage_flags import find_run
-from utils import InputError, run_main
+from rows import EBNAS_ROW
+from utils import InputError, check_usage, run_main
 
 
 def parser() -> options.Parser:
@@ -50,6 +37,19 @@ def parser() -> options.Parser:
     options.add_beyond_flags(parser)
     options.add_run_flags(parser)
     return parser
+
+
+if __name__ == "__main__":
+    check_usage(parser)
+
+import stages
+from data import STATISTICS, Share, imagenet_loaders
+from distributed import setup
+from engine import precision_of
+from run_data import describe_data
+from session import Session
+from settings import ImageNetSettings, settings_from
+from stage_flags import find_run
 
 
 def main(flags: options.Flags) -> None:

@@ -47,7 +47,7 @@ def run_main(main: Callable[[Any], None], parser: Callable[[], Any]) -> None:
         elif hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal that knows only ASCII
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # no longer that of `end_on_interrupt`
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # no longer that of `check_usage`
         main(parser().read())
         sys.stdout.flush()  # here, where a reader that has gone is still our business
     except (InputError, RunFailed) as error:
@@ -64,8 +64,10 @@ def run_main(main: Callable[[Any], None], parser: Callable[[], Any]) -> None:
         _end("there is not enough memory; smaller batches, images or networks need less", 1)
 
 
-def end_on_interrupt() -> None:
-    """From here to `run_main`, while torch is imported, Ctrl-C ends the process with one line."""
+def check_usage(parser: Callable[[], Any]) -> None:
+    """Before torch is imported, which takes seconds: --help and wrong flags end the script here. From here to
+    `run_main` Ctrl-C ends it with one line."""
+    run_main(lambda _flags: None, parser)
 
     def end(_signum, _frame) -> None:
         os.write(2, b"error: interrupted\n")
