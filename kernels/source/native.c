@@ -7,6 +7,7 @@
 
 #include "convolution.h"
 
+#include "signs.h"
 
 #include "unit.h"
 
