@@ -33,6 +33,7 @@ from data import BatchLoader, Loader, imagenet_val_loader, load_set
 from distributed import World, setup
 from engine import Precision, choose_precision, evaluate
 from genotypes import describe
+from images import checked_range
 from kernels import accelerate, choose_form
 from model import build_model
 from packed import PackedNetwork
@@ -126,12 +127,12 @@ def compare_packed(path: str, model: nn.Module, network: PackedNetwork, loader: 
 
 def test_loader(data: dict, root: str, batch_size: int, workers: int, world: World) -> Loader:
     """The images that a checkpoint's training was tested on, as it saw them."""
+    value_range = checked_range(data.get("value_range"))
+    how = {"image_size": data["image_size"], "workers": workers, "value_range": value_range}
     if data["set"] == "imagenet":
-        loader, classes = imagenet_val_loader(
-            root, batch_size, device=world.device, workers=workers, image_size=data["image_size"]
-        )
+        loader, classes = imagenet_val_loader(root, batch_size, device=world.device, **how)
     else:
-        test_set = load_set(data["set"], root, train=False, image_size=data["image_size"], workers=workers)
+        test_set = load_set(data["set"], root, train=False, **how)
         classes = test_set.classes
         normalize = Normalize(data["mean"], data["std"])
         loader = BatchLoader(test_set.to(world.device), batch_size, normalize=normalize)

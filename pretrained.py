@@ -85,10 +85,13 @@ def _differences(checkpoint: dict, config: Config, data: dict[str, Any]) -> list
         return [f"system {theirs['system']}, not {ours['system']}"]
     sizes = (
         *("family", "variant", "init_channels", "layers", "groups", "activation"),
-        *("num_classes", "set", "image_size"),
+        *("num_classes", "set", "image_size", "value_range"),
     )
-    names = [name for name in sizes if name in ours]
-    differing = [f"{name} {theirs[name]}, not {ours[name]}" for name in names if theirs[name] != ours[name]]
+    differing = [
+        f"{name} {theirs.get(name)}, not {ours.get(name)}"
+        for name in sizes
+        if theirs.get(name) != ours.get(name)
+    ]
     return differing + [f"other {name}" for name in ("classes", "genotype") if theirs[name] != ours[name]]
 
 
