@@ -72,17 +72,19 @@ TRIED = 64
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images of one size: `images` uint8 (n, 3, h, w), `labels` int64 (n,), names of the classes."""
+    """Labelled images of one size: `images` uint8 (n, 3, h, w), `labels` int64 (n,), names of the classes;
+    the files that they were read from, where they were."""
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    paths: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> ImageSet:
-        return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
+        return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 def load_set(
@@ -250,7 +252,7 @@ def _load_folder(
             unreadable += errors
             bar.update(len(block))
     _refuse(unreadable)
-    return ImageSet(images, reader.labels, tuple(files.classes))
+    return ImageSet(images, reader.labels, tuple(files.classes), tuple(files.paths))
 
 
 # ---------------------------------------------------------------------------------------------------------

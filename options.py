@@ -440,7 +440,8 @@ def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping
     flag(
         "--pretrained",
         metavar="PATH",
-        help="stage-1 run or checkpoint to start stage 2 from; default: the newest that fits",
+        help="a run or checkpoint of the same network, of any stage and set, to start from with a new "
+        "schedule; default: none, in stage 2 the newest stage 1 that fits",
     )
     flag("--from_scratch", action="store_true", help="train stage 2 without stage 1")
     flag = parser.add_argument_group("recipe").add_argument
