@@ -266,6 +266,7 @@ def _is_data(value: Any) -> bool:
         and value["image_size"] > 0
         and all(_are_numbers(value.get(name), 3) for name in ("mean", "std"))
         and min(value["std"]) > 0
+        and ("value_range" not in value or _are_numbers(value["value_range"], 2))
     )
 
 

@@ -161,11 +161,12 @@ class Parser(argparse.ArgumentParser):
         """Raise InputError where a flag has a value, in what a run saved, that it does not take."""
         ours = vars(self.parse_args([]))
         saved = {name: value for name, value in saved.items() if name in ours}
-        words = [
-            f"--{name}" if value is True else f"--{name}={value}"
-            for name, value in saved.items()
-            if value is not None and value is not False
-        ]
+        words = []
+        for name, value in saved.items():
+            if isinstance(value, list):
+                words += [f"--{name}", *map(str, value)]
+            elif value is not None and value is not False:
+                words.append(f"--{name}" if value is True else f"--{name}={value}")
         taken = vars(self.parse_args(words))
         for name, value in saved.items():
             if taken[name] != value:
@@ -217,7 +218,9 @@ def command_line(flags: Mapping[str, Any]) -> list[str]:
     """Words for a shell: a flag that is True is a switch, one that is False or None is left out."""
     words = []
     for name, value in flags.items():
-        if value is not None and value is not False:
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return words
 
@@ -371,10 +374,21 @@ def add_set_flags(parser: Parser) -> None:
         default=0,
         help="take N training images, the first of each class, for a trial; 0: all",
     )
+    add_value_range_flag(flag)
     flag("--cutout", action="store_true", help="cover a square of each training image")
     flag("--cutout_length", type=integer(1, 4096), default=16, help="side of that square, in pixels")
     parser.needs("cutout_length", "cutout")
     parser.idle["data"] = (lambda flags: flags.set == "shapes", "--set shapes is drawn, and reads nothing")
+
+
+def add_value_range_flag(flag: Callable[..., Any]) -> None:
+    flag(
+        "--value_range",
+        nargs=2,
+        type=real(),
+        metavar=("LOW", "HIGH"),
+        help="black and white in files of more than 8 bits a channel (0 4095: 12 bits); default: their own",
+    )
 
 
 def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping[str, Any]) -> None:
@@ -425,7 +439,8 @@ def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping
     flag(
         "--pretrained",
         metavar="PATH",
-        help="stage-1 run or checkpoint to start stage 2 from; default: the newest that fits",
+        help="a run or checkpoint of the same network, of any stage and set, to start from with a new "
+        "schedule; default: none, in stage 2 the newest stage 1 that fits",
     )
     flag("--from_scratch", action="store_true", help="train stage 2 without stage 1")
     flag = parser.add_argument_group("recipe").add_argument

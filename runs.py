@@ -283,7 +283,7 @@ def find_resumable(resume: str, *, script: str, args: dict, given: Collection[st
             f"{path} is a checkpoint of {checkpoint['script']}.py, not of {script}.py: resume it there"
         )
     if checkpoint["finished"]:
-        raise InputError(f"{path} is of a finished run; leave --resume out to start another")
+        raise InputError(f"{path} is of a finished run; to train it further, give --pretrained {path.parent}")
     saved = checkpoint["args"]
     if saved.get("teacher"):  # it may have been moved: a checksum tells whether it is the same
         given = set(given) - {"teacher"}

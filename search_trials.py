@@ -26,6 +26,7 @@ from typing import Any
 import options
 from choices import COSTS
 from genotypes import describe, get_genotype, save_genotype
+from images import checked_range
 from recipes import EBNAS
 from trials.cells import Space
 from trials.strategies import FIGURES, STRATEGIES, Judge, Strategy, Trial, front
@@ -161,12 +162,16 @@ def main(flags: options.Flags) -> None:
         image_size=args.image_size,
         workers=args.workers,
         count=args.train_images,
+        value_range=checked_range(args.value_range),
     )
     images = len(train_set) - args.holdout
     if images <= 0:
         raise InputError(f"--holdout {args.holdout} leaves none of {len(train_set)} images to train on")
     statistics = channel_statistics(args.set, train_set)
-    data = describe_data(args.set, args.data, args.image_size, train_set.classes, statistics)
+    value_range = checked_range(args.value_range)
+    data = describe_data(
+        args.set, args.data, args.image_size, train_set.classes, statistics, value_range=value_range
+    )
     del train_set  # the trainings read their own
     search = Search(args, data, images)
     if folder is None:
@@ -350,6 +355,7 @@ class Search:
             run.log(f"no pictures: {error}")
         run.log(f"genotype written to {run.folder / 'genotype.json'}; train it:")
         where = ["--set", self.args.set, "--data", self.args.data, "--image_size", str(self.args.image_size)]
+        where += options.command_line({"value_range": self.args.value_range})
         size = []
         if len(self.args.init_channels) * len(self.args.layers) > 1 or limited(self.args):
             chosen = best.job.candidate

@@ -88,19 +88,19 @@ def build_teacher(settings: StageSettings, data: dict[str, Any], world: World) -
 
 
 def build_network(settings: StageSettings, origin: Origin, data: dict[str, Any], world: World) -> Built:
-    """This run's network on its device, in stage 2 with stage 1's weights."""
+    """This run's network on its device, with the weights that it starts from (see find_start)."""
     if origin.checkpoint:  # whatever has become of its genotype file since
         config, found, start = network_config(origin.checkpoint), None, "its checkpoint"
     else:
         family, num_classes = settings.images.family, len(data["classes"])
         config = config_of(settings.network, family=family, num_classes=num_classes)
         found = find_start(settings, config, data)
-        start = str(found[0]) if found else "random weights"
+        start = found.words if found else "random weights"
     config.check_image_size(data["image_size"])
     seed_everything(settings.run.seed)
     model = build_model(config)
     if found is not None:
-        load_start(model, found[1]["model"])
+        load_start(model, found)
     form = _place(model, settings, world)
     torch.manual_seed(settings.run.seed + world.rank)  # drop-path differs between processes
     return Built(model, form, start)

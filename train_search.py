@@ -336,6 +336,7 @@ def finish(session: Session, genotype: Genotype, discrete: dict[str, Any]) -> No
         run.log(f"no pictures: {error}")
     run.log(f"genotype written to {run.folder / 'genotype.json'}; train it:")
     where = ["--set", images.set, "--data", images.data, "--image_size", str(images.image_size)]
+    where += options.command_line({"value_range": images.value_range})
     run.log(shlex.join(["python", "train.py", *where, "--auxiliary", "--cutout", "--arch", str(run.folder)]))
 
 
