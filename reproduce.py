@@ -15,7 +15,6 @@ if __name__ == "__main__":  # torch takes seconds to import
     end_on_interrupt()
 
 import argparse
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from memory import CONTEXT, GB, Step
 from options import command_line
 from recipes import OWN, get_recipe
 from runs import RESULT, RUNS
-from utils import InputError, run_main
+from utils import InputError, command_text, run_main
 
 HERE = Path(__file__).parent
 SETS = {"cifar10": ("cifar", 10, 32), "cifar100": ("cifar", 100, 32), "imagenet": ("imagenet", 1000, 224)}
@@ -67,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
     chain = ["stage1", "stage2"] if config.system in stages.STAGE1 else ["single"]
     for stage in chain:
         start = ["--binary"] if stage == "stage2" else []  # it finds the newest stage 1 that fits
-        print(shlex.join(["python", script, *words, *start, "--resume", "auto"]))
+        print(command_text(["python", script, *words, *start, "--resume", "auto"]))
     print(f"python evaluate.py runs/eval-{save}-{chain[-1]}-*", flush=True)
     print("counting the GPU memory of a step ...", file=sys.stderr, flush=True)
     size = flags.get("image_size", SETS[args.set][2])

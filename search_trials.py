@@ -45,7 +45,7 @@ from trials.pictures import draw_search
 from trials.storage import Ledger, Taken, own_lock, require_optuna
 from trials.strategies import FIGURES, STRATEGIES, Judge, Strategy, Trial, front
 from trials.training import Trainer
-from utils import InputError, RunFailed, human, run_main
+from utils import InputError, RunFailed, command_text, human, run_main
 
 JOURNAL = "trials.journal"
 OWN = ("resume", "storage", "save", "budget", "note")
@@ -184,7 +184,7 @@ def main(args: argparse.Namespace) -> None:
                 search.finish(run, ledger)
         except (KeyboardInterrupt, SystemExit) as error:
             run.log("stopped; to go on:")
-            run.log(shlex.join(["python", sys.argv[0], "--resume", str(folder)]))
+            run.log(command_text(["python", sys.argv[0], "--resume", str(folder)]))
             sys.exit(error.code if isinstance(error, SystemExit) else 130)
         except (InputError, RunFailed, OSError) as error:
             run.log(f"stopped: {error}")
@@ -354,7 +354,7 @@ class Search:
             size = ["--init_channels", chosen.init_channels, "--layers", chosen.layers]
             size += ["--groups", self.args.groups]
         words = ["python", "train.py", *where, "--auxiliary", "--cutout", *map(str, size), "--arch"]
-        run.log(shlex.join([*words, str(run.folder)]))
+        run.log(command_text([*words, str(run.folder)]))
 
 
 def limited(args: argparse.Namespace) -> bool:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import glob
 import math
-import shlex
 import signal
 import sys
 import time
@@ -40,11 +39,15 @@ from engine import AfterStep, Position, Sums, choose_precision
 from kernels.compilation import CUDA_GRAPH_MODES
 from memory import GB, Step, free_bytes
 from runs import Run, create_run, find_launched, find_resumable
-from utils import InputError, RunFailed, is_out_of_memory, one_line, os_error_message
+from utils import InputError, RunFailed, command_text, is_out_of_memory, one_line, os_error_message
 
 STOP_FREQ = 8
 """Steps after which several processes ask one another whether to stop, and after as many more each reads the
 answer, so that nobody waits for it."""
+
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, *filter(None, [getattr(signal, "SIGBREAK", None)]))
+"""What asks a run to stop; SIGBREAK (Ctrl-Break) is Windows' own."""
 
 
 class Interrupted(Exception):
@@ -52,7 +55,7 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """A context in which SIGINT and SIGTERM are noted, not obeyed: `received` is the signal's number or 0.
+    """A context in which the signals of STOPPING are noted, not obeyed: `received` is one's number or 0.
 
     A second Ctrl-C stops at once, but not while `held` (a checkpoint is written), and not within a second of
     the first: a terminal's Ctrl-C reaches a worker twice, from the terminal and from torchrun.
@@ -60,7 +63,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self.received, self.at, self.held = 0, 0.0, False
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {s: signal.signal(s, self._note) for s in STOPPING}
         return self
 
     def _note(self, signum: int, _frame) -> None:
@@ -158,7 +161,7 @@ class Session:
                 yield run
             except Interrupted:
                 run.log(f"stopped at epoch {self.position.epoch}, step {self.position.step}; to go on:")
-                run.log(shlex.join(["python", sys.argv[0], "--resume", str(self.folder)]))
+                run.log(command_text(["python", sys.argv[0], "--resume", str(self.folder)]))
             except BaseException as error:
                 explained = self._explained(error)
                 is_file = isinstance(explained, OSError)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from recipes import Recipe, get_recipe
 from runs import Run, newest_checkpoint, read_args, read_metrics
 from session import Session
 from teacher import DistillationLoss, Teacher, find_teacher
-from utils import InputError, human, one_line, seed_everything
+from utils import InputError, command_text, human, one_line, seed_everything
 from weights import clip_latent_weights, decaying_groups, moving_average
 
 STAGE1_BITS = {"w1a32": (1, 32), "w32a1": (32, 1), "w32a32": (32, 32)}
@@ -163,10 +162,10 @@ def find_start(args: argparse.Namespace, config: Config, data: dict[str, Any]) -
         ),
     )
     if found is None:
-        stage1 = shlex.join(["python", *(word for word in sys.argv if word != "--binary")])
+        stage1 = command_text(["python", *(word for word in sys.argv if word != "--binary")])
         raise InputError(
             "no finished stage-1 run of this set, genotype and size, with "
-            f"{shlex.join(_asked(args, config))}, to start from; first run `{stage1}`, or give "
+            f"{command_text(_asked(args, config))}, to start from; first run `{stage1}`, or give "
             "--pretrained PATH, or --from_scratch"
         )
     return found
@@ -431,7 +430,7 @@ def finish(session: Session, *, held_out: str, test: dict[str, float] | None = N
     note = (
         "chosen on the test set, so optimistic" if held_out == "test" else f"chosen on the {held_out} images"
     )
-    command = shlex.join(["python", *sys.argv])
+    command = command_text(["python", *sys.argv])
     try:
         last = read_metrics(run.folder)[-1]
         run.log(
@@ -447,4 +446,4 @@ def finish(session: Session, *, held_out: str, test: dict[str, float] | None = N
     if stage(session.args) != "stage1":
         run.log(f"next: python evaluate.py {run.folder}")
     else:
-        run.log(f"next: {command} --binary --pretrained {shlex.quote(str(run.folder))}")
+        run.log(f"next: {command} --binary --pretrained {command_text([str(run.folder)])}")

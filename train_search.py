@@ -17,7 +17,6 @@ if __name__ == "__main__":  # torch takes seconds to import
 
 import argparse
 import copy
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -48,7 +47,7 @@ from model_search import SearchConfig, Supernet
 from runs import Run
 from session import Session, loader_settings, prepare_data
 from stages import log_form
-from utils import InputError, run_main, seed_everything
+from utils import InputError, command_text, run_main, seed_everything
 
 
 def parser() -> options.Parser:
@@ -311,7 +310,9 @@ def finish(session: Session, genotype: Genotype, discrete: dict[str, Any]) -> No
         run.log(f"no pictures: {error}")
     run.log(f"genotype written to {run.folder / 'genotype.json'}; train it:")
     where = ["--set", args.set, "--data", args.data, "--image_size", str(args.image_size)]
-    run.log(shlex.join(["python", "train.py", *where, "--auxiliary", "--cutout", "--arch", str(run.folder)]))
+    run.log(
+        command_text(["python", "train.py", *where, "--auxiliary", "--cutout", "--arch", str(run.folder)])
+    )
 
 
 if __name__ == "__main__":
