@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import hashlib
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -434,12 +435,15 @@ def _obey_the_main_process(worker: int) -> None:
     A SIGTERM that it sends itself ends the worker: so it does at exit, and would wait for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS: any SIGTERM ends the worker
+    if hasattr(signal, "SIGBREAK"):  # Windows: Ctrl-Break
+        signal.signal(signal.SIGBREAK, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: any SIGTERM ends the worker; Windows has none
         return
+    main = multiprocessing.parent_process().pid  # not os.getppid(), which may be that of a fork server
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait_for_its_signal() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
             pass
         os._exit(0)
 
@@ -448,10 +452,12 @@ def _obey_the_main_process(worker: int) -> None:
 
 def _read(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
     """The items of a `_data_loader`, in order. Raises RunFailed where one of its processes was killed."""
-    handler = signal.getsignal(signal.SIGCHLD)
+    child_ends = getattr(signal, "SIGCHLD", None)  # Windows has none
+    handler = child_ends and signal.getsignal(child_ends)
     try:
         items = iter(loader)
-        signal.signal(signal.SIGCHLD, handler)  # torch's would raise wherever the main thread happens to be
+        if child_ends:  # torch's handler would raise wherever the main thread happens to be
+            signal.signal(child_ends, handler)
         yield from items
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):

@@ -208,7 +208,7 @@ def setup(device: str | None = None, gpu: int = 0) -> World:
         return World(chosen)
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(_agree_on_prefix(store, rank, size), store)
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    backend = "nccl" if chosen.type == "cuda" and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     machine = os.environ.get("GROUP_RANK") or socket.gethostname()
     return World(chosen, rank, size, machine, local_rank, dist.PrefixStore("turns", store))

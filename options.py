@@ -71,7 +71,7 @@ def run_label(text: str) -> str:
     """The type of --save: part of a folder's name."""
     if not text:
         raise argparse.ArgumentTypeError(EMPTY)
-    if "/" in text or not text.isprintable():
+    if {"/", os.sep} & set(text) or not text.isprintable():
         raise argparse.ArgumentTypeError(
             f"is {text}; it is a name without slashes, the folder is under runs/"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from recipes import get_recipe
 from runs import newest_checkpoint
 from settings import StageSettings
 from stage_flags import STAGE1_BITS
-from utils import InputError
+from utils import InputError, command_text
 
 AUXILIARY = "auxiliary_head."
 CLASSIFIERS = ("classifier", "fc")
@@ -67,10 +66,10 @@ def find_start(settings: StageSettings, config: Config, data: dict[str, Any]) ->
         ),
     )
     if found is None:
-        stage1 = shlex.join(["python", *(word for word in sys.argv if word != "--binary")])
+        stage1 = command_text(["python", *(word for word in sys.argv if word != "--binary")])
         raise InputError(
             "no finished stage-1 run of this set, genotype and size, with "
-            f"{shlex.join(_asked(settings, config))}, to start from; first run `{stage1}`, or give "
+            f"{command_text(_asked(settings, config))}, to start from; first run `{stage1}`, or give "
             "--pretrained PATH, or --from_scratch"
         )
     return _start_from(*found, settings, config, data)

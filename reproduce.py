@@ -9,7 +9,6 @@ With --run a chain that was ended anywhere goes on where it was: the same comman
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import options
 from options import command_line
 from recipes import EBNAS, OWN, get_recipe
 from rows import ROWS
-from utils import InputError, check_usage, run_main
+from utils import InputError, check_usage, command_text, run_main
 
 HERE = Path(__file__).parent
 SETS = {"cifar10": ("cifar", 10, 32), "cifar100": ("cifar", 100, 32), "imagenet": ("imagenet", 1000, 224)}
@@ -69,7 +68,7 @@ def main(flags: options.Flags) -> None:
     chain = ["stage1", "stage2"] if config.system in stage_flags.STAGE1 else ["single"]
     for stage in chain:
         start = ["--binary"] if stage == "stage2" else []  # it finds the newest stage 1 that fits
-        print(shlex.join(["python", script, *typed, *start, "--resume", "auto"]))
+        print(command_text(["python", script, *typed, *start, "--resume", "auto"]))
     print(f"python evaluate.py runs/eval-{save}-{chain[-1]}-*", flush=True)
     print("counting the GPU memory of a step ...", file=sys.stderr, flush=True)
     size = words.get("image_size", SETS[args.set][2])

@@ -30,7 +30,7 @@ from images import checked_range
 from recipes import EBNAS
 from trials.cells import Space
 from trials.strategies import FIGURES, STRATEGIES, Judge, Strategy, Trial, front
-from utils import InputError, RunFailed, check_usage, human, run_main
+from utils import InputError, RunFailed, check_usage, command_text, human, run_main
 
 JOURNAL = "trials.journal"
 OWN = ("resume", "storage", "save", "budget", "note")
@@ -191,7 +191,7 @@ def main(flags: options.Flags) -> None:
                 search.finish(run, ledger)
         except (KeyboardInterrupt, SystemExit) as error:
             run.log("stopped; to go on:")
-            run.log(shlex.join(["python", sys.argv[0], "--resume", str(folder)]))
+            run.log(command_text(["python", sys.argv[0], "--resume", str(folder)]))
             sys.exit(error.code if isinstance(error, SystemExit) else 130)
         except (InputError, RunFailed, OSError) as error:
             run.log(f"stopped: {error}")
@@ -362,7 +362,7 @@ class Search:
             size = ["--init_channels", chosen.init_channels, "--layers", chosen.layers]
             size += ["--groups", self.args.groups]
         words = ["python", "train.py", *where, "--auxiliary", "--cutout", *map(str, size), "--arch"]
-        run.log(shlex.join([*words, str(run.folder)]))
+        run.log(command_text([*words, str(run.folder)]))
 
 
 def limited(args: argparse.Namespace) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import warnings
 from contextlib import suppress
@@ -33,7 +32,7 @@ from session import Session
 from settings import StageSettings
 from stage_flags import config_of, stage_of
 from teacher import DistillationLoss, Teacher, find_teacher
-from utils import InputError, human, one_line, seed_everything
+from utils import InputError, command_text, human, one_line, seed_everything
 from weights import clip_latent_weights, decaying_groups, moving_average
 
 
@@ -280,7 +279,7 @@ def finish(session: Session, *, held_out: str, test: dict[str, float] | None = N
     note = (
         "chosen on the test set, so optimistic" if held_out == "test" else f"chosen on the {held_out} images"
     )
-    command = shlex.join(["python", *sys.argv])
+    command = command_text(["python", *sys.argv])
     try:
         last = read_metrics(run.folder)[-1]
         run.log(
@@ -296,4 +295,4 @@ def finish(session: Session, *, held_out: str, test: dict[str, float] | None = N
     if stage_of(session.origin.flags) != "stage1":
         run.log(f"next: python evaluate.py {run.folder}")
     else:
-        run.log(f"next: {command} --binary --pretrained {shlex.quote(str(run.folder))}")
+        run.log(f"next: {command} --binary --pretrained {command_text([str(run.folder)])}")

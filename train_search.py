@@ -11,7 +11,6 @@ Leaves runs/search-EXP-TIME/genotype.json (rewritten every epoch), for train.py 
 from __future__ import annotations
 
 import copy
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,7 +26,7 @@ from genotypes import (
     random_genotype,
     save_genotype,
 )
-from utils import InputError, check_usage, run_main, seed_everything
+from utils import InputError, check_usage, command_text, run_main, seed_everything
 
 STEP = {"epochs": 50, "batch_size": 256, "learning_rate": 1e-3, "grad_clip": 5.0}
 
@@ -337,7 +336,8 @@ def finish(session: Session, genotype: Genotype, discrete: dict[str, Any]) -> No
     run.log(f"genotype written to {run.folder / 'genotype.json'}; train it:")
     where = ["--set", images.set, "--data", images.data, "--image_size", str(images.image_size)]
     where += options.command_line({"value_range": images.value_range})
-    run.log(shlex.join(["python", "train.py", *where, "--auxiliary", "--cutout", "--arch", str(run.folder)]))
+    words = ["python", "train.py", *where, "--auxiliary", "--cutout", "--arch", str(run.folder)]
+    run.log(command_text(words))
 
 
 if __name__ == "__main__":

@@ -328,7 +328,7 @@ def test_killed_restarted_interrupted_and_resumed(two_machines, tmp_path, data_f
     torchrun = Torchrun(tmp_path, data_flags)
     process = torchrun.start()
     wait_for(process, r"epoch 0 lr")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
     assert len(children) == PROCESSES
     os.kill(int(children[1]), signal.SIGKILL)
     wait_for(process, r"resumed .* at epoch 0, step 0")
