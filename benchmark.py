@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import itertools
 import json
 import math
@@ -91,6 +92,14 @@ def add_infer_flags(parser: options.Parser) -> None:
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=RIVALS)
 
 
+def add_kernel_flags(parser: options.Parser) -> None:
+    flag = parser.add_argument
+    flag("--init_channels", type=options.integer(1, 10_000), default=84, help="of a normal cell")
+    flag("--groups", type=options.integer(1, 10_000), default=14)
+    flag("--image_size", type=options.integer(1, 4096), default=32)
+    flag("--batch_size", type=options.integer(1), default=16)
+
+
 BENCHMARKS = {
     "search": (
         add_search_flags,
@@ -99,6 +108,10 @@ BENCHMARKS = {
     "train": (
         add_train_flags,
         "a training step: of our network, and of EBNAS's original's (its binarization plain)",
+    ),
+    "kernels": (
+        add_kernel_flags,
+        "a unit of each kind, forward and backward, in C and in torch's form, beside what a core can do",
     ),
     "data": (
         add_data_flags,
@@ -123,7 +136,7 @@ def parser() -> options.Parser:
         flag("--repeats", type=options.integer(1), default=5, help="rounds that are timed")
         flag("--warmup", type=options.integer(0), default=1, help="rounds before them that are not")
         flag("--clock", choices=CLOCKS, default="wall", help="cpu: this process's time on a busy machine")
-        if name == "infer":  # always float32, on the CPU
+        if name in ("infer", "kernels"):  # always float32, on the CPU
             benchmark.set_defaults(device="cpu")
             continue
         flag("--compile", action="store_true", help="torch.compile of our form")
@@ -162,10 +175,13 @@ from engine import (
     training_step,
     update,
 )
+from genotypes import get_genotype
 from kernels import Form, accelerate, choose_form
 from kernels.compilation import compile_regions
-from model import CellNetwork, build_model
+from kernels.library import library, unavailable
+from model import CellNetwork, ModelConfig, build_model
 from model_search import SearchConfig, Supernet
+from operations import CONVOLUTIONS
 from packed import PackedNetwork, Program, available_kernels, load, program_bytes
 from packed.lowering import lower
 from rows import system_of
@@ -198,7 +214,7 @@ def main(flags: options.Flags) -> None:
             clock=args.clock,
             device=world.device,
             # what compiled code and other engines do is not dispatched
-            count=args.benchmark != "infer" and not args.compile,
+            count=args.benchmark not in ("infer", "kernels") and not args.compile,
         )
     print_table(rows, world.device)
     print(json.dumps({"settings": vars(args), "machine": machine(world.device), "rows": rows}))
@@ -285,6 +301,37 @@ def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
 
 
 @contextmanager
+def kernel_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
+    """A training step's work on each kind of unit: the signs' product, and both gradients of it."""
+    if reason := unavailable():
+        raise InputError(f"there are no native kernels here: {reason}")
+    c, size, n = args.init_channels, args.image_size, args.batch_size
+    config = ModelConfig(get_genotype("EBNAS"), init_channels=c, groups=args.groups)  # or it says what fits
+    network = build_model(config)
+    units = {name: network.operation(name, c, 1) for name in CONVOLUTIONS}
+    units["1x1, 4 C to C"] = network.preprocess(4 * c, c)
+    cases = []
+    for name, unit in units.items():
+        macs = 3 * n * size**2 * unit.conv.weight.numel()  # forward, of the input, of the weights
+        x = torch.randn(n, unit.conv.in_channels, size, size)
+        run = partial(forward_and_backward, accelerate(copy.deepcopy(unit), "native"), x)
+        other = accelerate(unit, "torch").to(memory_format=torch.channels_last)
+        run_torch = partial(forward_and_backward, other, x.to(memory_format=torch.channels_last))
+        cases.append(Case(name, run, n, against=f"{name}, torch", macs=macs))
+        cases.append(Case(f"{name}, torch", run_torch, n, macs=macs))
+    multiply_adds, rounds = library(torch.float32).multiply_adds, 10_000_000
+    start = (ctypes.c_float * 16)()
+    macs = multiply_adds(ctypes.c_int64(1), start) * rounds
+    alone = partial(multiply_adds, ctypes.c_int64(rounds), start)
+    yield [*cases, Case("multiply-adds alone", alone, 1, macs=macs)]
+
+
+def forward_and_backward(unit: nn.Module, x: Tensor) -> None:
+    y = unit(x.requires_grad_())
+    torch.autograd.grad(y, [x, *unit.parameters()], torch.ones_like(y))
+
+
+@contextmanager
 def data_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
     """the loaders of CIFAR and of ImageNet, and beside each a training step of its network"""
     precision = precision_of(args, world.device)
@@ -358,7 +405,13 @@ def infer_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
         yield cases
 
 
-CASES = {"search": search_cases, "train": train_cases, "data": data_cases, "infer": infer_cases}
+CASES = {
+    "search": search_cases,
+    "train": train_cases,
+    "kernels": kernel_cases,
+    "data": data_cases,
+    "infer": infer_cases,
+}
 """By name of a benchmark: a context that gives what it times."""
 
 
@@ -503,7 +556,7 @@ def print_head(args: argparse.Namespace, device: torch.device) -> None:
 def print_table(rows: list[dict], device: torch.device) -> None:
     column = MEMORY[device.type]
     columns = ["case", "median ms", "min", "max", "images/s"]
-    columns += [f"{column} MiB", "operations", "ratio", f"{column} ratio"]
+    columns += [f"{column} MiB", "operations", "ratio", f"{column} ratio", "GMAC/s"]
     print("| " + " | ".join(columns) + " |")
     print("|---|" + "---:|" * (len(columns) - 1))
     for row in rows:
@@ -513,7 +566,8 @@ def print_table(rows: list[dict], device: torch.device) -> None:
             f"{row['memory_bytes'] / 2**20:.0f}",
             str(row.get("operations", "")),
         ]
-        cells += [f"{row[name]:.2f}" if name in row else "" for name in ("ratio", "memory_ratio")]
+        numbers = ("ratio", "memory_ratio", "gmacs_per_second")
+        cells += [f"{row[name]:.2f}" if name in row else "" for name in numbers]
         print("| " + " | ".join(cells) + " |")
     print()
 
