@@ -4,6 +4,7 @@
     python benchmark.py train                       # a step of stage 2 at CIFAR's size, and the original's
     python benchmark.py train --family imagenet
     python benchmark.py data                        # the loaders' rates beside those of the networks
+    python benchmark.py gpu --out FILE.json         # all that a GPU can tell in 8 minutes
     python benchmark.py memory                      # what the published runs need of a GPU, counted
     python benchmark.py train --arch BNAS-A         # of another row of the tables (docs/rows.md)
     python benchmark.py infer model.ebnas           # a packed network beside its float form in other engines
@@ -32,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import options
-from choices import CLOCKS, FAMILIES, RIVALS, WEIGHT_BINARIZATIONS
-from utils import InputError, check_usage, one_line, run_main
+from choices import CLOCKS, COMPILE_MODES, FAMILIES, RIVALS, WEIGHT_BINARIZATIONS
+from utils import InputError, check_output, check_usage, one_line, run_main
 
 BITS = {"w1a1": (1, 1), "w1a32": (1, 32), "w32a1": (32, 1)}
 
@@ -129,6 +130,10 @@ def parser() -> options.Parser:
     parser = options.Parser(__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     benchmarks.add_parser("memory", help="the GPU memory that a training step needs, counted")
+    words = "all that minutes on a GPU can tell, each part kept as it comes"
+    flag = benchmarks.add_parser("gpu", help=words, description=words).add_argument
+    flag("--minutes", type=options.positive_float, default=8.0, help="what there is not time for is left out")
+    flag("--out", type=options.path, metavar="FILE.json", help="where each part's result is kept at once")
     for name, (add_flags, words) in BENCHMARKS.items():
         benchmark = benchmarks.add_parser(name, help=words, description=words)
         add_flags(benchmark)
@@ -140,6 +145,8 @@ def parser() -> options.Parser:
             benchmark.set_defaults(device="cpu")
             continue
         flag("--compile", action="store_true", help="torch.compile of our form")
+        flag("--compile_mode", choices=COMPILE_MODES, default="default", help="of torch.compile")
+        benchmark.needs("compile_mode", "compile")
         options.add_device_flags(benchmark)
         options.add_layout_flags(benchmark)
         options.add_kernels_flag(benchmark)
@@ -156,30 +163,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 import memory
-from architect import Architect, edge_regularizer, path_regularizer
 from augment import Augmentation, Normalize
 from baselines import make_config, settings_of
+from comparison import gpu
 from comparison.engines import Logits, float_network, make_runner
 from comparison.measure import MEMORY, Case, measure
 from comparison.original_network import original_network
 from comparison.original_search import OriginalSupernet
+from comparison.steps import original_search_steps, random_batch, search_steps, step_of, until_it_fits
 from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
-from engine import (
-    Precision,
-    Training,
-    backward,
-    in_memory_format,
-    precision_of,
-    training_loss,
-    training_step,
-    update,
-)
+from engine import in_memory_format, parts_of, precision_of
 from genotypes import get_genotype
 from kernels import Form, accelerate, choose_form
 from kernels.compilation import compile_regions
 from kernels.library import library, unavailable
-from model import CellNetwork, ModelConfig, build_model
+from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
 from operations import CONVOLUTIONS
 from packed import PackedNetwork, Program, available_kernels, load, program_bytes
@@ -190,13 +189,14 @@ from runs import machine
 IMAGES = {"cifar": (32, 10), "imagenet": (224, 1000)}
 """Usual size, and number of classes."""
 
-CRITERION = nn.CrossEntropyLoss()
-
 
 def main(flags: options.Flags) -> None:
     args = flags.values
     if args.benchmark == "memory":
         print("\n".join(memory.table()))
+        return
+    if args.benchmark == "gpu":
+        on_gpu(args.minutes, args.out)
         return
     world = setup(args.device)
     print_head(args, world.device)
@@ -220,6 +220,15 @@ def main(flags: options.Flags) -> None:
     print(json.dumps({"settings": vars(args), "machine": machine(world.device), "rows": rows}))
 
 
+def on_gpu(minutes: float, out: Path | None) -> None:
+    if not torch.cuda.is_available():
+        raise InputError("there is no CUDA GPU here, or this build of torch has no CUDA")
+    if out is not None:
+        check_output(out)
+    content = gpu.run(gpu.Card(setup("cuda").device), minutes=minutes, out=out)
+    print("\n".join([*gpu.table(content), "", *content["summary"]]))
+
+
 # What is timed
 
 
@@ -231,19 +240,10 @@ def search_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]
     form = form_of(args, world.device)
     in_memory_format(accelerate(ours, form.name), args.memory_format, auto="contiguous")
     if args.compile:
-        compile_regions(ours)
+        compile_regions(ours, mode=args.compile_mode)
     precision = precision_of(args, world.device)
     batch = random_batch(args.batch_size, args.image_size, 10, world.device)
-    architect = Architect(
-        ours, learning_rate=6e-4, weight_decay=1e-3, path_reg_weight=1.5, edge_reg_weight=0.8
-    )
-    weight_step = step_of(ours, ours.weight_parameters(), batch, precision, world)
-
-    def both_steps() -> None:
-        batches = itertools.repeat(batch)
-        architect.step(batches, ramp=1.0, batch_size=args.batch_size, world=world, precision=precision)
-        weight_step()
-
+    weight_step, both_steps = search_steps(ours, batch, precision, world)
     original_weight_step, original_both_steps = original_search_steps(original, batch, precision, world)
     n = args.batch_size
     yield [
@@ -252,34 +252,6 @@ def search_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]
         Case("architecture + weight", both_steps, n, against="architecture + weight, original"),
         Case("architecture + weight, original", original_both_steps, n),
     ]
-
-
-def original_search_steps(
-    network: OriginalSupernet, batch: Batch, precision: Precision, world: World
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The weight step, and both steps, as the original takes them: each computes the gradients of all
-    parameters, and Adam is torch's default one."""
-    weights, arch = network.weight_parameters(), network.arch
-    weight_optimizer = torch.optim.Adam(weights, lr=1e-3, weight_decay=3e-4)
-    training = Training(network, CRITERION, weight_optimizer, world, precision)
-    arch_optimizer = torch.optim.Adam(arch.values(), lr=6e-4, betas=(0.5, 0.999), weight_decay=1e-3)
-
-    def loss() -> Tensor:
-        network.zero_grad()  # of what the optimiser does not step, too
-        return training_loss(training, batch)[0]
-
-    def weight_step() -> None:
-        backward(loss(), precision)
-        update(weight_optimizer, world, precision, grad_clip=5.0)
-
-    def both_steps() -> None:
-        path = path_regularizer(arch["alphas_normal"]) + path_regularizer(arch["alphas_reduce"])
-        edge = edge_regularizer(arch["betas_normal"]) + edge_regularizer(arch["betas_reduce"])
-        backward(loss() + 1.5 * path + 0.8 * edge, precision)
-        update(arch_optimizer, world, precision)
-        weight_step()
-
-    return weight_step, both_steps
 
 
 @contextmanager
@@ -293,10 +265,17 @@ def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
     if original is None:
         yield [Case("training", our_step, args.batch_size)]
         return
-    original_step = step_of(original, list(original.parameters()), batch, precision, world, fused_adam=False)
+
+    def original_step_on(images: int) -> Callable[[], Any]:
+        part = next(parts_of(batch, args.batch_size // images))
+        return step_of(original, list(original.parameters()), part, precision, world, fused_adam=False)
+
+    original_step, images = until_it_fits(original_step_on, args.batch_size)
+    if images < args.batch_size:
+        print(f"the original's form does not fit at {args.batch_size} images: it is timed at {images}")
     yield [
         Case("training", our_step, args.batch_size, against="training, original"),
-        Case("training, original", original_step, args.batch_size),
+        Case("training, original", original_step, images),
     ]
 
 
@@ -418,11 +397,6 @@ CASES = {
 # What the cases are made of
 
 
-def random_batch(n: int, size: int, classes: int, device: torch.device) -> Batch:
-    images = torch.randn(n, 3, size, size, device=device)
-    return Batch(images, torch.randint(classes, (n,), device=device), n)
-
-
 def network_of(args: argparse.Namespace, family: str, **settings: Any) -> tuple[nn.Module, int]:
     """The network of the flags, as published where they say nothing, on the CPU, and its images' size."""
     usual_size, classes = IMAGES[family]
@@ -486,26 +460,8 @@ def as_trained(model: nn.Module, args: argparse.Namespace, device: torch.device)
     auto = "channels_last" if channels_last else "contiguous"
     in_memory_format(accelerate(model, form.name), args.memory_format, auto=auto)
     if args.compile:
-        compile_regions(model)
+        compile_regions(model, mode=args.compile_mode)
     return model
-
-
-def step_of(
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    batch: Batch,
-    precision: Precision,
-    world: World,
-    *,
-    fused_adam: bool = True,
-) -> Callable[[], None]:
-    """A call takes a step on `batch`, as the training scripts take it by default."""
-    # None, not False: Adam's default chooses its form by the device
-    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=fused_adam or None)
-    if isinstance(model, CellNetwork):  # not a supernet
-        model.register_update_rule(optimizer)
-    training = Training(model, CRITERION, optimizer, world, precision, grad_clip=5.0, auxiliary_weight=0.4)
-    return partial(training_step, training, batch)
 
 
 def cifar_loader(batch_size: int, device: torch.device) -> BatchLoader:

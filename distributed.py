@@ -146,7 +146,9 @@ class World:
     def close(self) -> None:
         """Meet the others, and leave them."""
         if dist.is_initialized():
-            dist.barrier()  # with torch 2.6 a process that goes while another still works may hang for ever
+            # NCCL guesses the GPU, and warns, where it is not told. With torch 2.6 a process that goes while
+            # another still works may hang for ever
+            dist.barrier(device_ids=[self.device.index] if dist.get_backend() == "nccl" else None)
             dist.destroy_process_group()
 
 

@@ -83,8 +83,8 @@ def check_usage(parser: Callable[[], Any]) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, or torch on a CPU or on a GPU, could not allocate what it needs."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    """Whether Python, or torch, cuDNN or cuBLAS, could not allocate what it needs."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(part in str(error) for part in words)
 
 

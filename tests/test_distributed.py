@@ -192,6 +192,17 @@ def test_processes_start_from_the_weights_of_the_main_one(by_rank):
     assert_same(dict(one["after"]), dict(other["after"]))
 
 
+@pytest.mark.parametrize(("backend", "told"), [("nccl", [1]), ("gloo", None)])
+def test_nccl_is_told_which_gpu_waits(monkeypatch, backend, told):
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    waits = []
+    monkeypatch.setattr(distributed.dist, "barrier", lambda device_ids: waits.append(device_ids))
+    World(torch.device("cuda", 1), size=2).close()
+    assert waits == [told]
+
+
 def take_turns(download: Callable[[int], None]) -> list[BaseException | None]:
     """Four processes, here threads, of two on each of two machines go in turn through a `download`, which is
     given their rank: what each ends with."""
