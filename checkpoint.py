@@ -298,7 +298,7 @@ def _check_entries(checkpoint: dict) -> None:
 
 
 def _check_model(checkpoint: dict) -> None:
-    """That the weights are those of the configured network: names, shapes, types, finite values."""
+    """Raise InputError unless the weights fit the configured network: names, shapes, types, finite values."""
     try:
         config = network_config(checkpoint)
     except (TypeError, KeyError, AttributeError) as error:

@@ -131,14 +131,14 @@ def _first_of_each_class(labels: Tensor, count: int, classes: Sequence[str]) -> 
     smallest, name = min(zip(labels.bincount(minlength=len(classes)).tolist(), classes, strict=True))
     if count > smallest * len(classes):
         raise InputError(
-            f"{count} training images, as many of each of {len(classes)} classes, cannot be had: {name} has "
-            f"{smallest}; take {smallest * len(classes)} or fewer"
+            f"--train_images takes as many of each class: class {name} has {smallest}, so at most "
+            f"{smallest * len(classes)}"
         )
     each, left = divmod(count, len(classes))
     if left:
         raise InputError(
-            f"{count} training images do not divide into {len(classes)} classes; "
-            f"the nearest that do: {nearest_multiples(count, len(classes))}"
+            f"--train_images {count} cannot be shared out evenly among {len(classes)} classes; "
+            f"try {nearest_multiples(count, len(classes))}"
         )
     found = [torch.nonzero(labels == label).flatten()[:each] for label in range(len(classes))]
     return torch.cat(found).sort().values

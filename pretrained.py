@@ -123,7 +123,7 @@ def _other_network(checkpoint: dict, config: Config) -> list[str]:
 
 
 def _other_images(checkpoint: dict, data: dict[str, Any]) -> list[str]:
-    """In what the images of a checkpoint differ from `data`: `image_size 16, not 32`."""
+    """How the images of a checkpoint differ from `data`: `image_size 16, not 32`."""
     theirs = checkpoint["data"]
     differing = _differing(theirs, data, ("set", "image_size", "value_range"))
     return differing + ["other classes"] * (theirs["classes"] != data["classes"])

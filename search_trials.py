@@ -389,7 +389,7 @@ def record(trial: Trial) -> dict[str, Any]:
 
 
 def training_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Of train.py, those that the user gave here or that differ from what they are there."""
+    """The flags for train.py: those that the user gave here, or whose defaults differ there."""
     shared = options.Parser()
     options.add_set_flags(shared)
     options.add_step_flags(shared, EBNAS["cifar"].flags)

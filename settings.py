@@ -142,7 +142,7 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Of train.py."""
+    """The settings of train.py."""
 
     run: RunSettings
     images: TrainImages
@@ -153,7 +153,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class ImageNetSettings:
-    """Of train_imagenet.py."""
+    """The settings of train_imagenet.py."""
 
     run: RunSettings
     images: ImageNetImages
@@ -164,7 +164,7 @@ class ImageNetSettings:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """Of train_search.py."""
+    """The settings of train_search.py."""
 
     run: RunSettings
     images: ImageSettings

@@ -90,7 +90,7 @@ def main(flags: options.Flags) -> None:
 def make_loaders(
     settings: TrainSettings, train_set: ImageSet, test_set: ImageSet, data: dict, world: World
 ) -> tuple[BatchLoader, ...]:
-    """For training, for choosing an epoch (held-out training images, or the test set), and for testing."""
+    """Loaders for training, for choosing an epoch (held-out training images or the test set), for testing."""
     images, batch_size, seed = settings.images, settings.step.batch_size, settings.run.seed
     augmentation = Augmentation(
         crop_padding=data["image_size"] // 8,
