@@ -98,7 +98,7 @@ class Standing:
 
 def standing(cells: Cells, groups: Sequence[Sequence[float]]) -> Standing:
     """The standing of the mean over cells of their mean figures. Random cells are drawn with repetition; so
-    are the named ones, where there are several; a mean over runs varies by the standard deviation between seeds."""
+    are the named ones, where there are several; a mean over runs varies by the deviation between seeds."""
     rng = np.random.default_rng(0)
     means, sizes = (np.array([f(group) for group in groups], float) for f in (np.mean, len))
     noise = cells.spread.seeds if cells.spread else math.nan
@@ -173,7 +173,7 @@ def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 
 def left_out_predictions(cells: Cells) -> np.ndarray:
-    """The figure of each cell as a ridge regression predicts it that was fitted without the cell's fold."""
+    """Each cell's figure, predicted by a ridge regression on the cells of other folds."""
     x = np.array([features(cell) for cell in cells.table.random], float)
     y = cells.accuracy
     order = np.random.default_rng(0).permutation(len(y))

@@ -221,8 +221,8 @@ def search(strategy: Strategy, where: Table | Surrogate, seed: int) -> Trial:
 
 class Reached(NamedTuple):
     """What the searches of a strategy reach at a cost: the mean and its 95 % interval, in standard deviations
-    of random cells above their mean. `gain`: less random search's at that cost, with its interval. `fresh`: the
-    mean again, by test accuracies of runs that no search saw (see `luck`)."""
+    of random cells above their mean. `gain`: less random search's at that cost, with its interval. `fresh`:
+    the mean again, by test accuracies of runs that no search saw (see `luck`)."""
 
     n: int
     mean: float
