@@ -5,39 +5,23 @@ python evaluate.py runs/eval-EXP-stage2-TIME/best.pt     # or a checkpoint file
 python evaluate.py runs/eval-*-stage?-*                  # several, in one table
 python evaluate.py RUN --data DIR                        # where the images are now
 python evaluate.py runs/eval-EXP-stage2-TIME --packed    # and as packed bits: do the two agree?
+python evaluate.py RUN --confusion                       # each class, and the pictures that are wrong
 python evaluate.py --costs                               # what the rows of the published tables cost
 python evaluate.py --costs runs/search-EXP-TIME          # what networks of these genotypes cost
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
-
-import torch
-from torch import nn
-from tqdm import tqdm
+from pathlib import Path
 
 import options
-from augment import Normalize
-from baselines import CELL_SYSTEMS, NOT_PUBLIC, ROWS, Config, Published, label, make_config, trained_network
-from checkpoint import load_checkpoint, network_config
-from cost import Cost, measure_cost
-from data import BatchLoader, Loader, imagenet_val_loader, load_set
-from distributed import World, setup
-from engine import Precision, choose_precision, evaluate
 from genotypes import describe
-from kernels import accelerate, choose_form
-from model import build_model
-from packed import PackedNetwork
-from packed.lowering import lower
-from utils import InputError, human, run_main
+from rows import CELL_SYSTEMS, NOT_PUBLIC, ROWS, Published
+from utils import InputError, check_usage, human, run_main
 
 
 def parser() -> options.Parser:
@@ -63,8 +47,39 @@ def parser() -> options.Parser:
     parser.add_argument(
         "--packed", action="store_true", help="run W1A1 networks as packed bits too, on the CPU"
     )
+    parser.add_argument(
+        "--confusion",
+        action="store_true",
+        help="each class's recall and precision, and which pictures are wrong: as CSV and pictures, in the "
+        "run's folder",
+    )
+    parser.add_argument("--out", metavar="DIR", help="where --confusion writes; default: the run's folder")
+    parser.needs("out", "confusion")
     options.add_device_flags(parser)
     return parser
+
+
+if __name__ == "__main__":
+    check_usage(parser)
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import confusion
+from augment import Normalize
+from baselines import Config, label, make_config, trained_network
+from checkpoint import LAST, load_checkpoint, network_config, resolve_checkpoint
+from cost import Cost, measure_cost
+from data import BatchLoader, Loader, imagenet_val_loader, load_set
+from distributed import World, setup
+from engine import Precision, choose_precision, evaluate
+from figures import draw_confusion
+from images import checked_range
+from kernels import accelerate, choose_form
+from model import build_model
+from packed import PackedNetwork
+from packed.lowering import lower
 
 
 def main(flags: options.Flags) -> None:
@@ -75,6 +90,8 @@ def main(flags: options.Flags) -> None:
         return
     if not args.checkpoints:
         raise InputError("give checkpoints or run folders, or --costs")
+    if args.out and len(args.checkpoints) > 1:
+        raise InputError("--out takes the files of one checkpoint; leave it out, or give one")
     for line in flags.idle:
         print(line)
     world = setup(args.device)
@@ -98,6 +115,8 @@ def main(flags: options.Flags) -> None:
         rows.append((path, checkpoint, means, cost))
         if packed is not None:
             compare_packed(path, model, packed, loaders[key])
+        if args.confusion:
+            show_confusion(path, args.out, model, loaders[key], data["classes"], precision)
     print_table(rows)
 
 
@@ -124,14 +143,35 @@ def compare_packed(path: str, model: nn.Module, network: PackedNetwork, loader: 
     )
 
 
+def show_confusion(
+    path: str, out: str | None, model: nn.Module, loader: Loader, classes: list[str], precision: Precision
+) -> None:
+    """Print what the network of a checkpoint confuses, and write it into `out`, by default its folder."""
+    file = resolve_checkpoint(path)
+    folder, prefix = Path(out or file.parent), "" if file.name == LAST else f"{file.stem}-"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = confusion.measure_confusion(model, loader, classes, precision=precision)
+    print(f"{path}:")
+    print("\n".join(confusion.table(result)))
+    written = confusion.write_tables(result, folder, prefix=prefix, paths=paths_of(loader))
+    for file in written + draw_confusion(result, folder, prefix=prefix):
+        print(file)
+    print()
+
+
+def paths_of(loader: Loader) -> list[str]:
+    """The files of its images, in its order; none where they are not files."""
+    return [os.fsdecode(path) for path in loader.source.paths]
+
+
 def test_loader(data: dict, root: str, batch_size: int, workers: int, world: World) -> Loader:
     """The images that a checkpoint's training was tested on, as it saw them."""
+    value_range = checked_range(data.get("value_range"))
+    how = {"image_size": data["image_size"], "workers": workers, "value_range": value_range}
     if data["set"] == "imagenet":
-        loader, classes = imagenet_val_loader(
-            root, batch_size, device=world.device, workers=workers, image_size=data["image_size"]
-        )
+        loader, classes = imagenet_val_loader(root, batch_size, device=world.device, **how)
     else:
-        test_set = load_set(data["set"], root, train=False, image_size=data["image_size"], workers=workers)
+        test_set = load_set(data["set"], root, train=False, **how)
         classes = test_set.classes
         normalize = Normalize(data["mean"], data["std"])
         loader = BatchLoader(test_set.to(world.device), batch_size, normalize=normalize)
@@ -156,7 +196,7 @@ def print_table(rows: list[tuple[str, dict, dict, Cost]]) -> None:
                 f"{checkpoint['kind']} W{config.weight_bits}A{config.activation_bits}",
                 str(checkpoint["epoch"]),
                 f"{means['top1']:.2f}",
-                f"{means['top5']:.2f}",
+                f"{means['top5']:.2f}" if config.num_classes >= 6 else "-",
                 human(cost.parameters),
                 human(cost.ops),
                 human(cost.convolution_ops),

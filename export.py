@@ -13,34 +13,11 @@ networks do. Given --web, --onnx, --pt2 or --c, export.py writes no .ebnas file 
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import os
 from pathlib import Path
 
-import numpy as np
-
 import options
-from baselines import trained_network
-from board import BoardFiles, board_files
-from checkpoint import load_checkpoint, resolve_checkpoint
-from folders import readable_classes
-from packed import (
-    NoCompiler,
-    PackedFileError,
-    PackedNetwork,
-    Program,
-    parse_program,
-    program_bytes,
-    read_program,
-)
-from packed.exchange import onnx_bytes, pt2_bytes
-from packed.lowering import lower
-from utils import InputError, check_output, run_main, write_atomically
-from web import page
+from utils import InputError, check_output, check_usage, run_main, write_atomically
 
 
 def parser() -> options.Parser:
@@ -60,6 +37,29 @@ def parser() -> options.Parser:
         help="C99 for a microcontroller: a library's folder, whose name is that of the C functions",
     )
     return parser
+
+
+if __name__ == "__main__":
+    check_usage(parser)
+
+import numpy as np
+
+from baselines import trained_network
+from board import BoardFiles, board_files
+from checkpoint import load_checkpoint, resolve_checkpoint
+from folders import readable_classes
+from packed import (
+    NoCompiler,
+    PackedFileError,
+    PackedNetwork,
+    Program,
+    parse_program,
+    program_bytes,
+    read_program,
+)
+from packed.exchange import onnx_bytes, pt2_bytes
+from packed.lowering import lower
+from web import page
 
 
 def main(flags: options.Flags) -> None:
