@@ -120,7 +120,7 @@ class Cell(nn.Module):
             terms = []
             for edge in (node, node + 1):
                 y = self.operated(edge, states)
-                drops = keep is not None and not isinstance(self.operations[edge], nn.Identity | Zero)
+                drops = keep is not None and not isinstance(self.operations[edge], (nn.Identity, Zero))
                 terms.append(drop_path(y, keep) if drops else y)
             states.append(terms[0] + terms[1])
         return torch.cat([states[i] for i in self.concat], dim=1)
