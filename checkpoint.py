@@ -268,6 +268,8 @@ def _is_data(value: Any) -> bool:
         and all(_are_numbers(value.get(name), 3) for name in ("mean", "std"))
         and min(value["std"]) > 0
         and ("value_range" not in value or _are_numbers(value["value_range"], 2))
+        and isinstance(tested := value.get("test_files", []), list)
+        and all(map(_is_name, tested))
     )
 
 

@@ -144,7 +144,7 @@ import torch
 from data import channel_statistics, load_set
 from figures import draw_genotype
 from processes import PATIENCE, claimed, signals_to_interrupts
-from run_data import describe_data
+from run_data import describe_data, test_files_of
 from runs import LOCATION, RESULT, RUNS, Run, create_run, differing_flags, read_args
 from trials.costs import Costs
 from trials.pictures import draw_search
@@ -163,6 +163,7 @@ def main(flags: options.Flags) -> None:
         workers=args.workers,
         count=args.train_images,
         value_range=checked_range(args.value_range),
+        test_files=test_files_of(args.set, args.data, args.test_part),
     )
     images = len(train_set) - args.holdout
     if images <= 0:

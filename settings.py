@@ -32,6 +32,7 @@ class ImageSettings:
     image_size: int
     train_images: int
     value_range: list[float] | None
+    test_part: float
     cutout: bool
     cutout_length: int
 
