@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, environment
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_downloads
 from torchvision.transforms import v2
 
@@ -269,7 +270,7 @@ def test_a_channel_without_spread_can_be_normalised():
 
 def make_cifar(root, monkeypatch, name: str, archive: bool) -> np.ndarray:
     """A tiny CIFAR in torchvision's own format, with checksums to match; returns its images, (n, 3072)."""
-    source = {"cifar10": data.CIFAR10, "cifar100": data.CIFAR100}[name]
+    source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     folder = root / source.base_folder
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
