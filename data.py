@@ -657,7 +657,7 @@ def imagenet_loaders(
     Raises InputError for a missing `train` or `val`, an empty class, classes that differ between them, and an
     unreadable file among TRIED of each.
     """
-    files = _list_images(_imagenet_folders(root)[0])
+    files = _list_images(imagenet_folders(root)[0])
     reader = _Reader(files, image_size, seed=seed, jpeg_draft=jpeg_draft, color_jitter=color_jitter)
     reader.try_some()
     placed = {"device": device, "workers": workers, "share": share}
@@ -684,7 +684,7 @@ def imagenet_val_loader(
     share: Share = Share(),
 ) -> tuple[FileLoader, tuple[str, ...]]:
     """The validation loader of `imagenet_loaders` alone, and the classes' names."""
-    files = _list_images(_imagenet_folders(root)[1])
+    files = _list_images(imagenet_folders(root)[1])
     reader = _Reader(files, image_size, resize=evaluation_resize(image_size, imagenet=True))
     reader.try_some()
     loader = FileLoader(
@@ -693,7 +693,8 @@ def imagenet_val_loader(
     return loader, tuple(files.classes)
 
 
-def _imagenet_folders(root: str | Path) -> tuple[Path, Path]:
+def imagenet_folders(root: str | Path) -> tuple[Path, Path]:
+    """train/ and val/ in `root`, or in its ILSVRC2012 or ImageNet-ILSVRC2012. Raises InputError: none."""
     roots = [Path(root), Path(root, "ILSVRC2012"), Path(root, "ImageNet-ILSVRC2012")]
     return _split_folders(roots, held_out=("val",))
 

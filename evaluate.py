@@ -5,6 +5,7 @@ python evaluate.py runs/eval-EXP-stage2-TIME/best.pt     # or a checkpoint file
 python evaluate.py runs/eval-*-stage?-*                  # several, in one table
 python evaluate.py RUN --data DIR                        # where the images are now
 python evaluate.py runs/eval-EXP-stage2-TIME --packed    # and as packed bits: do the two agree?
+python evaluate.py model_best.pth.tar --arch GENOTYPE    # of the original EBNAS program, or of BNAS's
 python evaluate.py --costs                               # what the rows of the published tables cost
 python evaluate.py --costs runs/search-EXP-TIME          # what networks of these genotypes cost
 """
@@ -27,7 +28,7 @@ from tqdm import tqdm
 import options
 from augment import Normalize
 from baselines import CELL_SYSTEMS, NOT_PUBLIC, ROWS, Config, Published, label, make_config, trained_network
-from checkpoint import load_checkpoint, network_config
+from checkpoint import network_config
 from cost import Cost, measure_cost
 from data import BatchLoader, Loader, imagenet_val_loader, load_set
 from distributed import World, setup
@@ -35,8 +36,11 @@ from engine import Precision, choose_precision, evaluate
 from genotypes import describe
 from kernels import accelerate, choose_form
 from model import build_model
+from originals import SETS as ORIGINAL_SETS
+from originals import Said, load_as_said, named
 from packed import PackedNetwork
 from packed.lowering import lower
+from stage_flags import STAGE1_BITS
 from utils import InputError, human, run_main
 
 
@@ -60,6 +64,12 @@ def parser() -> options.Parser:
     parser.add_argument("--data", help="where the images are; default: where they were in training")
     parser.add_argument("--batch_size", type=options.integer(1), default=256)
     options.add_worker_flag(parser)
+    options.add_original_flags(parser, ORIGINAL_SETS)
+    parser.add_argument(
+        "--stage1",
+        choices=tuple(STAGE1_BITS),
+        help="that it is a checkpoint of stage 1, and what that made binary; default: W1A1, of stage 2",
+    )
     parser.add_argument(
         "--packed", action="store_true", help="run W1A1 networks as packed bits too, on the CPU"
     )
@@ -79,7 +89,8 @@ def main(flags: options.Flags) -> None:
         print(line)
     world = setup(args.device)
     precision = choose_precision(args.precision, world.device, tf32=args.tf32)
-    checkpoints = [(path, load_checkpoint(path)) for path in args.checkpoints]
+    said = Said(args.arch, args.variant, args.stage1, args.set, args.image_size, args.data)
+    checkpoints = [(path, load_as_said(path, said)) for path in args.checkpoints]
     loaders: dict[str, Loader] = {}
     rows = []
     for path, checkpoint in checkpoints:
@@ -135,7 +146,7 @@ def test_loader(data: dict, root: str, batch_size: int, workers: int, world: Wor
         classes = test_set.classes
         normalize = Normalize(data["mean"], data["std"])
         loader = BatchLoader(test_set.to(world.device), batch_size, normalize=normalize)
-    if list(classes) != data["classes"]:
+    if list(classes) != named(data, classes)["classes"]:
         raise InputError(
             f"{root} has the classes {', '.join(classes[:5])}, ...; the network was trained on "
             f"{', '.join(data['classes'][:5])}, ...: give its images with --data"
@@ -154,7 +165,7 @@ def print_table(rows: list[tuple[str, dict, dict, Cost]]) -> None:
                 path,
                 checkpoint["data"]["set"],
                 f"{checkpoint['kind']} W{config.weight_bits}A{config.activation_bits}",
-                str(checkpoint["epoch"]),
+                "-" if checkpoint["epoch"] is None else str(checkpoint["epoch"]),
                 f"{means['top1']:.2f}",
                 f"{means['top5']:.2f}",
                 human(cost.parameters),

@@ -376,6 +376,15 @@ def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
     parser.idle["data"] = (lambda flags: flags.set == "shapes", "--set shapes is drawn, and reads nothing")
 
 
+def add_original_flags(parser: Parser, sets: Sequence[str]) -> None:
+    """What a checkpoint of another program does not say of itself (see originals.py)."""
+    flag = parser.add_argument_group("a checkpoint of the original EBNAS program, or of BNAS's").add_argument
+    flag("--arch", help="its genotype, as train.py --arch takes it; default: the published one of its system")
+    flag("--variant", help="of BNAS as_run or intended; default: as_run")
+    flag("--set", choices=sets, help="its images; default: CIFAR-10, CIFAR-100 or ImageNet, by its classes")
+    flag("--image_size", type=integer(16, 4096), help="of these; default: 32, of ImageNet 224")
+
+
 def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping[str, Any]) -> None:
     """Flags of a derived network and of its two stages. `defaults`: of EBNAS's recipe; `size`: of its row."""
     from binary_ops import WEIGHT_BINARIZATIONS

@@ -12,7 +12,8 @@ from torch import nn
 
 import options
 from baselines import Config
-from checkpoint import load_checkpoint, network_config, resolve_checkpoint
+from checkpoint import is_own, network_config
+from originals import Said, find_file, load_any
 from recipes import get_recipe
 from runs import newest_checkpoint
 from settings import StageSettings
@@ -40,8 +41,8 @@ def find_start(settings: StageSettings, config: Config, data: dict[str, Any]) ->
             raise InputError("--from_scratch and --pretrained contradict each other; give one")
         return None
     if network.pretrained:
-        path = resolve_checkpoint(network.pretrained)
-        checkpoint = load_checkpoint(path)
+        path = find_file(network.pretrained)
+        checkpoint = load_start_checkpoint(path, settings, data)
         if checkpoint["kind"] != "stage1":
             raise InputError(
                 f"{path} is a {checkpoint['kind']} checkpoint; stage 2 starts from stage 1, which the same "
@@ -73,6 +74,16 @@ def find_start(settings: StageSettings, config: Config, data: dict[str, Any]) ->
             "--pretrained PATH, or --from_scratch"
         )
     return found
+
+
+def load_start_checkpoint(path: Path, settings: StageSettings, data: dict[str, Any]) -> dict:
+    """The checkpoint that --pretrained names. That of another program says nothing of its stage, genotype and
+    images: it is taken as of this run's stage 1, genotype and, with as many classes, images."""
+    network = settings.network
+    checkpoint = load_any(path, Said(network.arch, network.variant, network.stage1, data["set"]))
+    if not is_own(checkpoint) and len(checkpoint["data"]["classes"]) == len(data["classes"]):
+        checkpoint["data"] = data
+    return checkpoint
 
 
 def _differences(checkpoint: dict, config: Config, data: dict[str, Any]) -> list[str]:
