@@ -376,6 +376,16 @@ def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
     parser.idle["data"] = (lambda flags: flags.set == "shapes", "--set shapes is drawn, and reads nothing")
 
 
+def add_most_skips_flag(parser: Parser, note: str = "") -> None:
+    parser.add_argument(
+        "--most_skips",
+        metavar="N",
+        type=integer(0),
+        help="keep at most N skips in the normal cell, those of largest weight; the other edges take their "
+        f"next best operation; default: however many there are{note}",
+    )
+
+
 def add_original_flags(parser: Parser, sets: Sequence[str]) -> None:
     """What a checkpoint of another program does not say of itself (see originals.py)."""
     flag = parser.add_argument_group("a checkpoint of the original EBNAS program, or of BNAS's").add_argument
