@@ -4,6 +4,7 @@
     python benchmark.py train                       # a step of stage 2 at CIFAR's size, and the original's
     python benchmark.py train --family imagenet
     python benchmark.py data                        # the loaders' rates beside those of the networks
+    python benchmark.py gpu --out FILE.json         # all that a GPU can tell in 8 minutes
     python benchmark.py memory                      # what the published runs need of a GPU, counted
     python benchmark.py train --arch BNAS-A         # of another row of the tables (docs/rows.md)
     python benchmark.py infer model.ebnas           # a packed network beside its float form in other engines
@@ -18,13 +19,9 @@ a call that do work (no views), the optimisers' too: on a GPU each is a kernel t
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import argparse
 import copy
+import ctypes
 import itertools
 import json
 import math
@@ -35,99 +32,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor, nn
-
-import memory
 import options
-from architect import Architect, edge_regularizer, path_regularizer
-from augment import Augmentation, Normalize
-from baselines import make_config, settings_of, system_of
-from binary_ops import WEIGHT_BINARIZATIONS
-from comparison.engines import RIVALS, Logits, float_network, make_runner
-from comparison.measure import CLOCKS, MEMORY, Case, measure
-from comparison.original_network import original_network
-from comparison.original_search import OriginalSupernet
-from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
-from distributed import World, setup
-from engine import (
-    Precision,
-    Training,
-    backward,
-    in_memory_format,
-    precision_of,
-    training_loss,
-    training_step,
-    update,
-)
-from kernels import Form, accelerate, choose_form
-from kernels.compilation import compile_regions
-from model import FAMILIES, CellNetwork, build_model
-from model_search import SearchConfig, Supernet
-from packed import PackedNetwork, Program, available_kernels, load, program_bytes
-from packed.lowering import lower
-from runs import machine
-from utils import InputError, one_line, run_main
-
-IMAGES = {"cifar": (32, 10), "imagenet": (224, 1000)}
-"""Usual size, and number of classes."""
+from choices import CLOCKS, COMPILE_MODES, FAMILIES, RIVALS, WEIGHT_BINARIZATIONS
+from utils import InputError, check_output, check_usage, one_line, run_main
 
 BITS = {"w1a1": (1, 1), "w1a32": (1, 32), "w32a1": (32, 1)}
-CRITERION = nn.CrossEntropyLoss()
-
-
-def parser() -> options.Parser:
-    parser = options.Parser(__doc__)
-    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
-    benchmarks.add_parser("memory", help=memory.__doc__.splitlines()[0])
-    for name, (add_flags, cases) in BENCHMARKS.items():
-        benchmark = benchmarks.add_parser(name, help=cases.__doc__, description=cases.__doc__)
-        add_flags(benchmark)
-        flag = benchmark.add_argument
-        flag("--repeats", type=options.integer(1), default=5, help="rounds that are timed")
-        flag("--warmup", type=options.integer(0), default=1, help="rounds before them that are not")
-        flag("--clock", choices=CLOCKS, default="wall", help="cpu: this process's time on a busy machine")
-        if name == "infer":  # always float32, on the CPU
-            benchmark.set_defaults(device="cpu")
-            continue
-        flag("--compile", action="store_true", help="torch.compile of our form")
-        options.add_device_flags(benchmark)
-        options.add_layout_flags(benchmark)
-        options.add_kernels_flag(benchmark)
-        parser.idle |= benchmark.idle
-    return parser
-
-
-def main(flags: options.Flags) -> None:
-    args = flags.values
-    if args.benchmark == "memory":
-        print("\n".join(memory.table()))
-        return
-    world = setup(args.device)
-    print_head(args, world.device)
-    for line in flags.idle:
-        print(line)
-    torch.manual_seed(0)
-    _, cases = BENCHMARKS[args.benchmark]
-    if args.benchmark == "infer":
-        check_network_given(flags)
-    with cases(args, world) as to_time:
-        rows = measure(
-            to_time,
-            repeats=args.repeats,
-            warmup=args.warmup,
-            clock=args.clock,
-            device=world.device,
-            # what compiled code and other engines do is not dispatched
-            count=args.benchmark != "infer" and not args.compile,
-        )
-    print_table(rows, world.device)
-    print(json.dumps({"settings": vars(args), "machine": machine(world.device), "rows": rows}))
-
-
-# What is timed
 
 
 def add_search_flags(parser: options.Parser) -> None:
@@ -136,65 +45,6 @@ def add_search_flags(parser: options.Parser) -> None:
     flag("--layers", type=options.integer(3, 1_000), default=8)
     flag("--batch_size", type=options.integer(1), default=64)
     flag("--image_size", type=options.integer(16, 4096), default=32)
-
-
-@contextmanager
-def search_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
-    """a weight step, and an architecture step with a weight step: ours, and the original's"""
-    ours = Supernet(SearchConfig(args.init_channels, args.layers)).to(world.device)
-    original = OriginalSupernet(copy.deepcopy(ours))
-    form = form_of(args, world.device)
-    in_memory_format(accelerate(ours, form.name), args.memory_format, auto="contiguous")
-    if args.compile:
-        compile_regions(ours)
-    precision = precision_of(args, world.device)
-    batch = random_batch(args.batch_size, args.image_size, 10, world.device)
-    architect = Architect(
-        ours, learning_rate=6e-4, weight_decay=1e-3, path_reg_weight=1.5, edge_reg_weight=0.8
-    )
-    weight_step = step_of(ours, ours.weight_parameters(), batch, precision, world)
-
-    def both_steps() -> None:
-        batches = itertools.repeat(batch)
-        architect.step(batches, ramp=1.0, batch_size=args.batch_size, world=world, precision=precision)
-        weight_step()
-
-    original_weight_step, original_both_steps = original_search_steps(original, batch, precision, world)
-    n = args.batch_size
-    yield [
-        Case("weight", weight_step, n, against="weight, original"),
-        Case("weight, original", original_weight_step, n),
-        Case("architecture + weight", both_steps, n, against="architecture + weight, original"),
-        Case("architecture + weight, original", original_both_steps, n),
-    ]
-
-
-def original_search_steps(
-    network: OriginalSupernet, batch: Batch, precision: Precision, world: World
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The weight step, and both steps, as the original takes them: each computes the gradients of all
-    parameters, and Adam is torch's default one."""
-    weights, arch = network.weight_parameters(), network.arch
-    weight_optimizer = torch.optim.Adam(weights, lr=1e-3, weight_decay=3e-4)
-    training = Training(network, CRITERION, weight_optimizer, world, precision)
-    arch_optimizer = torch.optim.Adam(arch.values(), lr=6e-4, betas=(0.5, 0.999), weight_decay=1e-3)
-
-    def loss() -> Tensor:
-        network.zero_grad()  # of what the optimiser does not step, too
-        return training_loss(training, batch)[0]
-
-    def weight_step() -> None:
-        backward(loss(), precision)
-        update(weight_optimizer, world, precision, grad_clip=5.0)
-
-    def both_steps() -> None:
-        path = path_regularizer(arch["alphas_normal"]) + path_regularizer(arch["alphas_reduce"])
-        edge = edge_regularizer(arch["betas_normal"]) + edge_regularizer(arch["betas_reduce"])
-        backward(loss() + 1.5 * path + 0.8 * edge, precision)
-        update(arch_optimizer, world, precision)
-        weight_step()
-
-    return weight_step, both_steps
 
 
 def add_size_flags(parser: options.Parser) -> None:
@@ -225,9 +75,188 @@ def add_train_flags(parser: options.Parser) -> None:
     add_network_flags(parser)
 
 
+def add_data_flags(parser: options.Parser) -> None:
+    add_network_flags(parser)
+    parser.add_argument("--images", type=options.integer(1), default=256, help="JPEG files that are made")
+    parser.add_argument("--width", type=options.integer(16, 10_000), default=500, help="theirs; height: 3/4")
+    options.add_worker_flag(parser)
+
+
+def add_infer_flags(parser: options.Parser) -> None:
+    flag = parser.add_argument
+    flag("model", nargs="?", help="a packed network (export.py)")
+    flag("--arch", help="instead of a file: a network of random weights, BN spread as after training")
+    add_family_flag(parser)
+    add_size_flags(parser)
+    flag("--batch_size", type=options.integer(1), default=1)
+    parser.add_argument("--threads", type=options.integer(1, 1024), default=1)
+    parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=RIVALS)
+
+
+def add_kernel_flags(parser: options.Parser) -> None:
+    flag = parser.add_argument
+    flag("--init_channels", type=options.integer(1, 10_000), default=84, help="of a normal cell")
+    flag("--groups", type=options.integer(1, 10_000), default=14)
+    flag("--image_size", type=options.integer(1, 4096), default=32)
+    flag("--batch_size", type=options.integer(1), default=16)
+
+
+BENCHMARKS = {
+    "search": (
+        add_search_flags,
+        "a weight step, and an architecture step with a weight step: ours, and the original's",
+    ),
+    "train": (
+        add_train_flags,
+        "a training step: of our network, and of EBNAS's original's (its binarization plain)",
+    ),
+    "kernels": (
+        add_kernel_flags,
+        "a unit of each kind, forward and backward, in C and in torch's form, beside what a core can do",
+    ),
+    "data": (
+        add_data_flags,
+        "the loaders of CIFAR and of ImageNet, and beside each a training step of its network",
+    ),
+    "infer": (
+        add_infer_flags,
+        "a packed network, on every path of its kernel that runs here, and its float form elsewhere",
+    ),
+}
+"""By name: a function that adds its flags, and what is timed."""
+
+
+def parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    benchmarks.add_parser("memory", help="the GPU memory that a training step needs, counted")
+    words = "all that minutes on a GPU can tell, each part kept as it comes"
+    flag = benchmarks.add_parser("gpu", help=words, description=words).add_argument
+    flag("--minutes", type=options.positive_float, default=8.0, help="what there is not time for is left out")
+    flag("--out", type=options.path, metavar="FILE.json", help="where each part's result is kept at once")
+    for name, (add_flags, words) in BENCHMARKS.items():
+        benchmark = benchmarks.add_parser(name, help=words, description=words)
+        add_flags(benchmark)
+        flag = benchmark.add_argument
+        flag("--repeats", type=options.integer(1), default=5, help="rounds that are timed")
+        flag("--warmup", type=options.integer(0), default=1, help="rounds before them that are not")
+        flag("--clock", choices=CLOCKS, default="wall", help="cpu: this process's time on a busy machine")
+        if name in ("infer", "kernels"):  # always float32, on the CPU
+            benchmark.set_defaults(device="cpu")
+            continue
+        flag("--compile", action="store_true", help="torch.compile of our form")
+        flag("--compile_mode", choices=COMPILE_MODES, default="default", help="of torch.compile")
+        benchmark.needs("compile_mode", "compile")
+        options.add_device_flags(benchmark)
+        options.add_layout_flags(benchmark)
+        options.add_kernels_flag(benchmark)
+        parser.idle |= benchmark.idle
+    return parser
+
+
+if __name__ == "__main__":
+    check_usage(parser)
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import memory
+from augment import Augmentation, Normalize
+from baselines import make_config, settings_of
+from comparison import gpu
+from comparison.engines import Logits, float_network, make_runner
+from comparison.measure import MEMORY, Case, measure
+from comparison.original_network import original_network
+from comparison.original_search import OriginalSupernet
+from comparison.steps import original_search_steps, random_batch, search_steps, step_of, until_it_fits
+from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
+from distributed import World, setup
+from engine import in_memory_format, parts_of, precision_of
+from genotypes import get_genotype
+from kernels import Form, accelerate, choose_form
+from kernels.compilation import compile_regions
+from kernels.library import library, unavailable
+from model import ModelConfig, build_model
+from model_search import SearchConfig, Supernet
+from operations import CONVOLUTIONS
+from packed import PackedNetwork, Program, available_kernels, load, program_bytes
+from packed.lowering import lower
+from rows import system_of
+from runs import machine
+
+IMAGES = {"cifar": (32, 10), "imagenet": (224, 1000)}
+"""Usual size, and number of classes."""
+
+
+def main(flags: options.Flags) -> None:
+    args = flags.values
+    if args.benchmark == "memory":
+        print("\n".join(memory.table()))
+        return
+    if args.benchmark == "gpu":
+        on_gpu(args.minutes, args.out)
+        return
+    world = setup(args.device)
+    print_head(args, world.device)
+    for line in flags.idle:
+        print(line)
+    torch.manual_seed(0)
+    cases = CASES[args.benchmark]
+    if args.benchmark == "infer":
+        check_network_given(flags)
+    with cases(args, world) as to_time:
+        rows = measure(
+            to_time,
+            repeats=args.repeats,
+            warmup=args.warmup,
+            clock=args.clock,
+            device=world.device,
+            # what compiled code and other engines do is not dispatched
+            count=args.benchmark not in ("infer", "kernels") and not args.compile,
+        )
+    print_table(rows, world.device)
+    print(json.dumps({"settings": vars(args), "machine": machine(world.device), "rows": rows}))
+
+
+def on_gpu(minutes: float, out: Path | None) -> None:
+    if not torch.cuda.is_available():
+        raise InputError("there is no CUDA GPU here, or this build of torch has no CUDA")
+    if out is not None:
+        check_output(out)
+    content = gpu.run(gpu.Card(setup("cuda").device), minutes=minutes, out=out)
+    print("\n".join([*gpu.table(content), "", *content["summary"]]))
+
+
+# What is timed
+
+
+@contextmanager
+def search_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
+    """a weight step, and an architecture step with a weight step: ours, and the original's"""
+    ours = Supernet(SearchConfig(args.init_channels, args.layers)).to(world.device)
+    original = OriginalSupernet(copy.deepcopy(ours))
+    form = form_of(args, world.device)
+    in_memory_format(accelerate(ours, form.name), args.memory_format, auto="contiguous")
+    if args.compile:
+        compile_regions(ours, mode=args.compile_mode)
+    precision = precision_of(args, world.device)
+    batch = random_batch(args.batch_size, args.image_size, 10, world.device)
+    weight_step, both_steps = search_steps(ours, batch, precision, world)
+    original_weight_step, original_both_steps = original_search_steps(original, batch, precision, world)
+    n = args.batch_size
+    yield [
+        Case("weight", weight_step, n, against="weight, original"),
+        Case("weight, original", original_weight_step, n),
+        Case("architecture + weight", both_steps, n, against="architecture + weight, original"),
+        Case("architecture + weight, original", original_both_steps, n),
+    ]
+
+
 @contextmanager
 def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
-    """a training step: of our network as it is trained, and of EBNAS's original's (its binarization plain)"""
+    """a training step: of our network, and of EBNAS's original's (its binarization plain)"""
     ours, batch = network_and_batch(args, args.family, world.device)
     original = original_network(ours) if ours.config.system == "ebnas" else None
     ours = as_trained(ours, args, world.device)
@@ -236,18 +265,49 @@ def train_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
     if original is None:
         yield [Case("training", our_step, args.batch_size)]
         return
-    original_step = step_of(original, list(original.parameters()), batch, precision, world, fused_adam=False)
+
+    def original_step_on(images: int) -> Callable[[], Any]:
+        part = next(parts_of(batch, args.batch_size // images))
+        return step_of(original, list(original.parameters()), part, precision, world, fused_adam=False)
+
+    original_step, images = until_it_fits(original_step_on, args.batch_size)
+    if images < args.batch_size:
+        print(f"the original's form does not fit at {args.batch_size} images: it is timed at {images}")
     yield [
         Case("training", our_step, args.batch_size, against="training, original"),
-        Case("training, original", original_step, args.batch_size),
+        Case("training, original", original_step, images),
     ]
 
 
-def add_data_flags(parser: options.Parser) -> None:
-    add_network_flags(parser)
-    parser.add_argument("--images", type=options.integer(1), default=256, help="JPEG files that are made")
-    parser.add_argument("--width", type=options.integer(16, 10_000), default=500, help="theirs; height: 3/4")
-    options.add_worker_flag(parser)
+@contextmanager
+def kernel_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
+    """A training step's work on each kind of unit: the signs' product, and both gradients of it."""
+    if reason := unavailable():
+        raise InputError(f"there are no native kernels here: {reason}")
+    c, size, n = args.init_channels, args.image_size, args.batch_size
+    config = ModelConfig(get_genotype("EBNAS"), init_channels=c, groups=args.groups)  # or it says what fits
+    network = build_model(config)
+    units = {name: network.operation(name, c, 1) for name in CONVOLUTIONS}
+    units["1x1, 4 C to C"] = network.preprocess(4 * c, c)
+    cases = []
+    for name, unit in units.items():
+        macs = 3 * n * size**2 * unit.conv.weight.numel()  # forward, of the input, of the weights
+        x = torch.randn(n, unit.conv.in_channels, size, size)
+        run = partial(forward_and_backward, accelerate(copy.deepcopy(unit), "native"), x)
+        other = accelerate(unit, "torch").to(memory_format=torch.channels_last)
+        run_torch = partial(forward_and_backward, other, x.to(memory_format=torch.channels_last))
+        cases.append(Case(name, run, n, against=f"{name}, torch", macs=macs))
+        cases.append(Case(f"{name}, torch", run_torch, n, macs=macs))
+    multiply_adds, rounds = library(torch.float32).multiply_adds, 10_000_000
+    start = (ctypes.c_float * 16)()
+    macs = multiply_adds(ctypes.c_int64(1), start) * rounds
+    alone = partial(multiply_adds, ctypes.c_int64(rounds), start)
+    yield [*cases, Case("multiply-adds alone", alone, 1, macs=macs)]
+
+
+def forward_and_backward(unit: nn.Module, x: Tensor) -> None:
+    y = unit(x.requires_grad_())
+    torch.autograd.grad(y, [x, *unit.parameters()], torch.ones_like(y))
 
 
 @contextmanager
@@ -290,20 +350,9 @@ def difference(one: Loader, other: Loader) -> str:
     return f"pixels differ by {mean:.2f} levels of 255, PSNR {psnr:.1f} dB"
 
 
-def add_infer_flags(parser: options.Parser) -> None:
-    flag = parser.add_argument
-    flag("model", nargs="?", help="a packed network (export.py)")
-    flag("--arch", help="instead of a file: a network of random weights, BN spread as after training")
-    add_family_flag(parser)
-    add_size_flags(parser)
-    flag("--batch_size", type=options.integer(1), default=1)
-    parser.add_argument("--threads", type=options.integer(1, 1024), default=1)
-    parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=RIVALS)
-
-
 @contextmanager
 def infer_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
-    """a packed network, on every path of its kernel that this processor runs, and its float form elsewhere"""
+    """a packed network, on every path of its kernel that runs here, and its float form elsewhere"""
     torch.set_num_threads(args.threads)
     program, network, size = program_and_network(args)
     images = torch.randn(args.batch_size, 3, program.image_size, program.image_size)
@@ -335,21 +384,17 @@ def infer_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
         yield cases
 
 
-BENCHMARKS = {
-    "search": (add_search_flags, search_cases),
-    "train": (add_train_flags, train_cases),
-    "data": (add_data_flags, data_cases),
-    "infer": (add_infer_flags, infer_cases),
+CASES = {
+    "search": search_cases,
+    "train": train_cases,
+    "kernels": kernel_cases,
+    "data": data_cases,
+    "infer": infer_cases,
 }
-"""By name: a function that adds its flags, and a context that gives its cases."""
+"""By name of a benchmark: a context that gives what it times."""
 
 
 # What the cases are made of
-
-
-def random_batch(n: int, size: int, classes: int, device: torch.device) -> Batch:
-    images = torch.randn(n, 3, size, size, device=device)
-    return Batch(images, torch.randint(classes, (n,), device=device), n)
 
 
 def network_of(args: argparse.Namespace, family: str, **settings: Any) -> tuple[nn.Module, int]:
@@ -415,26 +460,8 @@ def as_trained(model: nn.Module, args: argparse.Namespace, device: torch.device)
     auto = "channels_last" if channels_last else "contiguous"
     in_memory_format(accelerate(model, form.name), args.memory_format, auto=auto)
     if args.compile:
-        compile_regions(model)
+        compile_regions(model, mode=args.compile_mode)
     return model
-
-
-def step_of(
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    batch: Batch,
-    precision: Precision,
-    world: World,
-    *,
-    fused_adam: bool = True,
-) -> Callable[[], None]:
-    """A call takes a step on `batch`, as the training scripts take it by default."""
-    # None, not False: Adam's default chooses its form by the device
-    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=fused_adam or None)
-    if isinstance(model, CellNetwork):  # not a supernet
-        model.register_update_rule(optimizer)
-    training = Training(model, CRITERION, optimizer, world, precision, grad_clip=5.0, auxiliary_weight=0.4)
-    return partial(training_step, training, batch)
 
 
 def cifar_loader(batch_size: int, device: torch.device) -> BatchLoader:
@@ -451,12 +478,12 @@ def cifar_loader(batch_size: int, device: torch.device) -> BatchLoader:
 
 
 def make_jpegs(root: Path, n: int, width: int) -> None:
-    """ImageNet-like files, smooth noise of a photograph's proportions: `n` in train, one in val."""
+    """ImageNet-like files, smooth noise of a photograph's proportions: `n` in train, two in val."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", n), ("val", 1)):
-        folder = root / part / "noise"
-        folder.mkdir(parents=True)
+    for part, count in (("train", n), ("val", 2)):
         for index in range(count):
+            folder = root / part / f"noise{index % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
             coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
             size = width, width * 3 // 4
             coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{index}.jpg")
@@ -485,7 +512,7 @@ def print_head(args: argparse.Namespace, device: torch.device) -> None:
 def print_table(rows: list[dict], device: torch.device) -> None:
     column = MEMORY[device.type]
     columns = ["case", "median ms", "min", "max", "images/s"]
-    columns += [f"{column} MiB", "operations", "ratio", f"{column} ratio"]
+    columns += [f"{column} MiB", "operations", "ratio", f"{column} ratio", "GMAC/s"]
     print("| " + " | ".join(columns) + " |")
     print("|---|" + "---:|" * (len(columns) - 1))
     for row in rows:
@@ -495,7 +522,8 @@ def print_table(rows: list[dict], device: torch.device) -> None:
             f"{row['memory_bytes'] / 2**20:.0f}",
             str(row.get("operations", "")),
         ]
-        cells += [f"{row[name]:.2f}" if name in row else "" for name in ("ratio", "memory_ratio")]
+        numbers = ("ratio", "memory_ratio", "gmacs_per_second")
+        cells += [f"{row[name]:.2f}" if name in row else "" for name in numbers]
         print("| " + " | ".join(cells) + " |")
     print()
 

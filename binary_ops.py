@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from choices import WEIGHT_BINARIZATIONS
 from utils import InputError
-
-WEIGHT_BINARIZATIONS = ("plain", "balanced")
 
 
 def sign(x: Tensor, *, negative_zeros: bool = True) -> Tensor:
@@ -207,4 +206,4 @@ class RPReLU(nn.PReLU):
         return y + self.shift.to(y.dtype).view(-1, 1, 1)
 
 
-ACTIVATIONS = {"prelu": nn.PReLU, "rprelu": RPReLU}
+ACTIVATION_MODULES = {"prelu": nn.PReLU, "rprelu": RPReLU}

@@ -27,7 +27,7 @@ from baselines import Config, config_from_dict
 from distributed import World, float_buffers
 from model import build_model
 from model_search import SearchConfig, Supernet
-from utils import InputError, RunFailed, one_line, write_atomically
+from utils import WINDOWS, InputError, RunFailed, one_line, write_atomically
 
 FORMAT = "ebnas-checkpoint-1"
 LAST, BEST = "last.pt", "best.pt"
@@ -186,7 +186,8 @@ def resolve_checkpoint(path: str | Path, prefer: str = LAST) -> Path:
 
 
 def load_checkpoint(path: str | Path, prefer: str = LAST) -> dict:
-    """Read a checkpoint, tensors mapped from the file on the CPU.
+    """Read a checkpoint, tensors on the CPU: mapped from the file, but on Windows, which would then refuse to
+    replace it.
 
     Raises InputError: missing, truncated or damaged, of another program, or with an entry that is not what
     this program writes.
@@ -210,7 +211,7 @@ def read_file(path: Path) -> Any:
             raise ValueError(f"checksum of {damaged}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle's protocol, where it is no checkpoint
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and not WINDOWS)
     except Exception as error:  # torch.load raises a dozen kinds on a damaged or foreign file
         # of what torch says, nothing on its own flags: `you have two options, do those steps only if you t`
         reason = "it holds code" if "weights_only" in str(error) else one_line(error, 100)
@@ -289,6 +290,7 @@ def _is_data(value: Any) -> bool:
         and value["image_size"] > 0
         and all(_are_numbers(value.get(name), 3) for name in ("mean", "std"))
         and min(value["std"]) > 0
+        and ("value_range" not in value or _are_numbers(value["value_range"], 2))
     )
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import hashlib
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -32,8 +33,6 @@ import torch.nn.functional as F
 from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.transforms import RandomResizedCrop, v2
 from tqdm import tqdm
 
 from augment import (
@@ -47,12 +46,11 @@ from augment import (
     random_crop,
     random_flip,
 )
+from choices import SETS
 from folders import ImageFiles, class_names, list_images
-from images import central_corner, evaluation_resize, read_rgb, resized_shape
+from images import ValueRange, central_corner, evaluation_resize, read_rgb, resized_shape
 from shapes import SHAPES, draw_shapes
 from utils import InputError, RunFailed, nearest_multiples, one_line, printable
-
-SETS = ("cifar10", "cifar100", "shapes", "folder")
 
 # Of the training images: DARTS's and PC-DARTS's for CIFAR.
 STATISTICS = {
@@ -72,35 +70,46 @@ TRIED = 64
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images of one size: `images` uint8 (n, 3, h, w), `labels` int64 (n,), names of the classes."""
+    """Labelled images of one size: `images` uint8 (n, 3, h, w), `labels` int64 (n,), names of the classes;
+    the files that they were read from, where they were."""
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    paths: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> ImageSet:
-        return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
+        return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 def load_set(
-    name: str, root: str | Path, *, train: bool, image_size: int = 32, workers: int = 2, count: int = 0
+    name: str,
+    root: str | Path,
+    *,
+    train: bool,
+    image_size: int = 32,
+    workers: int = 2,
+    count: int = 0,
+    value_range: ValueRange | None = None,
 ) -> ImageSet:
     """The training or the test images of a set, on the CPU; of these, `count` (0: all), the first of each
     class, as many of one as of another.
 
     cifar10, cifar100: from `root`, downloaded there if absent (by one process at a time, please).
     folder: `root/train/<class>/**` and `root/test/<class>/**` (or `val`), read by `workers` processes. Any
-        size and mode: made RGB, the shorter side resized to `image_size`, the centre cut out.
+        size and mode: made RGB, the shorter side resized to `image_size`, the centre cut out. `value_range`
+        is for files of more than 8 bits a channel (see images.read_rgb).
     shapes: drawn, nothing is read; `root` is not used. 10,000 training and 2,000 test images.
 
     Raises InputError for an unknown name, missing or unreadable data, a failed download, and a `count` that
     cannot be had; RunFailed where a process that reads is killed.
     """
     if name == "folder":
-        return _load_folder(root, train=train, image_size=image_size, workers=workers, count=count)
+        how = {"image_size": image_size, "workers": workers, "value_range": value_range}
+        return _load_folder(root, train=train, count=count, **how)
     if name in ("cifar10", "cifar100"):
         if image_size != 32:
             raise InputError(f"{name} images are 32 x 32, not {image_size}; leave image_size at 32")
@@ -136,9 +145,13 @@ def _first_of_each_class(labels: Tensor, count: int, classes: Sequence[str]) -> 
 
 
 def channel_statistics(name: str, train_set: ImageSet) -> Normalize:
-    """The constants in common use for CIFAR; for the other sets those of `train_set`, by its histogram."""
+    """The constants in common use for CIFAR; for the other sets those of `train_set`, by its histogram.
+
+    Raises InputError where all pixels of all images are the same: there is nothing to learn from.
+    """
     if name in STATISTICS:
         return STATISTICS[name]
+    check_spread(train_set.images)
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in train_set.images.unbind(1):
@@ -148,6 +161,16 @@ def channel_statistics(name: str, train_set: ImageSet) -> Normalize:
         # At least one level, so that images of one colour do not divide by zero.
         stds.append(max((frequency * (levels - mean) ** 2).sum().sqrt().item(), 1 / 255))
     return Normalize(tuple(means), tuple(stds))
+
+
+def check_spread(images: Tensor) -> None:
+    """Raise InputError where no channel of uint8 images (n, 3, h, w) has two different values."""
+    lowest, highest = images.amin((0, 2, 3)), images.amax((0, 2, 3))
+    if (lowest == highest).all():
+        raise InputError(
+            f"all {len(images)} images to train on have the one colour {tuple(lowest.tolist())}: look at the "
+            "files, and whether --value_range is right"
+        )
 
 
 def split_halves(n: int, train_portion: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -168,6 +191,8 @@ def _split(n: int, first: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
 
 
 def _load_cifar(name: str, root: str | Path, *, train: bool) -> ImageSet:
+    from torchvision.datasets import CIFAR10, CIFAR100  # takes seconds to import; other sets do without
+
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     root = Path(root)
     missing = [folder for folder in (root, *root.parents) if not folder.exists()]  # torchvision makes them
@@ -199,14 +224,23 @@ def _is_of_the_file_system(error: Exception) -> bool:
     return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _load_folder(root: str | Path, *, train: bool, image_size: int, workers: int, count: int) -> ImageSet:
+def _load_folder(
+    root: str | Path,
+    *,
+    train: bool,
+    image_size: int,
+    workers: int,
+    count: int,
+    value_range: ValueRange | None,
+) -> ImageSet:
     train_folder, test_folder = _split_folders([Path(root)], held_out=("test", "val"))
     files = _list_images(train_folder if train else test_folder)
     if count:
         kept = _first_of_each_class(torch.tensor(files.labels), count, files.classes).tolist()
         paths, labels = ([whole[i] for i in kept] for whole in (files.paths, files.labels))
         files = dataclasses.replace(files, paths=paths, labels=labels)
-    reader = _Reader(files, image_size, resize=evaluation_resize(image_size, imagenet=False))
+    resize = evaluation_resize(image_size, imagenet=False)
+    reader = _Reader(files, image_size, resize=resize, value_range=value_range)
     blocks = torch.arange(len(reader)).split(256)
     workers = min(workers, len(blocks) - 1)  # not worth a process for the smallest sets
     loader = _data_loader(reader, [(0, block) for block in blocks], workers)
@@ -218,17 +252,12 @@ def _load_folder(root: str | Path, *, train: bool, image_size: int, workers: int
             unreadable += errors
             bar.update(len(block))
     _refuse(unreadable)
-    return ImageSet(images, reader.labels, tuple(files.classes))
+    return ImageSet(images, reader.labels, tuple(files.classes), tuple(files.paths))
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Image files
 # ---------------------------------------------------------------------------------------------------------
-
-
-def _pixels(path: str, reduction: Callable[[int, int], int] | None = None) -> Tensor:
-    """See read_rgb; uint8 (3, h, w)."""
-    return torch.from_numpy(read_rgb(path, reduction)).permute(2, 0, 1)
 
 
 class _Reader(Dataset):
@@ -249,13 +278,18 @@ class _Reader(Dataset):
         seed: int | None = None,
         color_jitter: bool = False,
         jpeg_draft: bool = False,
+        value_range: ValueRange | None = None,
     ):
         # Arrays, since forked workers share their pages; a list's would be copied, one reference count after
         # another: a quarter of a gigabyte in each worker for ImageNet.
         self.paths = np.array([os.fsencode(path) for path in files.paths])
         self.labels = torch.tensor(files.labels)
         self.size, self.resize, self.seed = size, resize, seed
-        self.jpeg_draft = jpeg_draft
+        self.jpeg_draft, self.value_range = jpeg_draft, value_range
+        if seed is None:
+            return
+        from torchvision.transforms import v2  # takes seconds to import; the small sets do without
+
         colors = [v2.ColorJitter(0.4, 0.4, 0.4, 0.2)] if color_jitter else []
         self.crop = v2.RandomResizedCrop(size, antialias=True)
         self.after_crop = v2.Compose([v2.RandomHorizontalFlip(), *colors])
@@ -274,7 +308,7 @@ class _Reader(Dataset):
                     # Pillow decodes, torchvision crops and resizes: training images of 500 x 375 take 0.85 of
                     # the time of Pillow alone. torchvision's decoder would make it 0.65; it is deprecated.
                     if self.seed is None:
-                        image.copy_(self._centre(_pixels(path)))
+                        image.copy_(self._centre(self._pixels(path)))
                     else:
                         torch.default_generator.manual_seed(_mix("crop", self.seed, epoch, index))
                         image.copy_(self._augmented(path))
@@ -282,11 +316,18 @@ class _Reader(Dataset):
                     unreadable.append(f"{path} ({_reason(error)})")
         return images, self.labels[indices], unreadable
 
+    def _pixels(self, path: str, reduction: Callable[[int, int], int] | None = None) -> Tensor:
+        """See read_rgb; uint8 (3, h, w)."""
+        return torch.from_numpy(read_rgb(path, reduction, value_range=self.value_range)).permute(2, 0, 1)
+
     def _augmented(self, path: str) -> Tensor:
         """RandomResizedCrop, a flip, perhaps colours. With `jpeg_draft` a JPEG is decoded at 1/2, 1/4 or 1/8
         of its size where the crop, which is the same, still has `size` pixels each way."""
         if not self.jpeg_draft:
-            return self.after_crop(self.crop(_pixels(path)))
+            return self.after_crop(self.crop(self._pixels(path)))
+        from torchvision.transforms import RandomResizedCrop
+        from torchvision.transforms.v2.functional import resized_crop
+
         whole = box = None
 
         def reduction(*size: int) -> int:
@@ -296,24 +337,27 @@ class _Reader(Dataset):
             box = RandomResizedCrop.get_params(like, self.crop.scale, self.crop.ratio)
             return min(box[2:]) // self.size
 
-        image = _pixels(path, reduction)
+        image = self._pixels(path, reduction)
         drawn = [n / full for n, full in zip(image.shape[1:], whole, strict=True)]
         box = [round(n * scale) for n, scale in zip(box, 2 * drawn, strict=True)]
-        return self.after_crop(
-            v2.functional.resized_crop(image, *box, [self.size, self.size], antialias=True)
-        )
+        return self.after_crop(resized_crop(image, *box, [self.size, self.size], antialias=True))
 
     def _centre(self, image: Tensor) -> Tensor:
         height, width = resized_shape(*image.shape[1:], self.resize)
         if image.shape[1:] != (height, width):  # v2 takes as long to find that out as a small image to decode
-            image = v2.functional.resize(image, [height, width], antialias=True)
+            from torchvision.transforms.v2.functional import resize
+
+            image = resize(image, [height, width], antialias=True)
         top, left = central_corner(height, width, self.size)
         return image[:, top : top + self.size, left : left + self.size]
 
     def try_some(self) -> None:
-        """Read TRIED of the files, spread over the set. Raises InputError where one cannot be read."""
+        """Read TRIED of the files, spread over the set. Raises InputError where one cannot be read, or where
+        all are of one colour."""
         indices = torch.arange(0, len(self), -(-len(self) // TRIED))
-        _refuse(self[0, indices][2])
+        images, _, unreadable = self[0, indices]
+        _refuse(unreadable)
+        check_spread(images)
 
 
 def _split_folders(roots: Sequence[Path], held_out: Sequence[str]) -> tuple[Path, Path]:
@@ -365,7 +409,8 @@ def _refuse(unreadable: list[str]) -> None:
     if unreadable:
         count = "1 image" if len(unreadable) == 1 else f"{len(unreadable)} images"
         more = ", ..." if len(unreadable) > 3 else ""
-        raise InputError(f"cannot read {count}: {', '.join(unreadable[:3])}{more}; replace or remove")
+        advice = "" if "--value_range" in unreadable[0] else "; replace or remove"
+        raise InputError(f"cannot read {count}: {', '.join(unreadable[:3])}{more}{advice}")
 
 
 def _data_loader(
@@ -390,12 +435,15 @@ def _obey_the_main_process(worker: int) -> None:
     A SIGTERM that it sends itself ends the worker: so it does at exit, and would wait for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS: any SIGTERM ends the worker
+    if hasattr(signal, "SIGBREAK"):  # Windows: Ctrl-Break
+        signal.signal(signal.SIGBREAK, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: any SIGTERM ends the worker; Windows has none
         return
+    main = multiprocessing.parent_process().pid  # not os.getppid(), which may be that of a fork server
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait_for_its_signal() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
             pass
         os._exit(0)
 
@@ -404,10 +452,12 @@ def _obey_the_main_process(worker: int) -> None:
 
 def _read(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
     """The items of a `_data_loader`, in order. Raises RunFailed where one of its processes was killed."""
-    handler = signal.getsignal(signal.SIGCHLD)
+    child_ends = getattr(signal, "SIGCHLD", None)  # Windows has none
+    handler = child_ends and signal.getsignal(child_ends)
     try:
         items = iter(loader)
-        signal.signal(signal.SIGCHLD, handler)  # torch's would raise wherever the main thread happens to be
+        if child_ends:  # torch's handler would raise wherever the main thread happens to be
+            signal.signal(child_ends, handler)
         yield from items
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -645,6 +695,7 @@ def imagenet_loaders(
     jpeg_draft: bool = False,
     share: Share = Share(),
     color_jitter: bool = False,
+    value_range: ValueRange | None = None,
 ) -> tuple[FileLoader, FileLoader, tuple[str, ...]]:
     """Training and validation loader of ImageNet, or of any folders like it, and the classes' names.
 
@@ -652,13 +703,14 @@ def imagenet_loaders(
     RandomResizedCrop(image_size), flip, Lighting 0.1 or `color_jitter` (brightness, contrast and saturation
     0.4, hue 0.2). Validation: the centre of the image resized to 256/224 of `image_size`. `workers` processes
     for each of the two loaders. `jpeg_draft`: training images that are larger than needed are decoded
-    smaller, which is faster, with slightly other pixels.
+    smaller, which is faster, with slightly other pixels. `value_range`: see images.read_rgb.
 
     Raises InputError for a missing `train` or `val`, an empty class, classes that differ between them, and an
     unreadable file among TRIED of each.
     """
     files = _list_images(imagenet_folders(root)[0])
-    reader = _Reader(files, image_size, seed=seed, jpeg_draft=jpeg_draft, color_jitter=color_jitter)
+    how = {"jpeg_draft": jpeg_draft, "color_jitter": color_jitter, "value_range": value_range}
+    reader = _Reader(files, image_size, seed=seed, **how)
     reader.try_some()
     placed = {"device": device, "workers": workers, "share": share}
     train_loader = FileLoader(
@@ -670,7 +722,8 @@ def imagenet_loaders(
         lighting_std=0.0 if color_jitter else 0.1,
         **placed,
     )
-    val_loader, classes = imagenet_val_loader(root, batch_size, image_size=image_size, **placed)
+    how = {"image_size": image_size, "value_range": value_range}
+    val_loader, classes = imagenet_val_loader(root, batch_size, **how, **placed)
     return train_loader, val_loader, classes
 
 
@@ -682,10 +735,12 @@ def imagenet_val_loader(
     workers: int,
     image_size: int = 224,
     share: Share = Share(),
+    value_range: ValueRange | None = None,
 ) -> tuple[FileLoader, tuple[str, ...]]:
     """The validation loader of `imagenet_loaders` alone, and the classes' names."""
     files = _list_images(imagenet_folders(root)[1])
-    reader = _Reader(files, image_size, resize=evaluation_resize(image_size, imagenet=True))
+    resize = evaluation_resize(image_size, imagenet=True)
+    reader = _Reader(files, image_size, resize=resize, value_range=value_range)
     reader.try_some()
     loader = FileLoader(
         reader, batch_size, normalize=STATISTICS["imagenet"], device=device, workers=workers, share=share

@@ -146,7 +146,9 @@ class World:
     def close(self) -> None:
         """Meet the others, and leave them."""
         if dist.is_initialized():
-            dist.barrier()  # with torch 2.6 a process that goes while another still works may hang for ever
+            # NCCL guesses the GPU, and warns, where it is not told. With torch 2.6 a process that goes while
+            # another still works may hang for ever
+            dist.barrier(device_ids=[self.device.index] if dist.get_backend() == "nccl" else None)
             dist.destroy_process_group()
 
 
@@ -208,7 +210,7 @@ def setup(device: str | None = None, gpu: int = 0) -> World:
         return World(chosen)
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(_agree_on_prefix(store, rank, size), store)
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    backend = "nccl" if chosen.type == "cuda" and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     machine = os.environ.get("GROUP_RANK") or socket.gethostname()
     return World(chosen, rank, size, machine, local_rank, dist.PrefixStore("turns", store))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from choices import PRECISIONS
 from distributed import World
-from settings import StepSettings
 from utils import InputError, RunFailed
 
 if TYPE_CHECKING:  # data brings torchvision, which not every script needs
     from data import Batch, Loader
-
-PRECISIONS = ("fp32", "bf16", "fp16")
-MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
+    from settings import StepSettings
 
 
 class Precision:
@@ -50,8 +50,12 @@ def choose_precision(
     convolutions to TF32's 10 bits). With `cudnn_benchmark` cuDNN takes the algorithm that it finds fastest.
     """
     torch.backends.cudnn.benchmark = cudnn_benchmark
-    torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    with warnings.catch_warnings():  # newer switches must not be mixed with these, which torch.compile reads
+        warnings.filterwarnings("ignore", message="Please use the new API settings")
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    if name == "bf16" and device.type == "cuda" and not has_bf16():
+        print("warning: this GPU has no bf16 and emulates it, slowly; it has fp16", file=sys.stderr)
     return Precision(name, device)
 
 
@@ -59,8 +63,13 @@ def precision_of(step: StepSettings, device: torch.device) -> Precision:
     return choose_precision(step.precision, device, tf32=step.tf32, cudnn_benchmark=step.cudnn_benchmark)
 
 
+def has_bf16() -> bool:
+    """Whether the GPU computes in bf16, and does not emulate it."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def in_memory_format(model: nn.Module, name: str, *, auto: str) -> nn.Module:
-    """`model` with its weights, and so what its convolutions give, in a memory format of MEMORY_FORMATS."""
+    """`model` with its weights, and so what its convolutions give, in one of choices.MEMORY_FORMATS."""
     name = auto if name == "auto" else name
     return model.to(memory_format=torch.channels_last) if name == "channels_last" else model
 

@@ -6,42 +6,24 @@ python evaluate.py runs/eval-*-stage?-*                  # several, in one table
 python evaluate.py RUN --data DIR                        # where the images are now
 python evaluate.py runs/eval-EXP-stage2-TIME --packed    # and as packed bits: do the two agree?
 python evaluate.py model_best.pth.tar --arch GENOTYPE    # of the original EBNAS program, or of BNAS's
+python evaluate.py RUN --confusion                       # each class, and the pictures that are wrong
 python evaluate.py --costs                               # what the rows of the published tables cost
 python evaluate.py --costs runs/search-EXP-TIME          # what networks of these genotypes cost
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
-
-import torch
-from torch import nn
-from tqdm import tqdm
+from pathlib import Path
 
 import options
-from augment import Normalize
-from baselines import CELL_SYSTEMS, NOT_PUBLIC, ROWS, Config, Published, label, make_config, trained_network
-from checkpoint import network_config
-from cost import Cost, measure_cost
-from data import BatchLoader, Loader, imagenet_val_loader, load_set
-from distributed import World, setup
-from engine import Precision, choose_precision, evaluate
+from choices import STAGE1
 from genotypes import describe
-from kernels import accelerate, choose_form
-from model import build_model
-from originals import SETS as ORIGINAL_SETS
-from originals import Said, load_as_said, named
-from packed import PackedNetwork
-from packed.lowering import lower
-from stage_flags import STAGE1_BITS
-from utils import InputError, human, run_main
+from rows import CELL_SYSTEMS, NOT_PUBLIC, ROWS, Published
+from utils import InputError, check_usage, human, run_main
 
 
 def parser() -> options.Parser:
@@ -64,17 +46,49 @@ def parser() -> options.Parser:
     parser.add_argument("--data", help="where the images are; default: where they were in training")
     parser.add_argument("--batch_size", type=options.integer(1), default=256)
     options.add_worker_flag(parser)
-    options.add_original_flags(parser, ORIGINAL_SETS)
+    options.add_original_flags(parser)
     parser.add_argument(
         "--stage1",
-        choices=tuple(STAGE1_BITS),
+        choices=STAGE1,
         help="that it is a checkpoint of stage 1, and what that made binary; default: W1A1, of stage 2",
     )
     parser.add_argument(
         "--packed", action="store_true", help="run W1A1 networks as packed bits too, on the CPU"
     )
+    parser.add_argument(
+        "--confusion",
+        action="store_true",
+        help="each class's recall and precision, and which pictures are wrong: as CSV and pictures, in the "
+        "run's folder",
+    )
+    parser.add_argument("--out", metavar="DIR", help="where --confusion writes; default: the run's folder")
+    parser.needs("out", "confusion")
     options.add_device_flags(parser)
     return parser
+
+
+if __name__ == "__main__":
+    check_usage(parser)
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import confusion
+from augment import Normalize
+from baselines import Config, label, make_config, trained_network
+from checkpoint import LAST, network_config
+from cost import Cost, measure_cost
+from data import BatchLoader, Loader, imagenet_val_loader, load_set
+from distributed import World, setup
+from engine import Precision, choose_precision, evaluate
+from figures import draw_confusion
+from images import checked_range
+from kernels import accelerate, choose_form
+from model import build_model
+from originals import Said, find_file, load_as_said, named
+from packed import PackedNetwork
+from packed.lowering import lower
 
 
 def main(flags: options.Flags) -> None:
@@ -85,6 +99,8 @@ def main(flags: options.Flags) -> None:
         return
     if not args.checkpoints:
         raise InputError("give checkpoints or run folders, or --costs")
+    if args.out and len(args.checkpoints) > 1:
+        raise InputError("--out takes the files of one checkpoint; leave it out, or give one")
     for line in flags.idle:
         print(line)
     world = setup(args.device)
@@ -109,6 +125,8 @@ def main(flags: options.Flags) -> None:
         rows.append((path, checkpoint, means, cost))
         if packed is not None:
             compare_packed(path, model, packed, loaders[key])
+        if args.confusion:
+            show_confusion(path, args.out, model, loaders[key], data["classes"], precision)
     print_table(rows)
 
 
@@ -135,14 +153,35 @@ def compare_packed(path: str, model: nn.Module, network: PackedNetwork, loader: 
     )
 
 
+def show_confusion(
+    path: str, out: str | None, model: nn.Module, loader: Loader, classes: list[str], precision: Precision
+) -> None:
+    """Print what the network of a checkpoint confuses, and write it into `out`, by default its folder."""
+    file = find_file(path)
+    folder, prefix = Path(out or file.parent), "" if file.name == LAST else f"{file.stem}-"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = confusion.measure_confusion(model, loader, classes, precision=precision)
+    print(f"{path}:")
+    print("\n".join(confusion.table(result)))
+    written = confusion.write_tables(result, folder, prefix=prefix, paths=paths_of(loader))
+    for file in written + draw_confusion(result, folder, prefix=prefix):
+        print(file)
+    print()
+
+
+def paths_of(loader: Loader) -> list[str]:
+    """The files of its images, in its order; none where they are not files."""
+    return [os.fsdecode(path) for path in loader.source.paths]
+
+
 def test_loader(data: dict, root: str, batch_size: int, workers: int, world: World) -> Loader:
     """The images that a checkpoint's training was tested on, as it saw them."""
+    value_range = checked_range(data.get("value_range"))
+    how = {"image_size": data["image_size"], "workers": workers, "value_range": value_range}
     if data["set"] == "imagenet":
-        loader, classes = imagenet_val_loader(
-            root, batch_size, device=world.device, workers=workers, image_size=data["image_size"]
-        )
+        loader, classes = imagenet_val_loader(root, batch_size, device=world.device, **how)
     else:
-        test_set = load_set(data["set"], root, train=False, image_size=data["image_size"], workers=workers)
+        test_set = load_set(data["set"], root, train=False, **how)
         classes = test_set.classes
         normalize = Normalize(data["mean"], data["std"])
         loader = BatchLoader(test_set.to(world.device), batch_size, normalize=normalize)
@@ -167,7 +206,7 @@ def print_table(rows: list[tuple[str, dict, dict, Cost]]) -> None:
                 f"{checkpoint['kind']} W{config.weight_bits}A{config.activation_bits}",
                 "-" if checkpoint["epoch"] is None else str(checkpoint["epoch"]),
                 f"{means['top1']:.2f}",
-                f"{means['top5']:.2f}",
+                f"{means['top5']:.2f}" if config.num_classes >= 6 else "-",
                 human(cost.parameters),
                 human(cost.ops),
                 human(cost.convolution_ops),

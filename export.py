@@ -14,34 +14,11 @@ networks do. Given --web, --onnx, --pt2 or --c, export.py writes no .ebnas file 
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import os
 from pathlib import Path
 
-import numpy as np
-
 import options
-from baselines import trained_network
-from board import BoardFiles, board_files
-from folders import readable_classes
-from originals import SETS, Said, find_file, load_as_said, named_by_its_images
-from packed import (
-    NoCompiler,
-    PackedFileError,
-    PackedNetwork,
-    Program,
-    parse_program,
-    program_bytes,
-    read_program,
-)
-from packed.exchange import onnx_bytes, pt2_bytes
-from packed.lowering import lower
-from utils import InputError, check_output, run_main, write_atomically
-from web import page
+from utils import InputError, check_output, check_usage, run_main, write_atomically
 
 
 def parser() -> options.Parser:
@@ -60,9 +37,32 @@ def parser() -> options.Parser:
         metavar="DIR",
         help="C99 for a microcontroller: a library's folder, whose name is that of the C functions",
     )
-    options.add_original_flags(parser, SETS)
+    options.add_original_flags(parser)
     flag("--data", metavar="DIR", help="where the images are, for the names of classes")
     return parser
+
+
+if __name__ == "__main__":
+    check_usage(parser)
+
+import numpy as np
+
+from baselines import trained_network
+from board import BoardFiles, board_files
+from folders import readable_classes
+from originals import Said, find_file, load_as_said, named_by_its_images
+from packed import (
+    NoCompiler,
+    PackedFileError,
+    PackedNetwork,
+    Program,
+    parse_program,
+    program_bytes,
+    read_program,
+)
+from packed.exchange import onnx_bytes, pt2_bytes
+from packed.lowering import lower
+from web import page
 
 
 def main(flags: options.Flags) -> None:

@@ -143,7 +143,7 @@ def _sorted_entries(folder: str | Path) -> list[os.DirEntry]:
         return sorted(entries, key=lambda entry: entry.name)
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    """What two paths to one folder have in common, be they links or mounts."""
+def _identity(folder: Path) -> tuple[int, int | str]:
+    """What two paths to one folder, which is `folder` resolved, have in common, be they links or mounts."""
     status = folder.stat()
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino or str(folder)  # some file systems of Windows number no files

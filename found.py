@@ -7,10 +7,11 @@ from functools import cache
 
 import torch
 
-from baselines import ROWS, make_config
+from baselines import make_config
 from cost import Cost, measure_cost
 from genotypes import GENOTYPES, Genotype
 from model import ModelConfig, build_model
+from rows import ROWS
 
 SETS = {"CIFAR-10": ("cifar", 32, 10), "ImageNet": ("imagenet", 224, 1000)}
 """By name: the family, side and classes of its images."""

@@ -47,8 +47,10 @@ def ebnas(source: str | Path | None = None, *, arch: str | Path | None = None, *
 
 
 def _untrained(arch: str, config: dict[str, Any]) -> nn.Module:
-    from baselines import make_config, settings_of, system_of
-    from model import FAMILIES, build_model
+    from baselines import make_config, settings_of
+    from choices import FAMILIES
+    from model import build_model
+    from rows import system_of
     from utils import InputError
 
     known = settings_of(system_of(arch)) - {"genotype"}

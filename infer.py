@@ -12,11 +12,6 @@ cut out, as in training. What a folder holds and Pillow cannot read is left out 
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # NumPy takes a while to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import csv
 import io
 import json
@@ -181,7 +176,8 @@ def classify(net: PackedNetwork, paths: list[Path]) -> Iterator[tuple[Path, np.n
 
     def read(path: Path) -> np.ndarray | Exception:
         try:
-            return central_square(read_rgb(path), resize=net.program.resize, size=net.image_size)
+            pixels = read_rgb(path, value_range=net.program.value_range)
+            return central_square(pixels, resize=net.program.resize, size=net.image_size)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's parsers raise many types

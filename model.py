@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from binary_ops import ACTIVATIONS, WEIGHT_BINARIZATIONS
+from choices import ACTIVATIONS, FAMILIES, WEIGHT_BINARIZATIONS
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict, reduction_cells
 from operations import BinaryUnit, FactorizedReduce, Zero, drop_path, make_operation
 from utils import InputError, check_count, nearest_multiples
-
-FAMILIES = ("cifar", "imagenet")
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ class ModelConfig:
                 f"unknown weight binarization {self.weight_binarization!r}; "
                 f"choose from {WEIGHT_BINARIZATIONS}"
             )
-        if self.activation not in tuple(ACTIVATIONS):  # a checkpoint may hold what cannot be looked up
-            raise InputError(f"unknown activation {self.activation!r}; choose from {tuple(ACTIVATIONS)}")
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"unknown activation {self.activation!r}; choose from {ACTIVATIONS}")
         check_count("layers", self.layers, 3, 1_000)  # two cells reduce the size, after one that does not
         for name in ("init_channels", "groups", "num_classes"):
             check_count(name, getattr(self, name), 1, 1_000_000)

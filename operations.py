@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from binary_ops import ACTIVATIONS, BinaryConv2d, binary_sign
+from binary_ops import ACTIVATION_MODULES, BinaryConv2d, binary_sign
 
 CONVOLUTIONS = {  # name: (kernel size, padding, dilation); the padding keeps the size at stride 1
     "bin_conv_3x3": (3, 1, 1),
@@ -45,7 +45,7 @@ class BinaryUnit(nn.Module):
 
     The residual (cell convolutions) is x, or its 2x2 average at stride 2; preprocessing has none. `bits`
     are BinaryConv2d's keyword arguments weight_bits, activation_bits, weight_binarization; `activation` is
-    one of ACTIVATIONS.
+    one of choices.ACTIVATIONS.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class BinaryUnit(nn.Module):
             **bits,
         )
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.prelu = ACTIVATIONS[activation](c_out)
+        self.prelu = ACTIVATION_MODULES[activation](c_out)
         self.shortcut = None
         if residual:
             self.shortcut = nn.Identity() if stride == 1 else halving_pool()
@@ -97,7 +97,7 @@ class FactorizedReduce(nn.Module):
         self.conv_1 = BinaryConv2d(c_in, c_out // 2, 1, stride=2, **bits)
         self.conv_2 = BinaryConv2d(c_in, c_out // 2, 1, stride=2, **bits)
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.prelu = ACTIVATIONS[activation](c_out)
+        self.prelu = ACTIVATION_MODULES[activation](c_out)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(x)

@@ -10,6 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from choices import (
+    ACTIVATIONS,
+    COMPILE_MODES,
+    FORMS,
+    MEMORY_FORMATS,
+    PRECISIONS,
+    SETS,
+    STAGE1,
+    TRAINED_SETS,
+    WEIGHT_BINARIZATIONS,
+)
 from genotypes import OPERATIONS
 from utils import InputError
 
@@ -62,7 +73,7 @@ def run_label(text: str) -> str:
     """The type of --save: part of a folder's name."""
     if not text:
         raise argparse.ArgumentTypeError(EMPTY)
-    if "/" in text or not text.isprintable():
+    if {"/", os.sep} & set(text) or not text.isprintable():
         raise argparse.ArgumentTypeError(
             f"is {text}; it is a name without slashes, the folder is under runs/"
         )
@@ -152,11 +163,12 @@ class Parser(argparse.ArgumentParser):
         """Raise InputError where a flag has a value, in what a run saved, that it does not take."""
         ours = vars(self.parse_args([]))
         saved = {name: value for name, value in saved.items() if name in ours}
-        words = [
-            f"--{name}" if value is True else f"--{name}={value}"
-            for name, value in saved.items()
-            if value is not None and value is not False
-        ]
+        words = []
+        for name, value in saved.items():
+            if isinstance(value, list):
+                words += [f"--{name}", *map(str, value)]
+            elif value is not None and value is not False:
+                words.append(f"--{name}" if value is True else f"--{name}={value}")
         taken = vars(self.parse_args(words))
         for name, value in saved.items():
             if taken[name] != value:
@@ -208,15 +220,15 @@ def command_line(flags: Mapping[str, Any]) -> list[str]:
     """Words for a shell: a flag that is True is a switch, one that is False or None is left out."""
     words = []
     for name, value in flags.items():
-        if value is not None and value is not False:
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return words
 
 
 def add_device_flags(parser: Parser) -> None:
     """Where and in which arithmetic a script computes."""
-    from engine import PRECISIONS
-
     flag = parser.add_argument_group("arithmetic").add_argument
     flag("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     flag(
@@ -231,8 +243,6 @@ def add_device_flags(parser: Parser) -> None:
 
 def add_layout_flags(parser: Parser) -> None:
     """How convolutions are computed, where it changes their speed and no more than rounding."""
-    from engine import MEMORY_FORMATS
-
     flag = parser.add_argument_group("layout").add_argument
     flag(
         "--memory_format",
@@ -250,11 +260,9 @@ def add_layout_flags(parser: Parser) -> None:
 
 
 def add_kernels_flag(parser: Parser) -> None:
-    from kernels import CHOICES
-
     parser.add_argument(
         "--kernels",
-        choices=CHOICES,
+        choices=("auto", *FORMS),
         default="auto",
         help="what computes, the same but for rounding: native, C for a CPU; torch, fewer and larger tensor "
         "operations; plain, the modules as they are read; auto: native on a CPU with a C compiler, or torch",
@@ -270,8 +278,6 @@ def add_worker_flag(parser: Parser) -> None:
 
 def add_run_flags(parser: Parser) -> None:
     """Flags of everything that trains, but for those of `add_step_flags`."""
-    from kernels.compilation import MODES
-
     flag = parser.add_argument_group("run").add_argument
     flag(
         "--save",
@@ -304,7 +310,7 @@ def add_run_flags(parser: Parser) -> None:
     flag("--compile", action="store_true", help="torch.compile: minutes at the start, then faster steps")
     flag(
         "--compile_mode",
-        choices=MODES,
+        choices=COMPILE_MODES,
         default="default",
         help="of torch.compile; reduce-overhead: CUDA graphs, for a GPU that waits for the host",
     )
@@ -352,10 +358,10 @@ def of_ebnas(value: Any) -> str:
     return f"default: that of --recipe, of ebnas {value}"
 
 
-def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
+def add_set_flags(parser: Parser) -> None:
     """Flags of the sets that fit in memory."""
     flag = parser.add_argument_group("images").add_argument
-    flag("--set", choices=sets, default="cifar10", help="what to train on")
+    flag("--set", choices=SETS, default="cifar10", help="what to train on")
     flag("--data", default="data", help="where the set is, or is downloaded to")
     flag(
         "--image_size",
@@ -370,6 +376,7 @@ def add_set_flags(parser: Parser, sets: Sequence[str]) -> None:
         default=0,
         help="take N training images, the first of each class, for a trial; 0: all",
     )
+    add_value_range_flag(flag)
     flag("--cutout", action="store_true", help="cover a square of each training image")
     flag("--cutout_length", type=integer(1, 4096), default=16, help="side of that square, in pixels")
     parser.needs("cutout_length", "cutout")
@@ -386,19 +393,31 @@ def add_most_skips_flag(parser: Parser, note: str = "") -> None:
     )
 
 
-def add_original_flags(parser: Parser, sets: Sequence[str]) -> None:
+def add_original_flags(parser: Parser) -> None:
     """What a checkpoint of another program does not say of itself (see originals.py)."""
     flag = parser.add_argument_group("a checkpoint of the original EBNAS program, or of BNAS's").add_argument
     flag("--arch", help="its genotype, as train.py --arch takes it; default: the published one of its system")
     flag("--variant", help="of BNAS as_run or intended; default: as_run")
-    flag("--set", choices=sets, help="its images; default: CIFAR-10, CIFAR-100 or ImageNet, by its classes")
+    flag(
+        "--set",
+        choices=TRAINED_SETS,
+        help="its images; default: CIFAR-10, CIFAR-100 or ImageNet, by its classes",
+    )
     flag("--image_size", type=integer(16, 4096), help="of these; default: 32, of ImageNet 224")
+
+
+def add_value_range_flag(flag: Callable[..., Any]) -> None:
+    flag(
+        "--value_range",
+        nargs=2,
+        type=real(),
+        metavar=("LOW", "HIGH"),
+        help="black and white in files of more than 8 bits a channel (0 4095: 12 bits); default: their own",
+    )
 
 
 def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping[str, Any]) -> None:
     """Flags of a derived network and of its two stages. `defaults`: of EBNAS's recipe; `size`: of its row."""
-    from binary_ops import WEIGHT_BINARIZATIONS
-
     flag = parser.add_argument_group("network").add_argument
     flag(
         "--arch",
@@ -438,14 +457,15 @@ def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping
     )
     flag(
         "--stage1",
-        choices=("w1a32", "w32a1", "w32a32"),
+        choices=STAGE1,
         help="what stage 1 makes binary: weights, activations, or nothing (a teacher); default: that of the "
         "system, of EBNAS w1a32",
     )
     flag(
         "--pretrained",
         metavar="PATH",
-        help="stage-1 run or checkpoint to start stage 2 from; default: the newest that fits",
+        help="a run or checkpoint of the same network, of any stage and set, to start from with a new "
+        "schedule; default: none, in stage 2 the newest stage 1 that fits",
     )
     flag("--from_scratch", action="store_true", help="train stage 2 without stage 1")
     flag = parser.add_argument_group("recipe").add_argument
@@ -477,10 +497,8 @@ def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping
 
 def add_beyond_flags(parser: Parser) -> None:
     """Flags that EBNAS does not have and that train the best networks of its field (docs/method.md)."""
-    from binary_ops import ACTIVATIONS
-
     flag = parser.add_argument_group("beyond the paper").add_argument
-    flag("--activation", choices=tuple(ACTIVATIONS), default="prelu", help="rprelu: with ReActNet's shift")
+    flag("--activation", choices=ACTIVATIONS, default="prelu", help="rprelu: with ReActNet's shift")
     flag(
         "--teacher",
         metavar="PATH|NAME",

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines import ROWS, USUAL_ROW, Config, make_config
+from baselines import Config, make_config
 from checkpoint import FORMAT, check_tensor, checked, is_own, read_file, resolve_checkpoint
 from data import STATISTICS, imagenet_folders, load_set
 from folders import class_names
 from genotypes import reduction_cells
 from model import build_model
+from rows import ROWS, USUAL_ROW
 from stage_flags import STAGE1_BITS
 from utils import InputError
 
@@ -30,8 +31,6 @@ FILES = ("model_best.pth.tar", "checkpoint.pth.tar", "weights.pt")
 """What these programs leave in a run's folder, the best first."""
 
 PROGRAMS = {"ebnas": "github.com/sscckk/EBNAS", "bnas": "github.com/gistvision/bnas"}
-
-SETS = ("cifar10", "cifar100", "folder", "imagenet")
 
 RENAMED: dict[str, dict[str, str | Callable[[re.Match], str]]] = {
     "ebnas": {
@@ -64,7 +63,7 @@ class Said:
     """What a caller says of a file of another program; None is what is usual there.
 
     `arch` as --arch takes it. `stage1`: that of a file of stage 1, one of STAGE1_BITS; a file is else of
-    stage 2. `set`: one of SETS. `root`: where its images are.
+    stage 2. `set`: one of TRAINED_SETS. `root`: where its images are.
     """
 
     arch: str | None = None
@@ -79,7 +78,7 @@ def load_any(path: str | Path, said: Said) -> dict:
     """A checkpoint of this program or of another one, with the entries that build and run its network.
 
     That of another program has `data`, `config`, `model`, `kind`, `args`, `epoch` (None: not known) and
-    `finished`, and `script`, which names the program; what is said is for it alone. Raises InputError as
+    `finished`, and `program`, its name; what is said is for it alone. Raises InputError as
     load_checkpoint does, where it is of neither, and where what is said does not fit.
     """
     path = find_file(path)
@@ -169,7 +168,7 @@ def _as_ours(content: dict, theirs: dict[str, Tensor], system: str, said: Said) 
     epoch = content.get("epoch")
     done = epoch + (system == "ebnas") if type(epoch) is int else None  # the original keeps the last one done
     return {
-        "script": PROGRAMS[system],
+        "program": PROGRAMS[system],
         "kind": "single" if system == "bnas" else "stage1" if said.stage1 else "stage2",
         "args": {},
         "config": config.to_dict(),

@@ -1,9 +1,10 @@
-"""The weights that stage 2 starts from: which run of stage 1 fits, and how they are loaded."""
+"""The weights that a run starts from: which checkpoint fits, what of it is taken, and how it is loaded."""
 
 from __future__ import annotations
 
-import shlex
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,62 +19,61 @@ from recipes import get_recipe
 from runs import newest_checkpoint
 from settings import StageSettings
 from stage_flags import STAGE1_BITS
-from utils import InputError
+from utils import InputError, command_text
 
 AUXILIARY = "auxiliary_head."
+CLASSIFIERS = ("classifier", "fc")
+"""What the systems call the layers, of the auxiliary head too, that have a row a class."""
 
 
-def find_start(settings: StageSettings, config: Config, data: dict[str, Any]) -> tuple[Path, dict] | None:
-    """The stage-1 checkpoint that this run starts from; None for stage 1 itself and for --from_scratch.
+@dataclass(frozen=True)
+class Start:
+    """The weights that a run starts from: those of a checkpoint, but for the `left_out`; in words."""
 
-    --pretrained names it; else it is the newest finished stage-1 run of the same set, genotype and size, made
-    as the flags ask.
+    weights: dict[str, torch.Tensor]
+    left_out: tuple[str, ...]
+    words: str
+
+
+def find_start(settings: StageSettings, config: Config, data: dict[str, Any]) -> Start | None:
+    """What this run starts from; None for random weights: those of stage 1 itself, of a network of one stage,
+    and of --from_scratch.
+
+    --pretrained names any checkpoint of the same network. Without it, stage 2 takes the newest finished
+    stage-1 run of the same set, genotype and size, made as the flags ask.
     Raises InputError: there is none (with the command that makes one), or it does not fit.
     """
     network = settings.network
-    if not network.binary:
-        for flag in ("pretrained", "from_scratch"):
-            if getattr(network, flag):
-                raise InputError(f"--{flag} is for stage 2; add --binary, or leave it out")
-        return None
     if network.from_scratch:
+        if not network.binary:
+            raise InputError("--from_scratch is for stage 2; add --binary, or leave it out")
         if network.pretrained:
             raise InputError("--from_scratch and --pretrained contradict each other; give one")
         return None
     if network.pretrained:
         path = find_file(network.pretrained)
-        checkpoint = load_start_checkpoint(path, settings, data)
-        if checkpoint["kind"] != "stage1":
-            raise InputError(
-                f"{path} is a {checkpoint['kind']} checkpoint; stage 2 starts from stage 1, which the same "
-                "command without --binary trains"
-            )
-        if differing := _differences(checkpoint, config, data):
-            raise InputError(f"{path} is of another configuration: {', '.join(differing)}")
-        if saw_holdout(checkpoint["args"], settings):
-            raise InputError(
-                f"{path} has trained on images that --holdout {settings.images.holdout} holds out; "
-                "train stage 1 with the same --holdout and --seed"
-            )
-        return path, checkpoint
+        return _start_from(path, load_start_checkpoint(path, settings, data), settings, config, data)
+    if not network.binary:
+        return None
     found = newest_checkpoint(
         "eval-*-stage1-*",
         lambda checkpoint: (
             checkpoint["kind"] == "stage1"
             and checkpoint["finished"]
-            and not _differences(checkpoint, config, data)
+            and not _other_network(checkpoint, config)
+            and not _other_images(checkpoint, data)
             and not saw_holdout(checkpoint["args"], settings)
             and _made_as_asked(checkpoint, settings, config)
         ),
     )
     if found is None:
-        stage1 = shlex.join(["python", *(word for word in sys.argv if word != "--binary")])
+        stage1 = command_text(["python", *(word for word in sys.argv if word != "--binary")])
         raise InputError(
             "no finished stage-1 run of this set, genotype and size, with "
-            f"{shlex.join(_asked(settings, config))}, to start from; first run `{stage1}`, or give "
+            f"{command_text(_asked(settings, config))}, to start from; first run `{stage1}`, or give "
             "--pretrained PATH, or --from_scratch"
         )
-    return found
+    return _start_from(*found, settings, config, data)
 
 
 def load_start_checkpoint(path: Path, settings: StageSettings, data: dict[str, Any]) -> dict:
@@ -86,21 +86,67 @@ def load_start_checkpoint(path: Path, settings: StageSettings, data: dict[str, A
     return checkpoint
 
 
-def _differences(checkpoint: dict, config: Config, data: dict[str, Any]) -> list[str]:
-    """What keeps stage 1's weights from fitting: `layers 8, not 16`. The bits differ by design, and the
-    auxiliary head need not be in both."""
-    ours = {"system": config.system, **config.to_dict(), **data}
-    theirs = network_config(checkpoint)
-    theirs = {"system": theirs.system, **theirs.to_dict(), **checkpoint["data"]}
-    if ours["system"] != theirs["system"]:
-        return [f"system {theirs['system']}, not {ours['system']}"]
-    sizes = (
-        *("family", "variant", "init_channels", "layers", "groups", "activation"),
-        *("num_classes", "set", "image_size"),
-    )
-    names = [name for name in sizes if name in ours]
-    differing = [f"{name} {theirs[name]}, not {ours[name]}" for name in names if theirs[name] != ours[name]]
-    return differing + [f"other {name}" for name in ("classes", "genotype") if theirs[name] != ours[name]]
+def _start_from(
+    path: Path, checkpoint: dict, settings: StageSettings, config: Config, data: dict[str, Any]
+) -> Start:
+    """The start from a checkpoint of this network, of any stage and any images. The classifiers are left out
+    where the classes are others. Raises InputError on another network, and on held-out images."""
+    if checkpoint["kind"] == "search":
+        raise InputError(f"{path} is a search's checkpoint; train its genotype, --arch {path.parent}")
+    if differing := _other_network(checkpoint, config):
+        raise InputError(f"{path} is of another network: {', '.join(differing)}")
+    other = _other_images(checkpoint, data)
+    if not other and saw_holdout(checkpoint["args"], settings):
+        raise InputError(
+            f"{path} has trained on images that --holdout {settings.images.holdout} holds out; "
+            "train it with the same --holdout and --seed"
+        )
+    theirs = checkpoint["data"]
+    weights, left_out = checkpoint["model"], ()
+    if theirs["classes"] != data["classes"]:
+        left_out = tuple(name for name in weights if name.split(".")[-2] in CLASSIFIERS)
+    if not other and checkpoint["kind"] == "stage1" and settings.network.binary:
+        return Start(weights, left_out, str(path))  # as the method has it
+    of = checkpoint.get("program") or f"{theirs['set']}, {checkpoint['epoch']} epochs"
+    words = f"{path}, a {checkpoint['kind']} network of {of}"
+    if left_out:
+        taken = sum(name not in left_out for name in weights)
+        words += (
+            f": {taken} of {len(weights)} tensors, all but the classifier's, because its "
+            f"{len(theirs['classes'])} classes are not these {len(data['classes'])}"
+        )
+    else:
+        words += ": all its weights"
+    if other:
+        words += f" (learnt from other images: {', '.join(other)})"
+    return Start(weights, left_out, f"{words}; the schedule begins anew")
+
+
+def _other_network(checkpoint: dict, config: Config) -> list[str]:
+    """What keeps a checkpoint's weights from fitting: `layers 8, not 16`. The bits differ by design, and
+    neither the classes nor the auxiliary head need be in both."""
+    ours, theirs = config.to_dict(), network_config(checkpoint)
+    if config.system != theirs.system:
+        return [f"system {theirs.system}, not {config.system}"]
+    theirs = theirs.to_dict()
+    sizes = ("family", "variant", "init_channels", "layers", "groups", "activation")
+    differing = _differing(theirs, ours, sizes)
+    return differing + ["other genotype"] * (theirs.get("genotype") != ours.get("genotype"))
+
+
+def _other_images(checkpoint: dict, data: dict[str, Any]) -> list[str]:
+    """In what the images of a checkpoint differ from `data`: `image_size 16, not 32`."""
+    theirs = checkpoint["data"]
+    differing = _differing(theirs, data, ("set", "image_size", "value_range"))
+    return differing + ["other classes"] * (theirs["classes"] != data["classes"])
+
+
+def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [
+        f"{name} {theirs.get(name)}, not {ours.get(name)}"
+        for name in names
+        if theirs.get(name) != ours.get(name)
+    ]
 
 
 def saw_holdout(theirs: dict, settings: StageSettings) -> bool:
@@ -139,8 +185,10 @@ def _asked(settings: StageSettings, config: Config) -> list[str]:
     )
 
 
-def load_start(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Load stage 1's weights; of the auxiliary head where both have one, else the model's stay."""
+def load_start(model: nn.Module, start: Start) -> None:
+    """Load the weights; of the auxiliary head where both have one, else the model's stay, as they do for what
+    is left out."""
     ours = model.state_dict()
-    kept = {name for name in ours if name.startswith(AUXILIARY) and name not in weights}
-    model.load_state_dict({name: ours[name] if name in kept else weights[name] for name in ours})
+    kept = {name for name in ours if name.startswith(AUXILIARY) and name not in start.weights}
+    kept |= set(start.left_out)
+    model.load_state_dict({name: ours[name] if name in kept else start.weights[name] for name in ours})

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runs import RUNS
+from filelock import FileLock, Timeout
+
+from runs import LOCK, RUNS
+from utils import WINDOWS
 
 PROGRAM = Path(__file__).parent
 PATIENCE = 1.0
 """Seconds between looks at a lock that another process has."""
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last two: not on Windows, only there
+    if hasattr(signal, name)
+)
 
 
 class Stopped(Exception):
@@ -27,22 +34,56 @@ class Stopped(Exception):
 
 
 @contextmanager
-def claimed(name: str, *, stopped: threading.Event | None = None, wait: bool = True) -> Iterator[int]:
-    """Be the one process, of all that share the folder runs/, that works on `name`: the descriptor of the
-    lock, for a process that is started to inherit, since that may outlive the one that started it.
+def claimed(name: str, *, stopped: threading.Event | None = None, wait: bool = True) -> Iterator[None]:
+    """Be the one process, of all that share the folder runs/, that works on `name`; and wait for the runs of
+    that name that are still open, since a run may outlive the process that started it.
 
-    Raises Stopped where the event is set before the lock is free, or where it is taken and `wait` is False.
+    Raises Stopped where the event is set before they are free, or where one is taken and `wait` is False.
     """
-    RUNS.mkdir(exist_ok=True)
-    with open(RUNS / f".{name}", "a") as file:
+
+    @contextmanager
+    def locked(path: Path) -> Iterator[None]:
+        lock = FileLock(path)
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.acquire(timeout=0)
                 break
-            except BlockingIOError:
+            except Timeout:
                 if not wait or (stopped or threading.Event()).wait(PATIENCE):
                     raise Stopped from None
-        yield file.fileno()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    RUNS.mkdir(exist_ok=True)
+    with locked(RUNS / f".{name}"):
+        for run in RUNS.glob(f"*-{name}-*/{LOCK}"):
+            with locked(run):
+                pass
+        yield
+
+
+def start(
+    command: Sequence[str], *, env: Mapping[str, str], stderr: Any, ends_with_us: bool = False
+) -> subprocess.Popen:
+    """Start a script. A terminal's Ctrl-C comes to this process alone, which hands it on by `end`.
+
+    `ends_with_us`: it is told to end where this process is killed; only Linux can do that.
+    """
+    options: dict[str, Any] = {"start_new_session": True}
+    if WINDOWS:
+        options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    elif ends_with_us and sys.platform.startswith("linux"):
+        prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
+        options["preexec_fn"] = lambda: prctl(set_death_signal, signal.SIGTERM)
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=stderr, **options)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Tell a script that `start` started to end with a checkpoint: by SIGTERM, or Ctrl-Break on Windows."""
+    if process.poll() is None:
+        process.send_signal(signal.CTRL_BREAK_EVENT if WINDOWS else signal.SIGTERM)
 
 
 def environment(at_once: int = 1) -> dict[str, str]:
@@ -67,15 +108,6 @@ def signals_to_interrupts() -> Iterator[None]:
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
-
-
-def ends_with_us() -> Callable[[], None] | None:
-    """What a started process calls first, so that it is told to end (SIGTERM) where this one is killed. None
-    where the system has no such thing (all but Linux)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
-    return lambda: prctl(set_death_signal, signal.SIGTERM)
 
 
 def last_word(errors: bytes) -> str:

@@ -9,12 +9,6 @@ With --run a chain that was ended anywhere goes on where it was: the same comman
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,13 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import options
-import stage_flags
-from baselines import ROWS, Config, label, make_config
-from memory import CONTEXT, GB, StepMemory
 from options import command_line
 from recipes import EBNAS, OWN, get_recipe
-from runs import RESULT, RUNS
-from utils import InputError, run_main
+from rows import ROWS
+from utils import InputError, check_usage, command_text, run_main
 
 HERE = Path(__file__).parent
 SETS = {"cifar10": ("cifar", 10, 32), "cifar100": ("cifar", 100, 32), "imagenet": ("imagenet", 1000, 224)}
@@ -55,6 +46,15 @@ def parser() -> options.Parser:
     return parser
 
 
+if __name__ == "__main__":
+    check_usage(parser)
+
+import stage_flags
+from baselines import Config, label, make_config
+from memory import CONTEXT, GB, StepMemory
+from runs import RESULT, RUNS
+
+
 def main(flags: options.Flags) -> None:
     args = flags.values
     tiny = args.scale == "tiny"
@@ -68,7 +68,7 @@ def main(flags: options.Flags) -> None:
     chain = ["stage1", "stage2"] if config.system in stage_flags.STAGE1 else ["single"]
     for stage in chain:
         start = ["--binary"] if stage == "stage2" else []  # it finds the newest stage 1 that fits
-        print(shlex.join(["python", script, *typed, *start, "--resume", "auto"]))
+        print(command_text(["python", script, *typed, *start, "--resume", "auto"]))
     print(f"python evaluate.py runs/eval-{save}-{chain[-1]}-*", flush=True)
     print("counting the GPU memory of a step ...", file=sys.stderr, flush=True)
     size = words.get("image_size", SETS[args.set][2])

@@ -8,6 +8,7 @@ from typing import Any
 from augment import Normalize
 from data import ImageSet, Share, channel_statistics, load_set
 from distributed import World
+from images import ValueRange, checked_range
 from resume import Origin
 from settings import SearchSettings, TrainSettings
 
@@ -21,18 +22,27 @@ def prepare_data(
     where a resumed run had other images.
     """
     images, workers = settings.images, settings.run.workers
-    read = partial(load_set, images.set, images.data, image_size=images.image_size, workers=workers)
+    value_range = checked_range(images.value_range)
+    how = {"image_size": images.image_size, "workers": workers, "value_range": value_range}
+    read = partial(load_set, images.set, images.data, **how)
     with world.in_turn("reading the data"):
         train_set = read(train=True, count=images.train_images)
         test_set = read(train=False) if test else None
     statistics = channel_statistics(images.set, train_set)
-    data = describe_data(images.set, images.data, images.image_size, train_set.classes, statistics)
+    what = (images.set, images.data, images.image_size, train_set.classes, statistics)
+    data = describe_data(*what, value_range=value_range)
     data = origin.own_images(data)
     return train_set.to(world.device), test_set.to(world.device) if test else None, data
 
 
 def describe_data(
-    name: str, root: str, image_size: int, classes: tuple[str, ...], normalize: Normalize
+    name: str,
+    root: str,
+    image_size: int,
+    classes: tuple[str, ...],
+    normalize: Normalize,
+    *,
+    value_range: ValueRange | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint keeps of its images."""
     return {
@@ -42,6 +52,7 @@ def describe_data(
         "classes": list(classes),
         "mean": list(normalize.mean),
         "std": list(normalize.std),
+        **({"value_range": list(value_range)} if value_range else {}),
     }
 
 

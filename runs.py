@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -16,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from checkpoint import LAST, load_checkpoint, resolve_checkpoint
-from utils import InputError, os_error_message, printable, remove_asides, write_atomically
+from utils import InputError, command_text, os_error_message, printable, remove_asides, write_atomically
 
 RUNS = Path("runs")
-METRICS, ARGS, RESULT, LOCK = "metrics.jsonl", "args.json", "result.json", ".lock"
+METRICS, ARGS, RESULT = "metrics.jsonl", "args.json", "result.json"
+LOCK, LAUNCH = ".lock", ".launch"
 
 LOCATION = (
     *("resume", "device", "gpu", "compile", "compile_mode", "workers"),
@@ -36,21 +36,19 @@ class Run:
 
     log.txt holds what is printed, metrics.jsonl one object an epoch, args.json the flags and the code's
     commit, result.json what a finished run has to show. While a Run is open its folder is locked, so that no
-    second process resumes it; the lock's file holds the name of the `launch` that has it.
+    second process resumes it; .launch holds the name of the `launch` that had it last.
     """
 
     def __init__(self, folder: Path | None, *, launch: str = ""):
         self.folder = folder
         if folder is None:
             return
-        self._lock = open(folder / LOCK, "a")  # noqa: SIM115 (closed by close)
+        self._lock = FileLock(folder / LOCK)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._lock.acquire(timeout=0)
+        except Timeout:
             raise InputError(f"{folder} is in use by another process") from None
-        self._lock.truncate(0)
-        self._lock.write(launch)
-        self._lock.flush()
+        (folder / LAUNCH).write_text(launch, encoding="utf-8")
         remove_asides(folder)
         self._events = folder / "tensorboard" / f"events.out.tfevents.{time.time():.0f}.{os.getpid()}"
         self._text = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
@@ -68,7 +66,7 @@ class Run:
         """Append an epoch's record, with its key `epoch`, to metrics.jsonl and its numbers to TensorBoard."""
         if self.folder is None:
             return
-        with open(self.folder / METRICS, "a") as file:
+        with open(self.folder / METRICS, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(record) + "\n")
         self._write_events(record)
 
@@ -117,7 +115,7 @@ class Run:
     def close(self) -> None:
         if self.folder is not None:
             self._text.close()
-            self._lock.close()
+            self._lock.release()
 
 
 def create_run(name: str, args: dict[str, Any], device: torch.device) -> Path:
@@ -135,7 +133,7 @@ def create_run(name: str, args: dict[str, Any], device: torch.device) -> Path:
         except FileExistsError:
             if not RUNS.is_dir():
                 raise InputError(f"cannot make the run folder {folder}: {RUNS} is a file") from None
-    command = shlex.join(["python", *sys.argv])
+    command = command_text(["python", *sys.argv])
     record = {**args, "command": command, "commit": code_commit(), "machine": machine(device)}
     write_atomically(folder / ARGS, json.dumps(record, indent=1).encode())
     return folder
@@ -228,7 +226,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):  # not Linux, or a processor without that line
         return platform.processor() or platform.machine()
@@ -283,7 +281,7 @@ def find_resumable(resume: str, *, script: str, args: dict, given: Collection[st
             f"{path} is a checkpoint of {checkpoint['script']}.py, not of {script}.py: resume it there"
         )
     if checkpoint["finished"]:
-        raise InputError(f"{path} is of a finished run; leave --resume out to start another")
+        raise InputError(f"{path} is of a finished run; to train it further, give --pretrained {path.parent}")
     saved = checkpoint["args"]
     if saved.get("teacher"):  # it may have been moved: a checksum tells whether it is the same
         given = set(given) - {"teacher"}
@@ -297,6 +295,6 @@ def find_resumable(resume: str, *, script: str, args: dict, given: Collection[st
 def find_launched(launch: str, runs: str) -> Path | None:
     """The last checkpoint of the run of `runs` (a pattern) that `launch` made or resumed: where its workers,
     restarted, go on. None where it had not yet made one."""
-    locks = [lock for lock in RUNS.glob(f"{runs}/{LOCK}") if (lock.parent / LAST).is_file()]
-    locks.sort(key=lambda lock: lock.stat().st_mtime_ns, reverse=True)  # containers give the same name twice
-    return next((lock.parent / LAST for lock in locks if lock.read_bytes() == launch.encode()), None)
+    noted = [file for file in RUNS.glob(f"{runs}/{LAUNCH}") if (file.parent / LAST).is_file()]
+    noted.sort(key=lambda file: file.stat().st_mtime_ns, reverse=True)  # containers give the same name twice
+    return next((file.parent / LAST for file in noted if file.read_bytes() == launch.encode()), None)

@@ -13,11 +13,6 @@ Leaves runs/search-EXP-TIME/genotype.json (rewritten after every trial), for tra
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import argparse
 import shlex
 import sys
@@ -28,24 +23,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 import options
-from data import SETS, channel_statistics, load_set
-from figures import draw_genotype
+from choices import COSTS
 from genotypes import describe, get_genotype, save_genotype
-from processes import PATIENCE, claimed, signals_to_interrupts
+from images import checked_range
 from recipes import EBNAS
-from run_data import describe_data
-from runs import LOCATION, RESULT, RUNS, Run, create_run, differing_flags, read_args
 from trials.cells import Space
-from trials.costs import COSTS, Costs
-from trials.pictures import draw_search
-from trials.storage import Ledger, Taken, own_lock, require_optuna
 from trials.strategies import FIGURES, STRATEGIES, Judge, Strategy, Trial, front
-from trials.training import Trainer
-from utils import InputError, RunFailed, human, run_main
+from utils import InputError, RunFailed, check_usage, command_text, human, run_main
 
 JOURNAL = "trials.journal"
 OWN = ("resume", "storage", "save", "budget", "note")
@@ -129,7 +114,7 @@ def parser() -> options.Parser:
         help="training images that trials are judged on; default: 5000",
     )
     flag("--train", default="", metavar="'FLAGS'", help="further flags of train.py, for all trials")
-    options.add_set_flags(parser, SETS)
+    options.add_set_flags(parser)
     options.add_step_flags(parser, {**EBNAS["cifar"].flags, "epochs": 6})
     options.add_run_flags(parser)
     return parser
@@ -150,6 +135,23 @@ def objectives(text: str) -> tuple[str, ...]:
     return tuple(costs)
 
 
+if __name__ == "__main__":
+    check_usage(parser)
+
+import numpy as np
+import torch
+
+from data import channel_statistics, load_set
+from figures import draw_genotype
+from processes import PATIENCE, claimed, signals_to_interrupts
+from run_data import describe_data
+from runs import LOCATION, RESULT, RUNS, Run, create_run, differing_flags, read_args
+from trials.costs import Costs
+from trials.pictures import draw_search
+from trials.storage import Ledger, Taken, own_lock, require_optuna
+from trials.training import Trainer
+
+
 def main(flags: options.Flags) -> None:
     require_optuna()
     folder, ledger, args = find_search(flags.values, flags.given)
@@ -160,12 +162,16 @@ def main(flags: options.Flags) -> None:
         image_size=args.image_size,
         workers=args.workers,
         count=args.train_images,
+        value_range=checked_range(args.value_range),
     )
     images = len(train_set) - args.holdout
     if images <= 0:
         raise InputError(f"--holdout {args.holdout} leaves none of {len(train_set)} images to train on")
     statistics = channel_statistics(args.set, train_set)
-    data = describe_data(args.set, args.data, args.image_size, train_set.classes, statistics)
+    value_range = checked_range(args.value_range)
+    data = describe_data(
+        args.set, args.data, args.image_size, train_set.classes, statistics, value_range=value_range
+    )
     del train_set  # the trainings read their own
     search = Search(args, data, images)
     if folder is None:
@@ -185,7 +191,7 @@ def main(flags: options.Flags) -> None:
                 search.finish(run, ledger)
         except (KeyboardInterrupt, SystemExit) as error:
             run.log("stopped; to go on:")
-            run.log(shlex.join(["python", sys.argv[0], "--resume", str(folder)]))
+            run.log(command_text(["python", sys.argv[0], "--resume", str(folder)]))
             sys.exit(error.code if isinstance(error, SystemExit) else 130)
         except (InputError, RunFailed, OSError) as error:
             run.log(f"stopped: {error}")
@@ -349,13 +355,14 @@ class Search:
             run.log(f"no pictures: {error}")
         run.log(f"genotype written to {run.folder / 'genotype.json'}; train it:")
         where = ["--set", self.args.set, "--data", self.args.data, "--image_size", str(self.args.image_size)]
+        where += options.command_line({"value_range": self.args.value_range})
         size = []
         if len(self.args.init_channels) * len(self.args.layers) > 1 or limited(self.args):
             chosen = best.job.candidate
             size = ["--init_channels", chosen.init_channels, "--layers", chosen.layers]
             size += ["--groups", self.args.groups]
         words = ["python", "train.py", *where, "--auxiliary", "--cutout", *map(str, size), "--arch"]
-        run.log(shlex.join([*words, str(run.folder)]))
+        run.log(command_text([*words, str(run.folder)]))
 
 
 def limited(args: argparse.Namespace) -> bool:
@@ -384,7 +391,7 @@ def record(trial: Trial) -> dict[str, Any]:
 def training_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Of train.py, those that the user gave here or that differ from what they are there."""
     shared = options.Parser()
-    options.add_set_flags(shared, SETS)
+    options.add_set_flags(shared)
     options.add_step_flags(shared, EBNAS["cifar"].flags)
     options.add_run_flags(shared)
     own = {*OWN, "epochs", "momentum", "model_path"}

@@ -13,7 +13,6 @@ with session.start(model=model, stateful=..., kind="stage1", ...) as run:
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,15 +21,15 @@ from typing import Any
 import torch
 
 from checkpoint import Checkpointer
+from choices import CUDA_GRAPH_MODES
 from distributed import World, launch_name
 from engine import AfterStep, Position, Precision, Sums
-from kernels.compilation import CUDA_GRAPH_MODES
 from memory import GB, StepMemory, free_bytes
 from resume import Origin
 from runs import Run, create_run
 from settings import Settings, StepSettings, table
 from signals import Interrupted, StopSignal
-from utils import InputError, RunFailed, is_out_of_memory, one_line, os_error_message
+from utils import InputError, RunFailed, command_text, is_out_of_memory, one_line, os_error_message
 
 
 class Session:
@@ -87,7 +86,7 @@ class Session:
                 yield run
             except Interrupted:
                 run.log(f"stopped at epoch {self.position.epoch}, step {self.position.step}; to go on:")
-                run.log(shlex.join(["python", sys.argv[0], "--resume", str(self.folder)]))
+                run.log(command_text(["python", sys.argv[0], "--resume", str(self.folder)]))
             except BaseException as error:
                 explained = self._explained(error)
                 is_file = isinstance(explained, OSError)

@@ -31,6 +31,7 @@ class ImageSettings:
     data: str
     image_size: int
     train_images: int
+    value_range: list[float] | None
     cutout: bool
     cutout_length: int
 
@@ -51,6 +52,7 @@ class ImageNetImages:
 
     tmp_data_dir: str | None
     image_size: int
+    value_range: list[float] | None
     jpeg_draft: bool
     holdout = 0
     family = "imagenet"

@@ -12,12 +12,16 @@ STOP_FREQ = 8
 answer, so that nobody waits for it."""
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, *filter(None, [getattr(signal, "SIGBREAK", None)]))
+"""What asks a run to stop; SIGBREAK (Ctrl-Break) is Windows' own."""
+
+
 class Interrupted(Exception):
     """A signal asked to stop, and the checkpoint to go on from is written."""
 
 
 class StopSignal:
-    """A context in which SIGINT and SIGTERM are noted, not obeyed: `received` is the signal's number or 0.
+    """A context in which the signals of STOPPING are noted, not obeyed: `received` is one's number or 0.
 
     A second Ctrl-C stops at once, but not while `held` (a checkpoint is written), and not within a second of
     the first: a terminal's Ctrl-C reaches a worker twice, from the terminal and from torchrun.
@@ -29,7 +33,7 @@ class StopSignal:
         self.vote: Vote | None = None  # that has been asked for, and not read
 
     def __enter__(self) -> StopSignal:
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {s: signal.signal(s, self._note) for s in STOPPING}
         return self
 
     def _note(self, signum: int, _frame) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import options
-from baselines import EBNAS_ROW, Config, make_config, settings_of, system_of, usual_size
+from baselines import Config, make_config, settings_of
 from distributed import World
 from recipes import EBNAS, get_recipe
 from resume import Origin, find_origin
+from rows import EBNAS_ROW, system_of, usual_size
 from settings import NetworkSettings, settings_from
 from utils import InputError
 
@@ -53,7 +54,7 @@ def settle(flags: options.Flags, *, family: str) -> dict[str, Any]:
         raise InputError(f"{arch} has no paths to drop; leave --drop_path_prob out")
     if system not in STAGE1:
         which = "has no stages: it trains in full precision" if system == "resnet" else "trains in one stage"
-        for name in ("binary", "stage1", "pretrained", "from_scratch", "stage1_weight_decay"):
+        for name in ("binary", "stage1", "from_scratch", "stage1_weight_decay"):
             if name in given:
                 raise InputError(f"{arch} {which}; leave --{name} out")
     elif values["stage1"] not in (None, *STAGE1[system]):

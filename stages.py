@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import warnings
 from contextlib import suppress
@@ -12,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LRScheduler
 
-from baselines import label, system_of
+from baselines import label
 from checkpoint import LIVE, network_config
 from data import Loader
 from distributed import World
@@ -23,15 +22,17 @@ from figures import draw_curves
 from kernels import Form, accelerate, choose_form
 from kernels.compilation import compile_regions
 from model import build_model
+from optimizers import OPTIMIZERS, SCHEDULES
 from pretrained import find_start, load_start, saw_holdout
 from recipes import Recipe, get_recipe
 from resume import Origin
+from rows import system_of
 from runs import Run, read_args, read_metrics
 from session import Session
 from settings import StageSettings
 from stage_flags import config_of, stage_of
 from teacher import DistillationLoss, Teacher, find_teacher
-from utils import InputError, human, one_line, seed_everything
+from utils import InputError, command_text, human, one_line, seed_everything
 from weights import clip_latent_weights, decaying_groups, moving_average
 
 
@@ -86,19 +87,19 @@ def build_teacher(settings: StageSettings, data: dict[str, Any], world: World) -
 
 
 def build_network(settings: StageSettings, origin: Origin, data: dict[str, Any], world: World) -> Built:
-    """This run's network on its device, in stage 2 with stage 1's weights."""
+    """This run's network on its device, with the weights that it starts from (see find_start)."""
     if origin.checkpoint:  # whatever has become of its genotype file since
         config, found, start = network_config(origin.checkpoint), None, "its checkpoint"
     else:
         family, num_classes = settings.images.family, len(data["classes"])
         config = config_of(settings.network, family=family, num_classes=num_classes)
         found = find_start(settings, config, data)
-        start = str(found[0]) if found else "random weights"
+        start = found.words if found else "random weights"
     config.check_image_size(data["image_size"])
     seed_everything(settings.run.seed)
     model = build_model(config)
     if found is not None:
-        load_start(model, found[1]["model"])
+        load_start(model, found)
     form = _place(model, settings, world)
     torch.manual_seed(settings.run.seed + world.rank)  # drop-path differs between processes
     return Built(model, form, start)
@@ -109,7 +110,7 @@ def build_optimizer(settings: StageSettings, model: nn.Module) -> torch.optim.Op
     ours, parameters = settings.recipe, model.parameters()
     if ours.stage1_weight_decay and not settings.network.binary:
         parameters = decaying_groups(model, ours.stage1_weight_decay)
-    make = recipe_of(settings).optimizer
+    make = OPTIMIZERS[recipe_of(settings).optimizer]
     optimizer = make(parameters, lr=ours.learning_rate, weight_decay=ours.weight_decay)
     model.register_update_rule(optimizer)
     if ours.clip_weights:
@@ -123,12 +124,14 @@ def build_schedule(
     """The recipe's, for epochs of `steps` steps; EBNAS's begins with `warmup` epochs of linear rise."""
     # a run that goes on where an epoch's steps were done, in another process, takes the schedule's first
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
-    recipe, epochs = recipe_of(settings), settings.run.epochs
-    if recipe.schedule is None:
-        least = settings.recipe.learning_rate_min
-        schedule = cosine_schedule(optimizer, epochs=epochs, warmup=warmup, least=least)
-    else:
-        schedule = recipe.schedule(optimizer, epochs, steps)
+    recipe = recipe_of(settings)
+    schedule = SCHEDULES[recipe.schedule](
+        optimizer,
+        epochs=settings.run.epochs,
+        steps=steps,
+        warmup=warmup,
+        least=settings.recipe.learning_rate_min,
+    )
     if recipe.by_step:
         optimizer.register_step_post_hook(lambda *_: schedule.step())
     return schedule
@@ -186,17 +189,6 @@ def _place(network: nn.Module, settings: StageSettings, world: World) -> Form:
     channels_last = device.type == "cpu" and form.name != "native"
     in_memory_format(network, step.memory_format, auto="channels_last" if channels_last else "contiguous")
     return form
-
-
-def cosine_schedule(
-    optimizer: torch.optim.Optimizer, *, epochs: int, warmup: int, least: float
-) -> LRScheduler:
-    """By epoch: `warmup` epochs of linear rise from 1/warmup of the rate, then a cosine to `least`."""
-    cosine = CosineAnnealingLR(optimizer, max(epochs - warmup, 1), eta_min=least)
-    if not warmup:
-        return cosine
-    rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=max(warmup - 1, 1))
-    return SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
 
 
 # Its epochs
@@ -287,7 +279,7 @@ def finish(session: Session, *, held_out: str, test: dict[str, float] | None = N
     note = (
         "chosen on the test set, so optimistic" if held_out == "test" else f"chosen on the {held_out} images"
     )
-    command = shlex.join(["python", *sys.argv])
+    command = command_text(["python", *sys.argv])
     try:
         last = read_metrics(run.folder)[-1]
         run.log(
@@ -303,4 +295,4 @@ def finish(session: Session, *, held_out: str, test: dict[str, float] | None = N
     if stage_of(session.origin.flags) != "stage1":
         run.log(f"next: python evaluate.py {run.folder}")
     else:
-        run.log(f"next: {command} --binary --pretrained {shlex.quote(str(run.folder))}")
+        run.log(f"next: {command} --binary --pretrained {command_text([str(run.folder)])}")

@@ -17,11 +17,6 @@ run with its flags, seed, commit, hardware, versions, seconds and figures), NAME
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import argparse
 import re
 from collections.abc import Mapping
@@ -30,19 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import options
-from data import SETS, load_set
-from evidence import strategies
-from evidence.analysis import scores_of, what_it_shows
-from evidence.cell_pictures import draw_cells
-from evidence.cells import ROWS, Table, rows_of, write_rows
-from evidence.pictures import draw_study
+from choices import SETS
 from evidence.plan import Study
-from evidence.report import report
-from evidence.results import Results
-from evidence.runner import Runner
 from evidence.studies import INSTRUMENTS, SCALES, STUDIES, Scale
 from genotypes import Genotype, get_genotype
-from utils import InputError, RunFailed, run_main, write_atomically
+from utils import InputError, RunFailed, check_usage, run_main, write_atomically
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -76,6 +63,20 @@ def parser() -> options.Parser:
     flag("--out", help="folder of the figures; default: results, and in it one for each other scale and set")
     flag("--table", action="store_true", help="run and write nothing: the table of what is there")
     return parser
+
+
+if __name__ == "__main__":
+    check_usage(parser)
+
+from data import load_set
+from evidence import strategies
+from evidence.analysis import scores_of, what_it_shows
+from evidence.cell_pictures import draw_cells
+from evidence.cells import ROWS, Table, rows_of, write_rows
+from evidence.pictures import draw_study
+from evidence.report import report
+from evidence.results import Results
+from evidence.runner import Runner
 
 
 def main(flags: options.Flags) -> None:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,8 +89,7 @@ def find_teacher(name: str, data: dict[str, Any], world: World) -> Teacher:
         checkpoint = load_checkpoint(name)
         network, theirs, flags = trained_network(checkpoint), checkpoint["data"], checkpoint["args"]
         fits = theirs["classes"] == data["classes"]
-    elif name in torchvision.models.list_models(module=torchvision.models):
-        weights = torchvision.models.get_model_weights(name).DEFAULT
+    elif (weights := _torchvision_weights(name)) is not None:
         theirs = {"classes": weights.meta["categories"]} | {
             entry: getattr(weights.transforms(), entry) for entry in ("mean", "std")
         }
@@ -121,11 +119,20 @@ def find_teacher(name: str, data: dict[str, Any], world: World) -> Teacher:
     return teacher
 
 
+def _torchvision_weights(name: str) -> Any:
+    """The best weights of torchvision's network of a name; None where it has no such network."""
+    from torchvision import models  # takes seconds to import
+
+    return models.get_model_weights(name).DEFAULT if name in models.list_models(module=models) else None
+
+
 def _torchvision_network(name: str, weights: Any, world: World) -> nn.Module:
     """torchvision's network of a name, with these of its weights."""
+    from torchvision import models
+
     with world.in_turn("downloading the teacher"):
         try:
-            return torchvision.models.get_model(name, weights=weights, progress=sys.stderr.isatty())
+            return models.get_model(name, weights=weights, progress=sys.stderr.isatty())
         except Exception as error:  # no network, or a file that is not whole: torch.load raises a dozen kinds
             place = Path(torch.hub.get_dir()) / "checkpoints"
             raise InputError(

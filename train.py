@@ -10,32 +10,15 @@ torchrun --nproc_per_node=4 train.py --auxiliary --cutout  # 4 GPUs, batch_size 
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
-
 import options
-import stages
-from augment import Augmentation
-from baselines import EBNAS_ROW, trained_network
-from checkpoint import BEST, load_checkpoint
-from data import SETS, BatchLoader, ImageSet, holdout_split
-from distributed import World, setup
-from engine import evaluate, precision_of
-from kernels import accelerate
 from recipes import EBNAS
-from run_data import loader_settings, prepare_data
-from session import Session
-from settings import TrainSettings, settings_from
-from stage_flags import find_run
-from utils import run_main
+from rows import EBNAS_ROW
+from utils import check_usage, run_main
 
 
 def parser() -> options.Parser:
     parser, usual = options.Parser(__doc__), EBNAS["cifar"].flags
-    options.add_set_flags(parser, SETS)
+    options.add_set_flags(parser)
     flag = parser.add_argument
     flag("--mixup", action="store_true", help="mix each image with another one of its batch, and the labels")
     flag("--alpha", type=options.positive_float, default=0.2, help="parameter of mixup's Beta distribution")
@@ -51,6 +34,23 @@ def parser() -> options.Parser:
     options.add_beyond_flags(parser)
     options.add_run_flags(parser)
     return parser
+
+
+if __name__ == "__main__":
+    check_usage(parser)
+
+import stages
+from augment import Augmentation
+from baselines import trained_network
+from checkpoint import BEST, load_checkpoint
+from data import BatchLoader, ImageSet, holdout_split
+from distributed import World, setup
+from engine import evaluate, precision_of
+from kernels import accelerate
+from run_data import loader_settings, prepare_data
+from session import Session
+from settings import TrainSettings, settings_from
+from stage_flags import find_run
 
 
 def main(flags: options.Flags) -> None:

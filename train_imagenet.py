@@ -9,23 +9,11 @@ DIR, or its ILSVRC2012 or ImageNet-ILSVRC2012, holds train/<class>/* and val/<cl
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import options
-import stages
-from baselines import EBNAS_ROW
-from data import STATISTICS, Share, imagenet_loaders
-from distributed import setup
-from engine import precision_of
+from images import checked_range
 from recipes import EBNAS
-from run_data import describe_data
-from session import Session
-from settings import ImageNetSettings, settings_from
-from stage_flags import find_run
-from utils import InputError, run_main
+from rows import EBNAS_ROW
+from utils import InputError, check_usage, run_main
 
 
 def parser() -> options.Parser:
@@ -33,6 +21,7 @@ def parser() -> options.Parser:
     flag = parser.add_argument
     flag("--tmp_data_dir", metavar="DIR", help="where train/ and val/ are")
     flag("--image_size", type=options.integer(16, 4096), default=224, help="side of a crop, in pixels")
+    options.add_value_range_flag(flag)
     flag(
         "--jpeg_draft",
         action="store_true",
@@ -52,6 +41,19 @@ def parser() -> options.Parser:
     return parser
 
 
+if __name__ == "__main__":
+    check_usage(parser)
+
+import stages
+from data import STATISTICS, Share, imagenet_loaders
+from distributed import setup
+from engine import precision_of
+from run_data import describe_data
+from session import Session
+from settings import ImageNetSettings, settings_from
+from stage_flags import find_run
+
+
 def main(flags: options.Flags) -> None:
     world = setup(flags.values.device, flags.values.gpu)
     origin = find_run(flags, parser=parser(), script="train_imagenet", family="imagenet", world=world)
@@ -61,6 +63,7 @@ def main(flags: options.Flags) -> None:
     session = Session(origin, settings, world=world, precision=precision, notes=flags.idle)
     if images.tmp_data_dir is None:
         raise InputError("--tmp_data_dir is missing: give the folder where train/ and val/ are")
+    value_range = checked_range(images.value_range)
     train_loader, valid_loader, classes = imagenet_loaders(
         images.tmp_data_dir,
         batch_size,
@@ -71,9 +74,11 @@ def main(flags: options.Flags) -> None:
         jpeg_draft=images.jpeg_draft,
         share=Share(world.rank, world.size),
         color_jitter=stages.recipe_of(settings).color_jitter,
+        value_range=value_range,
     )
     statistics = STATISTICS["imagenet"]
-    data = describe_data("imagenet", images.tmp_data_dir, images.image_size, classes, statistics)
+    what = ("imagenet", images.tmp_data_dir, images.image_size, classes, statistics)
+    data = describe_data(*what, value_range=value_range)
     data = origin.own_images(data)
 
     teacher = stages.build_teacher(settings, data, world)

@@ -10,30 +10,14 @@ Leaves runs/search-EXP-TIME/genotype.json (rewritten every epoch), for train.py 
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 import copy
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
-
 import options
-from architect import Architect
-from augment import Augmentation
-from data import SETS, Batch, BatchLoader, ImageSet, split_halves
-from distributed import World, setup
-from engine import Training, evaluate, in_memory_format, precision_of, train_one_epoch
-from figures import draw_curves, draw_genotype
-from found import describe_found
 from genotypes import (
     Genotype,
     describe,
@@ -42,23 +26,14 @@ from genotypes import (
     random_genotype,
     save_genotype,
 )
-from kernels import Form, accelerate, choose_form
-from kernels.compilation import compile_regions
-from model_search import SearchConfig, Supernet
-from resume import Origin, find_origin
-from run_data import loader_settings, prepare_data
-from runs import Run
-from session import Session
-from settings import SearchSettings, settings_from
-from stages import log_form
-from utils import InputError, run_main, seed_everything
+from utils import InputError, check_usage, command_text, run_main, seed_everything
 
 STEP = {"epochs": 50, "batch_size": 256, "learning_rate": 1e-3, "grad_clip": 5.0}
 
 
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    options.add_set_flags(parser, SETS)
+    options.add_set_flags(parser)
     flag = parser.add_argument_group("supernet").add_argument
     flag("--init_channels", type=options.integer(1, 10_000), default=16, help="width of the first cell")
     flag("--layers", type=options.integer(3, 1_000), default=8, help="number of cells")
@@ -104,6 +79,30 @@ def parser() -> options.Parser:
     parser.retire("learning_rate_min", "the learning rate of a search is constant, as in the original")
     parser.retire("drop_path_prob", "the supernet has no drop-path, as in the original")
     return parser
+
+
+if __name__ == "__main__":
+    check_usage(parser)
+
+import torch
+from torch import nn
+
+from architect import Architect
+from augment import Augmentation
+from data import Batch, BatchLoader, ImageSet, split_halves
+from distributed import World, setup
+from engine import Training, evaluate, in_memory_format, precision_of, train_one_epoch
+from figures import draw_curves, draw_genotype
+from found import describe_found
+from kernels import Form, accelerate, choose_form
+from kernels.compilation import compile_regions
+from model_search import SearchConfig, Supernet
+from resume import Origin, find_origin
+from run_data import loader_settings, prepare_data
+from runs import Run
+from session import Session
+from settings import SearchSettings, settings_from
+from stages import log_form
 
 
 def main(flags: options.Flags) -> None:
@@ -343,7 +342,9 @@ def finish(session: Session, genotype: Genotype, discrete: dict[str, Any]) -> No
         run.log(line)
     run.log(f"genotype written to {run.folder / 'genotype.json'}; train it:")
     where = ["--set", images.set, "--data", images.data, "--image_size", str(images.image_size)]
-    run.log(shlex.join(["python", "train.py", *where, "--auxiliary", "--cutout", "--arch", str(run.folder)]))
+    where += options.command_line({"value_range": images.value_range})
+    words = ["python", "train.py", *where, "--auxiliary", "--cutout", "--arch", str(run.folder)]
+    run.log(command_text(words))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,16 @@ import math
 import os
 import random
 import secrets
+import shlex
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+WINDOWS = os.name == "nt"
 
 
 class InputError(ValueError):
@@ -26,6 +31,7 @@ USERS_FAULT = frozenset(
     (
         *(errno.ENOENT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
         *(errno.EACCES, errno.EPERM, errno.ELOOP),
+        errno.EINVAL,  # a character that Windows, or its file systems elsewhere, have in no name
     )
 )
 """What the operating system answers to a wrong name: exit code 2. All else (a full disk, say) is 1."""
@@ -43,11 +49,11 @@ def run_main(main: Callable[[Any], None], parser: Callable[[], Any]) -> None:
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us: go on in silence
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as the process lives)
         elif hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal that knows only ASCII
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # no longer that of `end_on_interrupt`
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # no longer that of `check_usage`
         main(parser().read())
         sys.stdout.flush()  # here, where a reader that has gone is still our business
     except (InputError, RunFailed) as error:
@@ -64,8 +70,10 @@ def run_main(main: Callable[[Any], None], parser: Callable[[], Any]) -> None:
         _end("there is not enough memory; smaller batches, images or networks need less", 1)
 
 
-def end_on_interrupt() -> None:
-    """From here to `run_main`, while torch is imported, Ctrl-C ends the process with one line."""
+def check_usage(parser: Callable[[], Any]) -> None:
+    """Before torch is imported, which takes seconds: --help and wrong flags end the script here. From here to
+    `run_main` Ctrl-C ends it with one line."""
+    run_main(lambda _flags: None, parser)
 
     def end(_signum, _frame) -> None:
         os.write(2, b"error: interrupted\n")
@@ -75,8 +83,8 @@ def end_on_interrupt() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, or torch on a CPU or on a GPU, could not allocate what it needs."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    """Whether Python, or torch, cuDNN or cuBLAS, could not allocate what it needs."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(part in str(error) for part in words)
 
 
@@ -119,23 +127,35 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         raise InputError(f"{path} is not a regular file; give another name")
     aside = path.with_name(f".{path.name[:LONGEST_ASIDE]}.{secrets.token_hex(4)}")
     try:
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with os.fdopen(descriptor, "wb") as file:
+        with open(aside, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, must survive a power cut
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _replace(aside, path)
+        if not WINDOWS:  # which opens no folder
+            folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, must survive a power cut
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException as error:
         aside.unlink(missing_ok=True)
         if isinstance(error, OSError):
             reason = (error.strerror or str(error)).lower()
             raise OSError(error.errno or errno.EIO, f"cannot write: {reason}", str(path)) from None
         raise
+
+
+def _replace(aside: Path, path: Path) -> None:
+    """Rename `aside` over `path`. Windows refuses while another process reads `path`, so there it is tried
+    for two seconds."""
+    for pause in (0.01, 0.1, 0.5, 1.5) if WINDOWS else ():
+        try:
+            os.replace(aside, path)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(aside, path)
 
 
 def remove_asides(folder: Path) -> None:
@@ -158,6 +178,11 @@ def check_count(name: str, value: object, least: int, most: int) -> None:
     """Raise InputError where `value` is not a whole number from `least` to `most`."""
     if type(value) is not int or not least <= value <= most:
         raise InputError(f"{name} is {value!r}; it must be a whole number from {least} to {most}")
+
+
+def command_text(words: Sequence[str]) -> str:
+    """A command as it is typed here: quoted for a POSIX shell, or for Windows' own."""
+    return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)
 
 
 def seed_everything(seed: int) -> None:

@@ -12,11 +12,6 @@ python visualize.py runs/eval-EXP-stage1-TIME       # a training run: its curves
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # torch takes seconds to import
-    from utils import end_on_interrupt
-
-    end_on_interrupt()
-
 from pathlib import Path
 from typing import Any
 

@@ -25,7 +25,6 @@ from operations import BinaryUnit, FactorizedReduce
 from packed import Program, Step, unpack_bits
 from utils import InputError
 
-RIVALS = ("channels_last", "compile", "onnxruntime", "onnxruntime_int8", "openvino")
 Runner = Callable[[], np.ndarray]
 
 

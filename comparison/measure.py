@@ -23,12 +23,14 @@ MEMORY = {"cuda": "peak", "cpu": "kept"}
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: `run` handles `images` images; `against` names the case that its rate is divided by."""
+    """What is timed: `run` handles `images` images, in `macs` multiply-accumulates, where these are of
+    interest; `against` names the case that its rate is divided by."""
 
     name: str
     run: Callable[[], Any]
     images: int
     against: str | None = None
+    macs: int = 0
 
 
 def measure(
@@ -61,6 +63,8 @@ def measure(
             "images_per_second": 1 / median(per_image[case.name]),
             "memory_bytes": memory[case.name],
         }
+        if case.macs:
+            row["gmacs_per_second"] = case.macs / row["median"] / 1e9
         if count:
             row["operations"] = operations[case.name]
         if case.against is not None:

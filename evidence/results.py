@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from evidence.plan import Study
 from genotypes import genotype_from_dict
@@ -53,7 +54,7 @@ class Results:
         """Make the folder, before the hours of work whose figures it is for. Raises InputError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / ".lock", "a"):
+            with open(self.folder / ".lock", "a", encoding="utf-8"):
                 pass
         except OSError as error:
             raise InputError(
@@ -70,8 +71,7 @@ class Results:
         """The content of the study's file, with `records` and what other files hold of its jobs. Within it no
         other process writes to the folder: what is drawn of the content is not older than the file."""
         self.prepare()
-        with open(self.folder / ".lock", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with FileLock(self.folder / ".lock"):
             content = self.content(study)
             content["jobs"].update(records)
             write_atomically(self.paths[study.name], _a_line_each(content).encode())
@@ -81,7 +81,7 @@ class Results:
         if not path.exists():
             return {}
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not JSON: {error}; remove it, or give another --out") from None
         if not isinstance(content, dict) or not isinstance(content.get("jobs"), dict):

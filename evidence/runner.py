@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import queue
-import shlex
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ from genotypes import Genotype, describe, genotype_from_dict, save_genotype
 from options import command_line
 from packed import program_bytes
 from packed.lowering import lower
-from processes import PROGRAM, Stopped, claimed, environment, last_word, signals_to_interrupts
+from processes import PROGRAM, Stopped, claimed, end, environment, last_word, signals_to_interrupts, start
 from runs import RESULT, RUNS, read_args, read_metrics, read_result
-from utils import InputError, RunFailed
+from utils import InputError, RunFailed, command_text
 
 CURVES = ("train_loss", "valid_loss", "valid_top1", "seconds", "cpu_seconds")
 """What a record keeps of each epoch of a training."""
@@ -67,9 +66,12 @@ class Runner:
         with bar, signals_to_interrupts(), ThreadPoolExecutor(self.at_once) as pool:
             chains = [pool.submit(self._run_chain, study, final, jobs, bar) for final in finals]
             try:
-                for chain in as_completed(chains):
-                    with suppress(RunFailed):
-                        chain.result()
+                running = set(chains)
+                while running:  # Windows tells of no Ctrl-C within a wait, so each is short
+                    done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                    for chain in done:
+                        with suppress(RunFailed):
+                            chain.result()
             except BaseException:
                 self._stop(chains)
                 raise
@@ -80,16 +82,16 @@ class Runner:
         for chain in chains:
             chain.cancel()
         for process in list(self.processes):
-            process.terminate()
+            end(process)
 
     def _run_chain(self, study: Study, final: Job, waiting: set[str], bar: tqdm) -> None:
         for job in final.chain:
-            with claimed(f"study-{job.key}", stopped=self.stopped) as claim:
+            with claimed(f"study-{job.key}", stopped=self.stopped):
                 records = self.results.records()
                 if final.key in records:
                     return
                 if job.key in final.missing(records, run_folder):
-                    record = self._made(job, records, claim)
+                    record = self._made(job, records)
                     _check_images(record, records.values())
                     self.results.keep(study, {job.key: record})
                     tqdm.write(f"{study.name}: {title(record)}", file=sys.stdout)
@@ -97,7 +99,7 @@ class Runner:
                     waiting.discard(job.key)
                     bar.update()
 
-    def _made(self, job: Job, records: Mapping[str, dict], claim: int) -> dict[str, Any]:
+    def _made(self, job: Job, records: Mapping[str, dict]) -> dict[str, Any]:
         """A job's record: of a run that is done, though a study that was killed did not note it, or of one
         that is made or goes on now. Raises RunFailed with the last line that it wrote, or where what it left
         is damaged; InputError where it says that it was given something wrong."""
@@ -105,14 +107,14 @@ class Runner:
             raise RunFailed(self.failed[job.key])
         try:
             if not run_folder(job):
-                self._run(job, records, claim)
+                self._run(job, records)
             return _record(job)
         except RunFailed as error:
             self.failed[job.key] = str(error)
             tqdm.write(f"failed: {error}", file=sys.stderr)
             raise
 
-    def _run(self, job: Job, records: Mapping[str, dict], claim: int) -> None:
+    def _run(self, job: Job, records: Mapping[str, dict]) -> None:
         """Run or resume a job. Raises as `_made` does."""
         flags = {name: flag_text(value, records) for name, value in job.flags.items()}
         flags |= {"data": self.data, "save": f"study-{job.key}", "resume": "auto"}
@@ -124,14 +126,7 @@ class Runner:
             with self.starting:
                 if self.stopped.is_set():
                     raise Stopped
-                process = subprocess.Popen(
-                    words,
-                    env=environment(self.at_once),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    pass_fds=(claim,),
-                    start_new_session=True,  # a terminal's Ctrl-C comes to the study, and from it to the run
-                )
+                process = start(words, env=environment(self.at_once), stderr=subprocess.PIPE)
                 self.processes.add(process)
             _, errors = process.communicate()
         finally:
@@ -145,7 +140,7 @@ class Runner:
         elif code == 0:
             reason = f"it left no {RESULT}"
         kind = InputError if code == 2 else RunFailed
-        raise kind(f"{shlex.join(['python', *words[1:]])}: {reason}")
+        raise kind(f"{command_text(['python', *words[1:]])}: {reason}")
 
 
 def run_folder(job: Job) -> Path | None:

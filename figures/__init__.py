@@ -15,6 +15,8 @@ from utils import USERS_FAULT, InputError, os_error_message, write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from confusion import Confusion
+
 DPI = 200
 
 
@@ -46,6 +48,20 @@ def draw_curves(run: Path, *, folder: Path | None = None) -> list[Path]:
         from figures.curves import curve_figures
 
         return _write(curve_figures(Path(run)), run if folder is None else folder)
+
+
+def draw_confusion(confusion: Confusion, folder: Path, *, prefix: str = "") -> list[Path]:
+    """Write confusion.png, for up to 100 classes, and mistakes.png, where there are mistakes, into `folder`,
+    each behind `prefix`. Raises as `_write`."""
+    with _default_look():
+        from figures.confusion import MOST_CLASSES, confusion_figure, mistakes_figure
+
+        figures = {}
+        if len(confusion.classes) <= MOST_CLASSES:
+            figures[f"{prefix}confusion.png"] = confusion_figure(confusion)
+        if confusion.mistakes:
+            figures[f"{prefix}mistakes.png"] = mistakes_figure(confusion.mistakes, confusion.classes)
+        return _write(figures, folder)
 
 
 def draw(figures: Callable[[], Mapping[str, Figure]], folder: Path) -> list[Path]:

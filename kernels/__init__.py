@@ -25,9 +25,6 @@ FORMS: dict[str, dict[type, type]] = {
 fewer and larger tensor operations, `native` has C for what takes time, on a CPU, in float32 or float64. A
 class that a form does not have stays as it is."""
 
-CHOICES = ("auto", *FORMS)
-"""Of the flag --kernels."""
-
 _PLAIN = {fast: plain for form in FORMS.values() for plain, fast in form.items()}
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
-MODES = ("default", *CUDA_GRAPH_MODES, "max-autotune-no-cudagraphs")
+from choices import CUDA_GRAPH_MODES
 
 GRAPHS = 1024
 """How many compiled graphs one class of regions may have, one for each shape and setting. torch's default is

@@ -83,6 +83,19 @@ Statistics = tuple[Tensor, Tensor, int]
 """Mean and biased variance (channels,) of a batch, and of how many values."""
 
 
+@torch.no_grad()
+def moments_of(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of y (n, channels, h, w), in float32 at least (as
+    nn.BatchNorm2d does under autocast)."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    if y.device.type == "cuda":  # one kernel, where the passes below are six
+        var, mean = torch.var_mean(y.to(wide), (0, 2, 3), correction=0)
+        return mean, var
+    mean = y.mean((0, 2, 3), keepdim=True, dtype=wide)
+    var = (y - mean).square_().mean((0, 2, 3))  # on a CPU 8 times faster than torch.var_mean
+    return mean.flatten(), var
+
+
 class FusedSourceOperations(SourceOperations):
     """SourceOperations with a kind of convolution for all edges, of its two kernel sizes at once.
 
@@ -114,12 +127,8 @@ class FusedSourceOperations(SourceOperations):
         """BN, then the mixture of the convolutions: y (n, p * m * c, h, w), coefficient (p, m)."""
         norm, statistics = self.norm, None
         if self.training:
-            with torch.no_grad():
-                wide = torch.promote_types(y.dtype, torch.float32)  # in autocast too, as nn.BatchNorm2d
-                mean = y.mean((0, 2, 3), keepdim=True, dtype=wide)
-                var = (y - mean).square_().mean((0, 2, 3))  # on a CPU 8 times faster than torch.var_mean
-                mean = mean.flatten()
-                statistics = mean, var, y.numel() // y.shape[1]
+            mean, var = moments_of(y)
+            statistics = mean, var, y.numel() // y.shape[1]
         else:
             var, mean = norm.running_var, norm.running_mean
         layout = (*coefficient.shape, -1, 1, 1)

@@ -36,7 +36,7 @@ DTYPES = {torch.float32: (), torch.float64: ("-DDOUBLE",)}
 
 def paths() -> tuple[str, ...]:
     """The paths that this machine can run, the fastest last: c, avx2 and avx512, or c and neon."""
-    if platform.machine() in ("aarch64", "arm64"):
+    if platform.machine().lower() in ("aarch64", "arm64"):
         return ("c", "neon")
     best = torch.backends.cpu.get_cpu_capability()
     return ("c", "avx2", "avx512")[: 3 if "AVX512" in best else 2 if best == "AVX2" else 1]
@@ -63,7 +63,7 @@ def load(path: str, dtype: torch.dtype) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(compile_library(SOURCE, flags, cache_folder())))
     except (OSError, RuntimeError):  # no place to keep it: build it for this process alone
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             return ctypes.CDLL(str(compile_library(SOURCE, flags, Path(folder))))
 
 

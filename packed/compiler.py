@@ -42,10 +42,10 @@ def compile_library(source: Path, flags: Sequence[str], folder: Path) -> Path:
     for library in folder.glob(f"{prefix}*.so"):
         if library.name == f"{prefix}{_digest(library.read_bytes())}.so":
             return library
-    candidates = (os.environ.get("CC"), "cc", "gcc", "clang")
-    compiler = next(filter(None, (shutil.which(name) for name in candidates if name)), None)
+    candidates = _compilers()
+    compiler = next(filter(None, map(shutil.which, candidates)), None)
     if compiler is None:
-        raise NoCompiler("no C compiler (cc, gcc, clang) is installed")
+        raise NoCompiler(f"no C compiler ({', '.join(candidates)}) is installed")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, aside = tempfile.mkstemp(dir=folder, suffix=".tmp")
     os.close(descriptor)
@@ -55,12 +55,23 @@ def compile_library(source: Path, flags: Sequence[str], folder: Path) -> Path:
         if done.returncode:
             raise NoCompiler(f"{compiler} failed: {' '.join(done.stderr.split())[-300:]}")
         library = folder / f"{prefix}{_digest(Path(aside).read_bytes())}.so"
-        os.replace(aside, library)
+        try:
+            os.replace(aside, library)
+        except PermissionError:  # Windows: another process has built the same, and loaded it
+            if not library.exists():
+                raise
     except subprocess.TimeoutExpired:
         raise NoCompiler(f"{compiler} took more than two minutes") from None
     finally:
         Path(aside).unlink(missing_ok=True)
     return library
+
+
+def _compilers() -> list[str]:
+    """In the order in which they are tried. Windows' GCC keeps AVX values on a stack that is not aligned for
+    them (GCC bug 54412), which ends the process."""
+    own = [os.environ["CC"]] if os.environ.get("CC") else []
+    return [*own, *(["clang"] if os.name == "nt" else ["cc", "gcc", "clang"])]
 
 
 def _sources(source: Path) -> list[Path]:

@@ -28,6 +28,12 @@ def metadata(program: Program) -> dict[str, object]:
         "RGB; the shorter side made `resize` pixels, bilinear; the central `image_size` square; bytes / 255, "
         "less `mean`, over `std`, channel by channel"
     )
+    if program.value_range is not None:
+        values["value_range"] = program.value_range
+        values["preprocessing"] = (
+            "of more than 8 bits a channel, bytes from 0 at the first of `value_range` to 255 at the second; "
+            + values["preprocessing"]
+        )
     return values
 
 

@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(compile_kernel(cache_folder())))
     except (OSError, RuntimeError):  # no place to keep it: build it for this process alone
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             library = ctypes.CDLL(str(compile_kernel(Path(folder))))
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     library.encode_weights.argtypes = [ctypes.c_int, pointer, number, number, number, pointer]

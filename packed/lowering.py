@@ -62,6 +62,7 @@ def lower(model: nn.Module, data: dict) -> Program:
         image_size=size,
         resize=evaluation_resize(size, imagenet=data["set"] == "imagenet"),
         config=config.to_dict(),
+        value_range=tuple(data["value_range"]) if "value_range" in data else None,
     )
 
 

@@ -10,8 +10,9 @@ Its result is written to `target`, or added to it with `add`.
 
 A file is one safetensors file: its tensors are the bits and the folded floats, its metadata is the program
 in JSON, which begins with the format and a SHA-256 of all other bytes of the file: a file is refused in which
-any byte has changed. Format 1, which had no checksum, is read with a warning. A field of _OPTIONAL_FIELDS is
-written where it says something: who knows no such field refuses the file, and reads all others.
+any byte has changed. Format 1, which had no checksum, is read with a warning. `value_range` and a field of
+_OPTIONAL_FIELDS are written where they say something: who knows no such field refuses the file, and reads all
+others.
 
 Every number is finite, but a threshold may be -inf (a sign that is always +1). Nothing that a network
 computes of images within LARGEST_PIXEL overflows float32: validation follows how large each channel can get.
@@ -90,6 +91,7 @@ class Program:
     image_size: int
     resize: int  # of the shorter side, before the central crop of image_size
     config: dict
+    value_range: tuple[float, float] | None = None  # black and white of pictures of more than 8 bits
 
 
 _STEP_FIELDS = {  # beyond op, source and name
@@ -161,6 +163,8 @@ def program_bytes(program: Program) -> bytes:
             fields.append("shuffle")
         steps.append({name: getattr(step, name) for name in fields})
     fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
+    if program.value_range is None:
+        del fields["value_range"]
     network = {"format": FORMAT, "sha256": "0" * 64, **fields, "steps": steps}
     return sealed(safetensors.numpy.save(tensors, {"network": json.dumps(network, separators=(",", ":"))}))
 
@@ -199,6 +203,8 @@ def _exact_fields(fields: Any, names: set[str], what: str) -> None:
 
 def _checked_program(fields: Any, tensors: dict[str, np.ndarray], file_format: str) -> Program:
     names = {"format", *(field.name for field in dataclasses.fields(Program))}
+    if not isinstance(fields, dict) or "value_range" not in fields:
+        names.remove("value_range")
     _exact_fields(fields, names | {"sha256"} if file_format == FORMAT else names, "the network")
     _require(fields["format"] == file_format, f"its format is {reprlib.repr(fields['format'])}")
     _require(isinstance(fields["buffers"], list), "buffers is not a list")
@@ -231,6 +237,10 @@ def _checked_program(fields: Any, tensors: dict[str, np.ndarray], file_format: s
     mean, std = (_numbers(fields[name], buffers[0][0], name) for name in ("mean", "std"))
     ok = all(s > 0 and (1 + abs(m)) / s <= LARGEST_PIXEL for m, s in zip(mean, std, strict=True))
     _require(ok, f"mean {reprlib.repr(mean)} and std {reprlib.repr(std)} leave no usable pixels")
+    value_range = None
+    if "value_range" in fields:
+        value_range = _numbers(fields["value_range"], 2, "value_range")
+        _require(value_range[0] < value_range[1], f"value_range is {reprlib.repr(value_range)}")
     return Program(
         buffers=tuple(buffers),
         steps=tuple(steps),
@@ -240,6 +250,7 @@ def _checked_program(fields: Any, tensors: dict[str, np.ndarray], file_format: s
         image_size=image_size,
         resize=_integer(fields["resize"], image_size, 8192, "resize"),
         config=fields["config"],
+        value_range=value_range,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 import benchmark
 from comparison.measure import CLOCKS, Case, count_operations, measure, measure_memory
+from kernels.library import unavailable
 from packed import available_kernels
 
 TINY = "--init_channels 8 --layers 3 --batch_size 4 --repeats 3 --warmup 0 --device cpu --precision fp32"
@@ -59,6 +60,20 @@ def test_table_and_json(flags, names, monkeypatch, capsys):
         assert ours["memory_ratio"] < 1
     if "search" in flags:
         assert 0 < ours["operations"] < against["operations"] / 4
+
+
+@pytest.mark.skipif(bool(unavailable()), reason="no native kernels here")
+def test_kernels_stand_beside_what_a_core_can_do(monkeypatch, capsys):
+    flags = "kernels --init_channels 28 --image_size 8 --batch_size 2 --repeats 1"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags.split()])
+    benchmark.main(benchmark.parser().read())
+    *units, alone = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert len(units) == 10 and alone["case"] == "multiply-adds alone"
+    for row in units:  # three products, of 8 x 8 pixels of 2 images
+        kind = row["case"].removesuffix(", torch")
+        weights = 4 * 28 if kind.startswith("1x1") else 2 * int(kind[-1]) ** 2
+        assert row["gmacs_per_second"] * row["median"] == pytest.approx(3 * 128 * 28 * weights / 1e9)
+    assert alone["gmacs_per_second"] > 1
 
 
 def test_operations_that_do_work_are_counted():

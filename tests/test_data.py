@@ -256,10 +256,12 @@ def test_statistics_are_those_of_the_images():
     assert std == pytest.approx(scaled.std((0, 2, 3), correction=0).tolist(), rel=1e-6)
 
 
-def test_images_of_one_colour_can_be_normalised():
-    black = ImageSet(torch.zeros(4, 3, 4, 4, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), ("only",))
-    batch = next(BatchLoader(black, 4, normalize=channel_statistics("folder", black)).epoch(0))
-    assert torch.equal(batch.images, torch.zeros(4, 3, 4, 4))
+def test_a_channel_without_spread_can_be_normalised():
+    images = torch.zeros(4, 3, 4, 4, dtype=torch.uint8)
+    images[0, 0] = 255
+    one_red = ImageSet(images, torch.zeros(4, dtype=torch.long), ("only",))
+    batch = next(BatchLoader(one_red, 4, normalize=channel_statistics("folder", one_red)).epoch(0))
+    assert torch.equal(batch.images[:, 1:], torch.zeros(4, 2, 4, 4)) and batch.images[0, 0].min() > 1
 
 
 # CIFAR

@@ -192,6 +192,17 @@ def test_processes_start_from_the_weights_of_the_main_one(by_rank):
     assert_same(dict(one["after"]), dict(other["after"]))
 
 
+@pytest.mark.parametrize(("backend", "told"), [("nccl", [1]), ("gloo", None)])
+def test_nccl_is_told_which_gpu_waits(monkeypatch, backend, told):
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    waits = []
+    monkeypatch.setattr(distributed.dist, "barrier", lambda device_ids: waits.append(device_ids))
+    World(torch.device("cuda", 1), size=2).close()
+    assert waits == [told]
+
+
 def take_turns(download: Callable[[int], None]) -> list[BaseException | None]:
     """Four processes, here threads, of two on each of two machines go in turn through a `download`, which is
     given their rank: what each ends with."""
@@ -328,7 +339,7 @@ def test_killed_restarted_interrupted_and_resumed(two_machines, tmp_path, data_f
     torchrun = Torchrun(tmp_path, data_flags)
     process = torchrun.start()
     wait_for(process, r"epoch 0 lr")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
     assert len(children) == PROCESSES
     os.kill(int(children[1]), signal.SIGKILL)
     wait_for(process, r"resumed .* at epoch 0, step 0")

@@ -1,5 +1,7 @@
 """The batch loop: exact means, precision, and a loss that is not finite."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,28 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step(value):
     watch.add(0, torch.tensor(1.0))
     with pytest.raises(RunFailed, match="epoch 4, step 7; a lower --learning_rate"):
         watch.add(7, torch.tensor(value))
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_settled_by_switches_that_agree_and_without_a_warning(tf32):
+    """The older ones: torch.compile reads them, and raises where newer ones say otherwise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose_precision("fp32", WORLD.device, tf32=tf32)
+    assert torch.backends.cudnn.allow_tf32 is tf32 and torch.backends.cuda.matmul.allow_tf32 is tf32
+    if hasattr(torch.backends.cudnn, "conv"):  # from torch 2.9 on
+        assert (torch.backends.cudnn.conv.fp32_precision == "tf32") is tf32
+        assert (torch.backends.cuda.matmul.fp32_precision == "tf32") is tf32
+    with torch.backends.cudnn.flags(enabled=True):  # reads all of them
+        pass
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_on_a_gpu_that_emulates_it(monkeypatch, capsys, has):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    for name in ("fp32", "bf16"):
+        choose_precision(name, torch.device("cuda"))
+    assert capsys.readouterr().err.count("emulates it, slowly") == (not has)
 
 
 class Batches:

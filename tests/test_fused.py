@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from baselines import make_config
-from binary_ops import WEIGHT_BINARIZATIONS, BinaryConv2d
+from binary_ops import BinaryConv2d
+from choices import WEIGHT_BINARIZATIONS
 from genotypes import GENOTYPES, PRIMITIVES
 from kernels import accelerate, fused
 from kernels.fused import effective_weights

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from comparison.original_network import original_network
 from comparison.original_search import OriginalSupernet, pairs
 from genotypes import GENOTYPES, random_genotype
 from kernels import FORMS, accelerate
+from kernels.fused_search import moments_of
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet, edge_weights
 
@@ -121,6 +123,23 @@ def test_a_discrete_supernet_is_its_genotype_alone(drawn):
         with torch.no_grad():
             alpha[~kept] = torch.randn(6, 7, dtype=torch.float64)
     close(network(images)[0], discrete)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_moments_of_a_gpu_and_of_a_cpu(dtype):
+    """The GPU's, which are one kernel there, computed here."""
+    y = (3 + 2 * torch.randn(4, 5, 7, 6)).to(dtype)
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda")
+
+    ours, theirs = moments_of(y), moments_of(y.as_subclass(OnGpu))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype == torch.float32 and one.shape == (5,)
+        torch.testing.assert_close(one, other.as_subclass(torch.Tensor), rtol=1e-6, atol=1e-6)
+    expected = nn.BatchNorm2d(5, momentum=1.0, affine=False)
+    expected(y.float())
+    torch.testing.assert_close(ours[1] * (4 * 42 / (4 * 42 - 1)), expected.running_var, rtol=1e-5, atol=0)
 
 
 def test_a_supernet_is_one_graph():

@@ -423,7 +423,7 @@ def test_infer_script(run_folder, pictures, monkeypatch):
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     done = infer_script(model, folder, "--output", run_folder / "out.csv", "--top", 2)
     assert done.returncode == 0 and "left out 1" in done.stderr
-    with open(run_folder / "out.csv", newline="") as file:
+    with open(run_folder / "out.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["file", "class1", "probability1", "class2", "probability2"]
     assert [row[0] for row in rows[1:]] == ["a.png", "b.png", "c.png", "d.png"]

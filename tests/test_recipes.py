@@ -8,7 +8,8 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 import train
 import train_imagenet
-from recipes import OWN, OneCycle, get_recipe
+from optimizers import OPTIMIZERS, SCHEDULES, OneCycle
+from recipes import BEST, EBNAS, OWN, get_recipe
 from stage_flags import settle
 from utils import InputError
 
@@ -38,11 +39,11 @@ def test_bnas_schedule_is_its_authors():
 
 
 def test_every_recipe_makes_an_optimiser_and_a_schedule():
-    for recipe in OWN.values():
-        optimizer = recipe.optimizer([torch.zeros(1, requires_grad=True)], lr=0.1, weight_decay=0.0)
-        if recipe.schedule is not None:
-            scheduler = recipe.schedule(optimizer, 2, 3)
-            assert scheduler.get_last_lr()[0] <= 0.1
+    for recipe in (*OWN.values(), BEST, *EBNAS.values()):
+        parameters = [torch.zeros(1, requires_grad=True)]
+        optimizer = OPTIMIZERS[recipe.optimizer](parameters, lr=0.1, weight_decay=0.0)
+        scheduler = SCHEDULES[recipe.schedule](optimizer, epochs=2, steps=3, warmup=0, least=0.0)
+        assert scheduler.get_last_lr()[0] <= 0.1
     optimizer, restarts = schedule(CosineAnnealingWarmRestarts, 50)
     rates = []
     optimizer.step()

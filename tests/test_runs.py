@@ -81,7 +81,7 @@ def test_a_restart_goes_on_with_the_run_of_its_own_launch(here):
         Run(folder, launch=launch).close()
         if saved:
             (folder / "last.pt").touch()
-        os.utime(folder / ".lock", (when, when))
+        os.utime(folder / ".launch", (when, when))
 
     run("search-EXP-1", "host 1", 1.0)  # of an earlier container, say
     run("search-EXP-2", "host 1", 2.0)

@@ -149,7 +149,8 @@ BAD_FLAGS = [
     ("train_search.py", "--accumulate 0", "--accumulate is 0"),
     ("train.py", "--holdout 128", "a hold-out of 128"),
     ("train.py", "--binary --pretrained nowhere", "no checkpoint nowhere"),
-    ("train.py", "--pretrained nowhere", "--pretrained is for stage 2"),
+    ("train.py", "--pretrained nowhere --set shapes --image_size 16", "no checkpoint nowhere"),
+    ("train.py", "--from_scratch --set shapes --image_size 16", "--from_scratch is for stage 2"),
     ("train.py", "--resume nowhere", "no checkpoint nowhere"),
     ("train.py", "--nonsense", "unrecognized arguments"),
     ("train.py", "--seed 5000000000", "--seed is 5000000000"),
@@ -196,8 +197,7 @@ def test_malformed_genotype_files_name_the_field(fails, tmp_path, data_flags, ch
 
 
 def test_bad_checkpoints(pipeline, fails, tmp_path, data_flags):
-    (stage1,), (stage2,) = pipeline.runs("eval-*-stage1-*"), pipeline.runs("eval-*-stage2-*")
-    (search,) = pipeline.runs("search-*")
+    (stage1,), (search,) = pipeline.runs("eval-*-stage1-*"), pipeline.runs("search-*")
     whole = (stage1 / "last.pt").read_bytes()
     truncated, foreign = tmp_path / "truncated.pt", tmp_path / "foreign.pt"
     truncated.write_bytes(whole[: len(whole) // 2])
@@ -206,13 +206,13 @@ def test_bad_checkpoints(pipeline, fails, tmp_path, data_flags):
     for path, expected in [
         (truncated, "is truncated or is no checkpoint"),
         (foreign, "of another program"),
-        (stage2, "is a stage2 checkpoint; stage 2 starts from stage 1"),
-        (search, "is a search checkpoint"),
+        (search, "is a search's checkpoint; train its genotype"),
     ]:
         assert expected in fails("train.py", *stage, "--pretrained", path)
     assert "layers 3, not 4" in fails("train.py", *stage, "--layers", 4, "--pretrained", stage1)
     assert "other genotype" in fails("train.py", *stage, "--arch", "EBNAS", "--pretrained", stage1)
-    assert "is of a finished run" in fails("train.py", "--resume", stage1)
+    line = fails("train.py", "--resume", stage1)
+    assert f"is of a finished run; to train it further, give --pretrained {stage1}" in line
     assert "--resume takes a run's folder" in fails("train.py", "--resume", stage1 / "best.pt")
     assert "resume it there" in fails("train.py", "--resume", search)
     assert "is a search" in fails("evaluate.py", search)

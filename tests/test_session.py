@@ -42,7 +42,7 @@ def test_an_interrupt_while_torch_is_imported(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8"):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()

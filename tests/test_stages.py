@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY_STAGE
 
-from stages import cosine_schedule
+from optimizers import cosine
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -40,13 +40,13 @@ def test_learning_rates_by_epoch_and_through_resume(warmup, least):
 
     def start():
         optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=highest)
-        return optimizer, cosine_schedule(optimizer, epochs=epochs, warmup=warmup, least=least)
+        return optimizer, cosine(optimizer, epochs=epochs, steps=1, warmup=warmup, least=least)
 
     optimizer, scheduler = start()
     for epoch in range(epochs):
         done = (epoch - warmup) / (epochs - warmup)
-        cosine = least + (highest - least) * (1 + math.cos(math.pi * done)) / 2
-        expected = highest * (epoch + 1) / warmup if epoch < warmup else cosine
+        expected_cosine = least + (highest - least) * (1 + math.cos(math.pi * done)) / 2
+        expected = highest * (epoch + 1) / warmup if epoch < warmup else expected_cosine
         assert scheduler.get_last_lr() == pytest.approx([expected], rel=1e-6)
         assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
         states = optimizer.state_dict(), scheduler.state_dict()

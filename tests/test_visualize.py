@@ -313,7 +313,7 @@ def test_epochs_before_the_architecture_steps_are_shaded(tmp_path, search_figure
 
 def test_a_last_line_that_a_crash_cut_short_is_left_out(tmp_path):
     run = write_run(tmp_path / "run", training_records(3))
-    with open(run / "metrics.jsonl", "a") as file:
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"epoch": 3, "train_lo')
     assert list(line(curve_figures(run)["curves.png"].axes[0], "train").get_xdata()) == [0, 1, 2]
 

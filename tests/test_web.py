@@ -1,5 +1,6 @@
 """The page, in a real browser: that it computes what packed/ does, and what a user sees and does."""
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -185,6 +186,22 @@ def test_a_picture_is_seen_as_infer_sees_it(visit, tmp_path):
         expected = central_square(read_rgb(file), resize=32, size=32)
         assert np.abs(pixels.astype(int) - expected).max() <= 1
         assert tab.inner_text("#answer").split("\n")[0] == best_class(net, pixels)
+
+
+def test_a_picture_of_16_bits_is_read_by_its_upper_8_or_refused(visit, tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    program = load(SHAPES, kernel="c").program
+    twelve = program_bytes(dataclasses.replace(program, value_range=(0.0, 4095.0)))
+    for content, highest, refused in (
+        (SHAPES.read_bytes(), 1.0, False),
+        (SHAPES.read_bytes(), 1 / 16, True),
+        (twelve, 1.0, True),
+    ):
+        tab = visit(content)
+        Image.fromarray((ramp * highest).astype(np.uint16)).save(tmp_path / "deep.png")
+        tab.set_input_files("#file", tmp_path / "deep.png")
+        tab.wait_for_selector("#message:text('16 bits a channel')" if refused else "#answer:not(:empty)")
+        assert bool(tab.inner_text("#answer")) != refused
 
 
 def test_the_camera_is_classified_until_it_is_stopped(visit):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from choices import COSTS
 from cost import measure_cost
 from folders import readable_classes
 from genotypes import Genotype
@@ -17,10 +18,6 @@ from packed import Program, program_bytes
 from packed.kernel import Plan
 from packed.lowering import lower
 from trials.cells import Candidate
-
-COSTS = ("kilobytes", "ram", "ops")
-"""`kilobytes`: of the file that export.py writes, in 1,000 bytes. `ram`: in the same unit, of the memory that
-the packed network computes one image in. `ops`: as cost.py counts them."""
 
 
 class Costs:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -65,7 +66,7 @@ class Ledger:
             elif "://" in storage:
                 self.storage = self.optuna.storages.get_storage(storage)
             else:
-                self.storage = self.optuna.storages.JournalStorage(journal.JournalFileBackend(storage))
+                self.storage = self.optuna.storages.JournalStorage(_journal(journal, storage))
             names = self.optuna.study.get_all_study_names(self.storage)
         except Exception as error:  # of any driver of any database
             raise InputError(f"--storage {self.shown} cannot be used: {one_line(error)}") from None
@@ -185,6 +186,18 @@ class Ledger:
             for frozen, _ in self._numbered()
             if frozen.state == running and not _is_orphan(frozen)
         ]
+
+
+def _journal(journal: Any, path: str) -> Any:
+    """Optuna's file of trials. Its usual lock is a symbolic link; where none can be made (on Windows, on file
+    systems without links) it gets the other kind, which excludes the first as well."""
+    trial = Path(f"{path}.{secrets.token_hex(4)}")
+    try:
+        trial.symlink_to(Path(path).name)
+    except OSError:
+        return journal.JournalFileBackend(path, lock_obj=journal.JournalFileOpenLock(path))
+    trial.unlink()
+    return journal.JournalFileBackend(path)
 
 
 def _is_orphan(frozen: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 from genotypes import save_genotype
 from options import command_line
-from processes import PROGRAM, claimed, ends_with_us, environment, last_word
+from processes import PROGRAM, claimed, end, environment, last_word, start
 from runs import LOCATION, RESULT, RUNS, read_metrics
 from trials.cells import Candidate
 from trials.strategies import Epoch
@@ -34,8 +33,8 @@ class Trainer:
     more of them, as typed. Stage 1 has `stage1_epochs`, where 0 means none (--from_scratch), stage 2 has
     `epochs`. A curve is that of stage 1, then that of stage 2.
 
-    A training that is to stop earlier is told to by SIGTERM, once that epoch stands in its metrics: it leaves
-    a checkpoint a step or so later, and goes on from there. So its schedule is that of the full training, and
+    A training that is to stop earlier is told to, once that epoch stands in its metrics: it leaves a
+    checkpoint a step or so later, and goes on from there. So its schedule is that of the full training, and
     what it gives is, on a CPU, the same to the bit as in one go.
     """
 
@@ -72,13 +71,13 @@ class Trainer:
         """Run, or go on with, train.py until `until` of its epochs are done."""
         until = min(until, flags["epochs"])
         key = _key(flags, self.words)
-        with claimed(f"trial-{key}") as claim:
+        with claimed(f"trial-{key}"):
             trained = _Trained.find(key)
             if not trained.has(until, flags["epochs"]):
                 words = [*self.words, *command_line({**flags, "save": f"trial-{key}", "resume": "auto"})]
                 command = [sys.executable, str(PROGRAM / "train.py"), *words]
                 with tempfile.TemporaryFile() as errors:
-                    code = _watched(command, key, until, flags["epochs"], progress, claim, errors)
+                    code = _watched(command, key, until, flags["epochs"], progress, errors)
                     errors.seek(0)
                     reason = last_word(errors.read())
                 trained = _Trained.find(key)
@@ -127,20 +126,11 @@ def _watched(
     until: int,
     epochs: int,
     progress: Callable[[int], None],
-    claim: int,
     errors: Any,
 ) -> int:
     """Start a training, end it after epoch `until`, and return its exit code. What ends us ends it, with a
     checkpoint."""
-    process = subprocess.Popen(
-        command,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=errors,
-        pass_fds=(claim,),
-        start_new_session=True,  # a terminal's Ctrl-C comes to the search, and from it to the training
-        preexec_fn=ends_with_us(),
-    )
+    process = start(command, env=environment(), stderr=errors, ends_with_us=True)
     told, seen = False, -1
     try:
         while process.poll() is None:
@@ -149,11 +139,11 @@ def _watched(
                 progress(min(done, until))
                 seen = done
             if done >= until and until < epochs and not told:
-                process.terminate()
+                end(process)
                 told = True
             time.sleep(LOOK)
     except BaseException:
-        process.terminate()
+        end(process)
         process.wait()
         raise
     return process.returncode

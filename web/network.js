@@ -115,6 +115,7 @@ class PackedNetwork {
     this.classes = network.classes;
     this.size = network.image_size;
     this.resize = network.resize;
+    this.valueRange = network.value_range ?? null; // black and white of pictures of more than 8 bits
     this.mean = Float32Array.from(network.mean);
     this.std = Float32Array.from(network.std);
     this.floatBytes = 4 * floats(network.steps);

@@ -177,11 +177,26 @@ async function take(file) {
   if (!network) return;
   clear();
   $("invitation").hidden = true;
-  look(picture, picture.width, picture.height);
+  look(picture, picture.width, picture.height, (await isDeep(file)) && file.name);
 }
 
-/** Classify a picture, or a frame of the camera, and show its central square on the board. */
-function look(picture, width, height) {
+/** Whether a file is a PNG of 16 bits a channel, of which a browser keeps the upper 8. */
+async function isDeep(file) {
+  const head = new Uint8Array(await file.slice(0, 25).arrayBuffer());
+  return String.fromCharCode(...head.slice(1, 4)) === "PNG" && head[24] === 16;
+}
+
+/** Refuse the 8 bits that a browser has kept of 16 where infer.py would read others, or none. */
+function checkDeep(name, { data }) {
+  const [low, high] = network.valueRange ?? [0, 65535];
+  const dark = !network.valueRange && data.every((value, i) => i % 4 === 3 || value < 128);
+  if (dark || low !== 0 || high !== 65535)
+    throw new Error(`${name} has 16 bits a channel, and browsers keep 8 of them: infer.py reads it as training did.`);
+}
+
+/** Classify a picture, or a frame of the camera, and show its central square on the board. `deep`: the name of
+ * a file of 16 bits a channel. */
+function look(picture, width, height, deep) {
   const shorter = Math.min(width, height);
   if (Math.max(width, height) > LONGEST * shorter) throw new Error("This picture is too long and narrow.");
   const canvas = document.createElement("canvas");
@@ -190,10 +205,12 @@ function look(picture, width, height) {
   context.fillStyle = "#fff"; // below transparent parts
   context.fillRect(0, 0, width, height);
   context.drawImage(picture, 0, 0);
+  const pixels = context.getImageData(0, 0, width, height);
+  if (deep) checkDeep(deep, pixels);
   const whole = board.canvas.width;
   board.setTransform(1, 0, 0, 1, 0, 0);
   board.drawImage(canvas, (width - shorter) / 2, (height - shorter) / 2, shorter, shorter, 0, 0, whole, whole);
-  classify(centralSquare(context.getImageData(0, 0, width, height), network.resize, network.size));
+  classify(centralSquare(pixels, network.resize, network.size));
 }
 
 async function startCamera() {

@@ -199,6 +199,46 @@ static void fill_input(
         fill_input_body(u, x, norm, planes, line, 0);
 }
 
+/* The signs that the convolution reads of a channel of one image, as bytes, into its planes; `image` and `signs`
+   hold an image. Returns whether there is a NaN, which has no sign. */
+static int fill_signs(
+    const struct unit *u, const real *x, struct norm norm, int8_t *planes, real *restrict image,
+    int8_t *restrict signs)
+{
+    const struct plan *plan = u->plan;
+    const int64_t width = u->shape.width_in, height = u->shape.height_in, *stride = plan->shape.stride;
+    const int64_t phase = plan->images * plan->plane, size = width * height;
+    vec nan = splat(0);
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        const vec a = normalised(load(x + i), norm);
+        nan = if_nan(a, splat(1), nan);
+        store(image + i, a);
+    }
+    if (i < size) {
+        const vec a = normalised(load_part(x + i, size - i), norm);
+        nan = if_nan(a, splat(1), nan);
+        store(image + i, a);
+    }
+    sign_bytes(image, size, signs);
+    for (i = 0; i < height; i++, signs += width) {
+        int8_t *to = planes + plan->origin + i % stride[0] * stride[1] * phase + i / stride[0] * plan->pitch;
+        if (stride[1] == 1)
+            memcpy(to, signs, width);
+        else if (stride[1] == 2) {
+            for (int64_t p = 0; p < width / 2; p++) {
+                to[p] = signs[2 * p];
+                to[p + phase] = signs[2 * p + 1];
+            }
+            if (width % 2)
+                to[width / 2] = signs[width - 1];
+        } else
+            for (int64_t p = 0; p < width; p++)
+                to[p % stride[1] * phase + p / stride[1]] = signs[p];
+    }
+    return sum(nan) != 0;
+}
+
 /* 2x2 averages at stride 2 of one channel of an image; a window over an odd edge averages what it holds. */
 static void halve(const real *restrict x, int64_t height, int64_t width, real *restrict out)
 {
@@ -267,19 +307,33 @@ static const real *residual_of(const struct unit *u, int64_t image, int64_t f, r
     }
 }
 
-/* Results of one image and filter, without what was computed between the lines. */
-static void copy_lines(const struct plan *plan, const real *from, real *to)
+/* Results of one image and filter, without what was computed between the lines, `line` numbers apart. */
+static void copy_lines(const struct plan *plan, const real *from, int64_t line, real *to)
 {
     const int64_t width = plan->shape.width_out, height = plan->shape.height_out;
-    for (int64_t i = 0; i < height; i++, from += plan->line, to += width)
+    for (int64_t i = 0; i < height; i++, from += line, to += width)
         for (int64_t p = 0; p < width; p += LANES)
             store_n(to + p, load(from + p), width - p);
 }
 
 /* The parts of a thread's scratch memory, in numbers. */
 struct parts {
-    int64_t inputs, grads, results, packed, sums, line, halved, kept, end;
+    int64_t inputs, grads, results, packed, sums, line, halved, kept;
+    int64_t sign_planes, sign_sums, sign_image, chosen, scale, sign_result, sign_start; /* forward, of signs */
+    int64_t end;
 };
+
+/* Bytes of a channel's planes of signs: all phases and images. */
+static inline int64_t sign_planes_size(const struct plan *plan)
+{
+    return rounded_up(plan->phases * plan->images * plan->plane, BYTES);
+}
+
+/* Vectors of bytes that an image's result takes, which has the lines of its planes. */
+static inline int64_t sign_vectors(const struct plan *plan)
+{
+    return rounded_up(plan->shape.height_out * plan->pitch, BYTES) / BYTES;
+}
 
 static struct parts parts_of(const struct unit *u, int backward)
 {
@@ -297,6 +351,17 @@ static struct parts parts_of(const struct unit *u, int backward)
     at.end = at.kept;
     if (backward && !u->grad_residual)
         at.end += rounded_up(u->shape.n * plan->cout * size, LANES) + LANES;
+    at.sign_planes = rounded_up(at.end, LANES);
+    if (!backward && u->signs) {
+        const int64_t joins = joins_of(plan->cin), of_channel = sign_planes_size(plan) / (int64_t)sizeof(real);
+        at.sign_sums = at.sign_planes + JOINED * of_channel;
+        at.sign_image = at.sign_sums + first_sum(plan->cin, joins) * of_channel + BYTES;
+        at.chosen = at.sign_image + 2 * rounded_up(u->shape.height_in * u->shape.width_in + LANES, LANES);
+        at.scale = at.chosen + rounded_up(plan->cout * joins * plan->taps, LANES);
+        at.sign_result = at.scale + rounded_up(plan->cout, LANES);
+        at.sign_start = at.sign_result + plan->images * sign_vectors(plan) * BYTES;
+        at.end = at.sign_start + rounded_up(plan->images * sign_vectors(plan), LANES);
+    }
     return at;
 }
 
@@ -343,6 +408,47 @@ static void activate(
 
 static const struct norm no_norm = {0, 1, 1, 0};
 
+/* What a group's convolution of signs with binary filters has in scratch memory: see signs.h. */
+struct sign_product {
+    int8_t *planes, *sums; /* of one join of channels; of all */
+    real *image;           /* a channel's plane of an image */
+    int8_t *signs;         /* of that */
+    int32_t *chosen;       /* [filter][join][tap] */
+    real *scale, *result;  /* [filter]; of one filter, [image][of_image][BYTES] */
+    int32_t *start;        /* where in the planes a vector of the result begins: [image][of_image] */
+    int64_t of_image;
+    int64_t size;          /* bytes of a channel's planes: all phases and images */
+};
+
+/* The convolution of some images of a group. Returns 0 where there is a NaN, with no result. */
+static int convolve_signs(
+    const struct unit *u, const struct sign_product *p, const real *x, const struct norm *norms, int64_t images,
+    real *y)
+{
+    const struct plan *plan = u->plan;
+    const struct shape *s = &u->shape;
+    const int64_t in = s->height_in * s->width_in, out = s->height_out * s->width_out;
+    const int64_t joins = joins_of(plan->cin), terms = joins * plan->taps;
+    for (int64_t j = 0; j < joins; j++) {
+        const int64_t first = first_joined(plan->cin, j), number = joined(plan->cin, j);
+        for (int64_t c = 0; c < number; c++)
+            for (int64_t i = 0; i < images; i++)
+                if (fill_signs(
+                        u, x + (i * s->channels_in + first + c) * in, norms[first + c],
+                        p->planes + c * p->size + i * plan->plane, p->image, p->signs))
+                    return 0;
+        join_planes(number, p->planes, p->size, p->sums + first_sum(plan->cin, j) * p->size);
+    }
+    for (int64_t f = 0; f < plan->cout; f++) {
+        add_signs(
+            p->sums, p->start, images * p->of_image, p->chosen + f * terms, terms, p->scale[f], p->result);
+        for (int64_t i = 0; i < images; i++)
+            copy_lines(
+                plan, p->result + i * p->of_image * BYTES, plan->pitch, y + (i * s->channels_out + f) * out);
+    }
+    return 1;
+}
+
 static void forward_group(void *argument, int64_t task)
 {
     struct unit *u = argument;
@@ -365,11 +471,34 @@ static void forward_group(void *argument, int64_t task)
                                : norm_of(
                                      u, u->x, s->channels_in, first_in + c, in, u->weight1, u->bias1, u->mean1,
                                      u->var1, u->statistics1);
-    clear_planes(inputs, plan, plan->cin, plan->phases);
-    pack_weights(plan, u->weight + first_out * terms, packed);
+    const real *weight = u->weight + first_out * terms;
+    const struct sign_product product = {
+        .planes = (int8_t *)(memory + at.sign_planes), .sums = (int8_t *)(memory + at.sign_sums),
+        .image = memory + at.sign_image, .signs = (int8_t *)(memory + at.sign_image + in + LANES),
+        .chosen = (int32_t *)(memory + at.chosen), .scale = memory + at.scale,
+        .result = memory + at.sign_result, .start = (int32_t *)(memory + at.sign_start),
+        .of_image = sign_vectors(plan), .size = sign_planes_size(plan)};
+    int in_bytes = u->signs && find_scales(weight, plan->cout, terms, product.scale);
+    if (in_bytes) {
+        memset(product.planes, 0, JOINED * product.size);
+        choose_sums(weight, plan->cout, plan->cin, plan->taps, product.size, plan->offset, product.chosen);
+        for (int64_t v = 0; v < plan->images * product.of_image; v++)
+            product.start[v] = (int32_t)(v / product.of_image * plan->plane + plan->origin +
+                                         v % product.of_image * BYTES);
+    }
+    int packs = 1; /* not yet done */
     const int direct = plan->images == 1 && plan->line == s->width_out && plan->image == out;
     for (int64_t n = 0; n < s->n; n += plan->images) {
         const int64_t images = least(plan->images, s->n - n);
+        if (in_bytes && convolve_signs(
+                            u, &product, u->x + (n * s->channels_in + first_in) * in, norms, images,
+                            u->y + (n * s->channels_out + first_out) * out))
+            continue;
+        if (packs) {
+            clear_planes(inputs, plan, plan->cin, plan->phases);
+            pack_weights(plan, weight, packed);
+            packs = 0;
+        }
         for (int64_t c = 0; c < plan->cin; c++)
             for (int64_t i = 0; i < images; i++)
                 fill_input(
@@ -384,7 +513,8 @@ static void forward_group(void *argument, int64_t task)
             for (int64_t f = 0; f < plan->cout; f++)
                 for (int64_t i = 0; i < images; i++)
                     copy_lines(
-                        plan, results + f * stride + i * plan->image, y + (i * s->channels_out + f) * out);
+                        plan, results + f * stride + i * plan->image, plan->line,
+                        y + (i * s->channels_out + f) * out);
     }
     for (int64_t f = first_out; f < first_out + plan->cout; f++) {
         const struct norm norm = norm_of(
