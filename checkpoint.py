@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import math
 import random
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -192,16 +193,38 @@ def load_checkpoint(path: str | Path, prefer: str = LAST) -> dict:
     this program writes.
     """
     path = resolve_checkpoint(path, prefer)
+    content = read_file(path)
+    if not is_own(content):
+        raise InputError(f"{path} is a checkpoint of another program or version, not {FORMAT}")
+    return checked(path, content)
+
+
+def read_file(path: Path) -> Any:
+    """What torch.save wrote into a file, plain values and tensors only, mapped from it on the CPU; also in
+    the format of before torch 1.6, which other programs' files may have.
+
+    Raises InputError where it is truncated or damaged, or holds code.
+    """
     try:
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load skips the checksums
             raise ValueError(f"checksum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=not WINDOWS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle's protocol, where it is no checkpoint
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and not WINDOWS)
     except Exception as error:  # torch.load raises a dozen kinds on a damaged or foreign file
         # of what torch says, nothing on its own flags: `you have two options, do those steps only if you t`
         reason = "it holds code" if "weights_only" in str(error) else one_line(error, 100)
         raise InputError(f"{path} is truncated or is no checkpoint ({reason}); use an earlier one") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise InputError(f"{path} is a checkpoint of another program or version, not {FORMAT}")
+
+
+def is_own(content: Any) -> bool:
+    """Whether what a file holds says that this program wrote it."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def checked(path: Path, checkpoint: dict) -> dict:
+    """`checkpoint`, of the file `path`. Raises InputError where an entry is not what this program writes."""
     try:
         _check_entries(checkpoint)
         _check_model(checkpoint)

@@ -1,6 +1,12 @@
 """What a flag can be, by name. What implements a name imports these, and so no parser needs torch."""
 
 SETS = ("cifar10", "cifar100", "shapes", "folder")
+TRAINED_SETS = ("cifar10", "cifar100", "folder", "imagenet")
+"""What a checkpoint of another program can be of."""
+
+STAGE1 = ("w1a32", "w32a1", "w32a32")
+"""What stage 1 makes binary: weights, activations, or nothing."""
+
 FAMILIES = ("cifar", "imagenet")
 """Of images: small or large, and so of a network's stem."""
 

@@ -17,7 +17,7 @@ BITS_PER_OP = 64
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one image, auxiliary head left out. MACs of convolutions and linear layers; elements of
+    """The cost of one image. MACs of convolutions and linear layers; elements of
     the outputs of BN, PReLU and `AvgPool2d` layers, and of ImageNet's global mean (not CIFAR's); bytes as
     stored: a bit per binary weight, four bytes for any other parameter, BN statistic or filter scale. RPReLU
     counts as PReLU: export folds its shift into what reads the result.
@@ -45,13 +45,16 @@ class Cost:
         return self.convolution_ops + 2 * self.bn_elements + self.prelu_elements + self.avg_pool_elements
 
 
-def measure_cost(model: nn.Module, image_size: int) -> Cost:
+def measure_cost(model: nn.Module, image_size: int, *, auxiliary: bool = False) -> Cost:
     """Count one forward pass of an image (3, image_size, image_size), on torch's meta device: no arithmetic.
 
-    A MAC is binary where weights and activations both have one bit, so in a W1A1 network.
+    A MAC is binary where weights and activations both have one bit, so in a W1A1 network. The auxiliary head,
+    which is of training only, counts where `auxiliary` says so.
     """
     model = copy.deepcopy(model).to("meta").eval()
-    model.auxiliary_head = None
+    if not auxiliary:
+        model.auxiliary_head = None
+    model.training = auxiliary  # of the network alone: then it runs its head, and its BN stays as it is
     bits = {m: (m.weight_bits, m.activation_bits) for m in model.modules() if isinstance(m, BinaryConv2d)}
     for layer in bits:  # nothing is computed: no signs are needed
         layer.weight_bits = layer.activation_bits = 32
@@ -81,6 +84,12 @@ def measure_cost(model: nn.Module, image_size: int) -> Cost:
     for layer in model.modules():
         if not any(layer.children()):
             layer.register_forward_hook(count)
+    if getattr(model, "auxiliary_head", None) is not None:  # it begins with an average pool, as a function
+
+        def count_pooled(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            counts["avg_pool_elements"] += inputs[0].numel()
+
+        model.auxiliary_head.features.register_forward_pre_hook(count_pooled)
     with torch.no_grad():
         model(torch.empty(1, 3, image_size, image_size, device="meta"))
 

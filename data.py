@@ -731,7 +731,7 @@ def imagenet_loaders(
     Raises InputError for a missing `train` or `val`, an empty class, classes that differ between them, and an
     unreadable file among TRIED of each.
     """
-    files = _list_images(_imagenet_folders(root)[0])
+    files = _list_images(imagenet_folders(root)[0])
     how = {"jpeg_draft": jpeg_draft, "color_jitter": color_jitter, "value_range": value_range}
     reader = _Reader(files, image_size, seed=seed, **how)
     reader.try_some()
@@ -761,7 +761,7 @@ def imagenet_val_loader(
     value_range: ValueRange | None = None,
 ) -> tuple[FileLoader, tuple[str, ...]]:
     """The validation loader of `imagenet_loaders` alone, and the classes' names."""
-    files = _list_images(_imagenet_folders(root)[1])
+    files = _list_images(imagenet_folders(root)[1])
     resize = evaluation_resize(image_size, imagenet=True)
     reader = _Reader(files, image_size, resize=resize, value_range=value_range)
     reader.try_some()
@@ -771,7 +771,8 @@ def imagenet_val_loader(
     return loader, tuple(files.classes)
 
 
-def _imagenet_folders(root: str | Path) -> tuple[Path, Path]:
+def imagenet_folders(root: str | Path) -> tuple[Path, Path]:
+    """train/ and val/ in `root`, or in its ILSVRC2012 or ImageNet-ILSVRC2012. Raises InputError: none."""
     roots = [Path(root), Path(root, "ILSVRC2012"), Path(root, "ImageNet-ILSVRC2012")]
     return _split_folders(roots, held_out=("val",))
 

@@ -5,6 +5,7 @@ python evaluate.py runs/eval-EXP-stage2-TIME/best.pt     # or a checkpoint file
 python evaluate.py runs/eval-*-stage?-*                  # several, in one table
 python evaluate.py RUN --data DIR                        # where the images are now
 python evaluate.py runs/eval-EXP-stage2-TIME --packed    # and as packed bits: do the two agree?
+python evaluate.py model_best.pth.tar --arch GENOTYPE    # of the original EBNAS program, or of BNAS's
 python evaluate.py RUN --confusion                       # each class, and the pictures that are wrong
 python evaluate.py --costs                               # what the rows of the published tables cost
 python evaluate.py --costs runs/search-EXP-TIME          # what networks of these genotypes cost
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import options
+from choices import STAGE1
 from genotypes import describe
 from rows import CELL_SYSTEMS, NOT_PUBLIC, ROWS, Published
 from utils import InputError, check_usage, human, run_main
@@ -44,6 +46,12 @@ def parser() -> options.Parser:
     parser.add_argument("--data", help="where the images are; default: where they were in training")
     parser.add_argument("--batch_size", type=options.integer(1), default=256)
     options.add_worker_flag(parser)
+    options.add_original_flags(parser)
+    parser.add_argument(
+        "--stage1",
+        choices=STAGE1,
+        help="that it is a checkpoint of stage 1, and what that made binary; default: W1A1, of stage 2",
+    )
     parser.add_argument(
         "--packed", action="store_true", help="run W1A1 networks as packed bits too, on the CPU"
     )
@@ -69,7 +77,7 @@ from tqdm import tqdm
 import confusion
 from augment import Normalize
 from baselines import Config, label, make_config, trained_network
-from checkpoint import LAST, load_checkpoint, network_config, resolve_checkpoint
+from checkpoint import LAST, network_config
 from cost import Cost, measure_cost
 from data import BatchLoader, Loader, imagenet_val_loader, load_set
 from distributed import World, setup
@@ -78,6 +86,7 @@ from figures import draw_confusion
 from images import checked_range
 from kernels import accelerate, choose_form
 from model import build_model
+from originals import Said, find_file, load_as_said, named
 from packed import PackedNetwork
 from packed.lowering import lower
 
@@ -96,7 +105,8 @@ def main(flags: options.Flags) -> None:
         print(line)
     world = setup(args.device)
     precision = choose_precision(args.precision, world.device, tf32=args.tf32)
-    checkpoints = [(path, load_checkpoint(path)) for path in args.checkpoints]
+    said = Said(args.arch, args.variant, args.stage1, args.set, args.image_size, args.data)
+    checkpoints = [(path, load_as_said(path, said)) for path in args.checkpoints]
     loaders: dict[str, Loader] = {}
     rows = []
     for path, checkpoint in checkpoints:
@@ -147,7 +157,7 @@ def show_confusion(
     path: str, out: str | None, model: nn.Module, loader: Loader, classes: list[str], precision: Precision
 ) -> None:
     """Print what the network of a checkpoint confuses, and write it into `out`, by default its folder."""
-    file = resolve_checkpoint(path)
+    file = find_file(path)
     folder, prefix = Path(out or file.parent), "" if file.name == LAST else f"{file.stem}-"
     folder.mkdir(parents=True, exist_ok=True)
     result = confusion.measure_confusion(model, loader, classes, precision=precision)
@@ -175,7 +185,7 @@ def test_loader(data: dict, root: str, batch_size: int, workers: int, world: Wor
         classes = test_set.classes
         normalize = Normalize(data["mean"], data["std"])
         loader = BatchLoader(test_set.to(world.device), batch_size, normalize=normalize)
-    if list(classes) != data["classes"]:
+    if list(classes) != named(data, classes)["classes"]:
         raise InputError(
             f"{root} has the classes {', '.join(classes[:5])}, ...; the network was trained on "
             f"{', '.join(data['classes'][:5])}, ...: give its images with --data"
@@ -194,7 +204,7 @@ def print_table(rows: list[tuple[str, dict, dict, Cost]]) -> None:
                 path,
                 checkpoint["data"]["set"],
                 f"{checkpoint['kind']} W{config.weight_bits}A{config.activation_bits}",
-                str(checkpoint["epoch"]),
+                "-" if checkpoint["epoch"] is None else str(checkpoint["epoch"]),
                 f"{means['top1']:.2f}",
                 f"{means['top5']:.2f}" if config.num_classes >= 6 else "-",
                 human(cost.parameters),

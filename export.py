@@ -3,6 +3,7 @@
     python export.py runs/eval-EXP-stage2-TIME             # its last checkpoint, to model.ebnas in the folder
     python export.py runs/eval-EXP-stage2-TIME/best.pt --output small.ebnas
     python export.py runs/eval-EXP-stage2-TIME --web page  # page/index.html: the network in a browser
+    python export.py model_best.pth.tar --data DIR         # of the original EBNAS program; classes: of images
     python export.py models/shapes.ebnas --onnx shapes.onnx --pt2 shapes.pt2
     python export.py models/shapes.ebnas --c shapes        # C99 for a microcontroller, in the folder shapes
 
@@ -36,6 +37,8 @@ def parser() -> options.Parser:
         metavar="DIR",
         help="C99 for a microcontroller: a library's folder, whose name is that of the C functions",
     )
+    options.add_original_flags(parser)
+    flag("--data", metavar="DIR", help="where the images are, for the names of classes")
     return parser
 
 
@@ -46,8 +49,8 @@ import numpy as np
 
 from baselines import trained_network
 from board import BoardFiles, board_files
-from checkpoint import load_checkpoint, resolve_checkpoint
 from folders import readable_classes
+from originals import Said, find_file, load_as_said, named_by_its_images
 from packed import (
     NoCompiler,
     PackedFileError,
@@ -65,7 +68,7 @@ from web import page
 def main(flags: options.Flags) -> None:
     args = flags.values
     packed = args.network.endswith(".ebnas")
-    path = Path(args.network) if packed else resolve_checkpoint(args.network)
+    path = Path(args.network) if packed else find_file(args.network)
     others = (args.web, args.onnx, args.pt2, args.c)
     if packed and not any((args.output, *others)):
         raise InputError(f"{path} is exported already; give --web, --onnx, --pt2 or --c")
@@ -86,7 +89,10 @@ def main(flags: options.Flags) -> None:
         if file != web_page or args.web.is_dir():
             check_output(file, path)
 
-    program, saved = (read_packed(path), "") if packed else lowered(path)
+    said = Said(args.arch, args.variant, None, args.set, args.image_size, args.data)
+    if packed and said != Said():
+        raise InputError(f"{path} knows its own network and images: leave out --arch, --set and their like")
+    program, saved = (read_packed(path), "") if packed else lowered(path, said)
     content = program_bytes(program)
     makers = {args.onnx: onnx_form, args.pt2: pt2_bytes, output: lambda _: content}
     makers[web_page] = lambda _: page(content)
@@ -136,11 +142,13 @@ def read_packed(path: Path) -> Program:
         raise InputError(str(error)) from None
 
 
-def lowered(path: Path) -> tuple[Program, str]:
+def lowered(path: Path, said: Said) -> tuple[Program, str]:
     """The program of a checkpoint's network, and what it saves."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_as_said(path, said)
     model = trained_network(checkpoint)
     data = checkpoint["data"]
+    if said.root:
+        data = named_by_its_images({**data, "root": said.root})
     program = lower(model, {**data, "classes": readable_classes(data["classes"], Path(data["root"]))})
     content = program_bytes(program)
     try:

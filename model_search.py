@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -198,32 +199,43 @@ class Supernet(nn.Module):
                 if edge >= 2:  # the first node's two edges have no beta
                     beta[edge - 2] = CERTAIN
 
-    def genotype(self) -> Genotype:
-        """The genotype that the architecture parameters stand for now (a host synchronisation on a GPU)."""
-        cells = {
-            kind: derive_cell(
-                getattr(self, f"alphas_{kind}").detach().cpu(), getattr(self, f"betas_{kind}").detach().cpu()
-            )
-            for kind in ("normal", "reduce")
-        }
-        concat = tuple(range(2, 2 + NODES))
-        return Genotype(cells["normal"], concat, cells["reduce"], concat)
+    def genotype(self, most_skips: int | None = None) -> Genotype:
+        """The genotype that the architecture parameters stand for now (a host synchronisation on a GPU);
+        with at most `most_skips` skips in the normal cell (None: however many there are)."""
+        state = {name: parameter.detach().cpu() for name, parameter in self.arch_state().items()}
+        return derive(state, most_skips)
 
 
-def derive_cell(alpha: Tensor, beta: Tensor) -> tuple[tuple[str, int], ...]:
+def derive(arch: Mapping[str, Tensor], most_skips: int | None = None) -> Genotype:
+    """The genotype of alpha and beta, by the names of ARCH_PARAMETERS; see derive_cell. `most_skips` is for
+    the normal cell, as in P-DARTS: at a stride of 2 a skip is a convolution."""
+    concat = tuple(range(2, 2 + NODES))
+    normal = derive_cell(arch["alphas_normal"], arch["betas_normal"], most_skips)
+    return Genotype(normal, concat, derive_cell(arch["alphas_reduce"], arch["betas_reduce"]), concat)
+
+
+def derive_cell(alpha: Tensor, beta: Tensor, most_skips: int | None = None) -> tuple[tuple[str, int], ...]:
     """alpha (14, 7), beta (12,) -> the eight (operation, input) pairs of a cell.
 
-    A node keeps the two edges of largest beta, an edge its operation of largest alpha (the first, on a
-    tie). A node's edges are listed by the softmax weight of their operation, the largest first (the lower
-    input first, on a tie).
+    A node keeps the two edges of largest beta, an edge its operation of largest alpha (the first, on a tie).
+    Where more than `most_skips` of these are skips, the ones of smallest softmax weight give way to their
+    edges' next best operations (Chen et al., Progressive DARTS, ICCV 2019, keep 2). A node's edges are listed
+    by the softmax weight of their operation, the largest first (the lower input first, on a tie).
     """
-    strength = alpha.softmax(1).amax(1).tolist()
+    shares = alpha.softmax(1).tolist()
     scores = [0.0, 0.0, *beta.tolist()]
-    pairs = []
+    kept = []
     for node in range(NODES):
         edges = [e for e, (to, _) in enumerate(EDGES) if to == node]
-        kept = sorted(edges, key=lambda e: (-scores[e], e))[:2]
-        for e in sorted(kept, key=lambda e: (-strength[e], e)):
-            row = alpha[e].tolist()
-            pairs.append((PRIMITIVES[row.index(max(row))], EDGES[e][1]))
-    return tuple(pairs)
+        kept.append(sorted(edges, key=lambda e: (-scores[e], e))[:2])
+    ranked = {e: alpha[e].sort(descending=True, stable=True).indices.tolist() for es in kept for e in es}
+    chosen = {e: operations[0] for e, operations in ranked.items()}
+    if most_skips is not None:
+        skips = [e for e, operation in chosen.items() if PRIMITIVES[operation] == "skip_connect"]
+        skips.sort(key=lambda e: (-shares[e][chosen[e]], e))
+        chosen |= {e: ranked[e][1] for e in skips[most_skips:]}
+    return tuple(
+        (PRIMITIVES[chosen[e]], EDGES[e][1])
+        for edges in kept
+        for e in sorted(edges, key=lambda e: (-shares[e][chosen[e]], e))
+    )

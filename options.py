@@ -17,6 +17,8 @@ from choices import (
     MEMORY_FORMATS,
     PRECISIONS,
     SETS,
+    STAGE1,
+    TRAINED_SETS,
     WEIGHT_BINARIZATIONS,
 )
 from genotypes import OPERATIONS
@@ -392,6 +394,29 @@ def add_set_flags(parser: Parser) -> None:
     parser.idle["data"] = (lambda flags: flags.set == "shapes", "--set shapes is drawn, and reads nothing")
 
 
+def add_most_skips_flag(parser: Parser, note: str = "") -> None:
+    parser.add_argument(
+        "--most_skips",
+        metavar="N",
+        type=integer(0),
+        help="keep at most N skips in the normal cell, those of largest weight; the other edges take their "
+        f"next best operation; default: however many there are{note}",
+    )
+
+
+def add_original_flags(parser: Parser) -> None:
+    """What a checkpoint of another program does not say of itself (see originals.py)."""
+    flag = parser.add_argument_group("a checkpoint of the original EBNAS program, or of BNAS's").add_argument
+    flag("--arch", help="its genotype, as train.py --arch takes it; default: the published one of its system")
+    flag("--variant", help="of BNAS as_run or intended; default: as_run")
+    flag(
+        "--set",
+        choices=TRAINED_SETS,
+        help="its images; default: CIFAR-10, CIFAR-100 or ImageNet, by its classes",
+    )
+    flag("--image_size", type=integer(16, 4096), help="of these; default: 32, of ImageNet 224")
+
+
 def add_value_range_flag(flag: Callable[..., Any]) -> None:
     flag(
         "--value_range",
@@ -443,7 +468,7 @@ def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping
     )
     flag(
         "--stage1",
-        choices=("w1a32", "w32a1", "w32a32"),
+        choices=STAGE1,
         help="what stage 1 makes binary: weights, activations, or nothing (a teacher); default: that of the "
         "system, of EBNAS w1a32",
     )

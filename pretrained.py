@@ -13,7 +13,8 @@ from torch import nn
 
 import options
 from baselines import Config
-from checkpoint import load_checkpoint, network_config, resolve_checkpoint
+from checkpoint import is_own, network_config
+from originals import Said, find_file, load_any
 from recipes import get_recipe
 from runs import newest_checkpoint
 from settings import StageSettings
@@ -50,8 +51,8 @@ def find_start(settings: StageSettings, config: Config, data: dict[str, Any]) ->
             raise InputError("--from_scratch and --pretrained contradict each other; give one")
         return None
     if network.pretrained:
-        path = resolve_checkpoint(network.pretrained)
-        return _start_from(path, load_checkpoint(path), settings, config, data)
+        path = find_file(network.pretrained)
+        return _start_from(path, load_start_checkpoint(path, settings, data), settings, config, data)
     if not network.binary:
         return None
     found = newest_checkpoint(
@@ -75,6 +76,16 @@ def find_start(settings: StageSettings, config: Config, data: dict[str, Any]) ->
     return _start_from(*found, settings, config, data)
 
 
+def load_start_checkpoint(path: Path, settings: StageSettings, data: dict[str, Any]) -> dict:
+    """The checkpoint that --pretrained names. That of another program says nothing of its stage, genotype and
+    images: it is taken as of this run's stage 1, genotype and, with as many classes, images."""
+    network = settings.network
+    checkpoint = load_any(path, Said(network.arch, network.variant, network.stage1, data["set"]))
+    if not is_own(checkpoint) and len(checkpoint["data"]["classes"]) == len(data["classes"]):
+        checkpoint["data"] = data
+    return checkpoint
+
+
 def _start_from(
     path: Path, checkpoint: dict, settings: StageSettings, config: Config, data: dict[str, Any]
 ) -> Start:
@@ -96,7 +107,8 @@ def _start_from(
         left_out = tuple(name for name in weights if name.split(".")[-2] in CLASSIFIERS)
     if not other and checkpoint["kind"] == "stage1" and settings.network.binary:
         return Start(weights, left_out, str(path))  # as the method has it
-    words = f"{path}, a {checkpoint['kind']} network of {theirs['set']}, {checkpoint['epoch']} epochs"
+    of = checkpoint.get("program") or f"{theirs['set']}, {checkpoint['epoch']} epochs"
+    words = f"{path}, a {checkpoint['kind']} network of {of}"
     if left_out:
         taken = sum(name not in left_out for name in weights)
         words += (

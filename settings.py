@@ -122,6 +122,7 @@ class SearchRecipe:
     arch_start_epoch: int
     path_reg_weight: float
     edge_reg_weight: float
+    most_skips: int | None
     score_random: int
 
 

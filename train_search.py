@@ -67,6 +67,7 @@ def parser() -> options.Parser:
         default=0.8,
         help="of the variance-based edge regularisation",
     )
+    options.add_most_skips_flag(parser)
     flag(
         "--score_random",
         type=options.integer(0, 10_000),
@@ -92,6 +93,7 @@ from data import Batch, BatchLoader, ImageSet, split_halves
 from distributed import World, setup
 from engine import Training, evaluate, in_memory_format, precision_of, train_one_epoch
 from figures import draw_curves, draw_genotype
+from found import describe_found
 from kernels import Form, accelerate, choose_form
 from kernels.compilation import compile_regions
 from model_search import SearchConfig, Supernet
@@ -169,18 +171,20 @@ def main(flags: options.Flags) -> None:
             )
             world.average_buffers(model)
             valid = validate(model)
-            record = epoch_record(architect, train, valid, before=run.last_record())
+            genotype = model.genotype(recipe.most_skips)
+            record = epoch_record(architect, genotype, train, valid, before=run.last_record())
             log_epoch(run, epoch, record)
             session.finish_epoch(epoch, record, score=valid["top1"])
-            write_genotype(session, model.genotype(), data["set"])
-        write_genotype(session, model.genotype(), data["set"])  # a kill may have come before the last one
-        discrete = cut_down(model, model.genotype())
+            write_genotype(session, genotype, data["set"])
+        genotype = model.genotype(recipe.most_skips)
+        write_genotype(session, genotype, data["set"])  # a kill may have come before the last one
+        discrete = cut_down(model, genotype)
         figures = {"discrete_top1": validate(discrete)["top1"]}
         figures["discrete_top1_new_statistics"] = renewed_top1(discrete)
         if recipe.score_random:
             cells = map(random_genotype, range(recipe.score_random))
             figures["random_cells"] = [renewed_top1(cut_down(model, cell)) for cell in cells]
-        finish(session, model.genotype(), figures)
+        finish(session, genotype, figures)
 
 
 def find_run(flags: options.Flags, world: World) -> Origin:
@@ -239,13 +243,14 @@ def endless(loader: BatchLoader, epoch: int, start: int) -> Iterator[Batch]:
         start = 0
 
 
-def epoch_record(architect: Architect, train: dict, valid: dict, *, before: dict | None) -> dict:
+def epoch_record(
+    architect: Architect, now: Genotype, train: dict, valid: dict, *, before: dict | None
+) -> dict:
     """What metrics.jsonl keeps of an epoch of a search; alpha and beta in full, for visualize.py.
 
-    `before` is the record of the epoch before, None in the first one.
+    `now` is the genotype at its end, `before` the record of the epoch before, None in the first one.
     """
     model = architect.model
-    now = model.genotype()
     path, edge = architect.regularizers()
     softmaxes = torch.cat([model.alphas_normal, model.alphas_reduce]).detach().softmax(1)
     entropy = torch.special.entr(softmaxes).sum(1).mean()
@@ -333,6 +338,8 @@ def finish(session: Session, genotype: Genotype, discrete: dict[str, Any]) -> No
             run.log(f"picture {picture}")
     except (InputError, OSError) as error:  # the search is done, with pictures or without
         run.log(f"no pictures: {error}")
+    for line in describe_found(genotype):
+        run.log(line)
     run.log(f"genotype written to {run.folder / 'genotype.json'}; train it:")
     where = ["--set", images.set, "--data", images.data, "--image_size", str(images.image_size)]
     where += options.command_line({"value_range": images.value_range})

@@ -134,11 +134,12 @@ def fails(scripts):
 
 @pytest.fixture
 def without_pictures(monkeypatch) -> None:
-    """The scripts draw nothing, which takes longer than a tiny run."""
+    """The scripts draw nothing and count nothing, which takes longer than a tiny run."""
     for module, name in (
         ("stages", "draw_curves"),
         ("train_search", "draw_curves"),
         ("train_search", "draw_genotype"),
+        ("train_search", "describe_found"),
     ):
         monkeypatch.setattr(f"{module}.{name}", lambda *_: [])
 

@@ -10,6 +10,7 @@ from reference_values import RELATIVE, float64, load
 from torch import Tensor
 from torch.nn import functional as F
 
+import originals
 from baselines import SYSTEMS
 from baselines.bnas import BnasConv2d, latent_weight
 from binary_ops import binary_sign
@@ -20,14 +21,7 @@ FLOOR = 1e-3
 """Some gradients are 0 but for rounding: what is smaller than this is compared with it."""
 
 RENAMED = {
-    "bnas": {
-        r"^stem\.bn\.": "stem.0.",
-        r"^stem\.op\.0\.": "stem.1.",
-        r"(preprocess[01])(_red)?\.op\.0\.": r"\1.conv.",
-        r"(preprocess[01])_red\.": r"\1.",
-        r"preprocess_res\.": "shortcut.",
-        r"_ops\.(\d)\.op\.0\.": r"operations.\1.conv.",
-    },
+    "bnas": originals.RENAMED["bnas"],
     "bats": {
         r"(preprocess\d|_ops\.\d)\.op\.0\.": r"\1.bn.",
         r"(preprocess\d|_ops\.\d)\.op\.1\.": r"\1.conv.",

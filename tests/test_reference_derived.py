@@ -1,7 +1,6 @@
 """The derived networks compute what the original program computes: float64, to 1e-9 relative."""
 
 import json
-import re
 from functools import partial
 
 import numpy as np
@@ -14,12 +13,7 @@ from comparison.original_network import original_network
 from genotypes import genotype_from_dict
 from kernels import FORMS, accelerate
 from model import ModelConfig, build_model
-
-
-def original_name(name: str) -> str:
-    """This program's parameter name -> the original's, whose auxiliary pool is features.0."""
-    name = name.replace(".operations.", "._ops.")
-    return re.sub(r"(head\.features)\.(\d+)", lambda match: f"{match[1]}.{int(match[2]) + 1}", name)
+from originals import our_name
 
 
 @pytest.mark.parametrize(
@@ -54,11 +48,10 @@ def test_network_equals_the_original(file, family, bits, form):
     )
     network = form(build_model(config).double())
     state = {name: t for name, t in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    assert {f"state.{original_name(name)}" for name in state} == {
-        k for k in values.files if k.startswith("state.")
-    }
+    theirs = {our_name("ebnas", k[6:]): k[6:] for k in values.files if k.startswith("state.")}
+    assert set(state) == set(theirs)
     for name, tensor in state.items():
-        tensor.copy_(float64(values, f"state.{original_name(name)}"))
+        tensor.copy_(float64(values, f"state.{theirs[name]}"))
     images = np.random.RandomState(int(values["input_seed"])).randn(*values["input_shape"])
     images, target = torch.from_numpy(images), torch.from_numpy(values["target"])
 
@@ -73,7 +66,7 @@ def test_network_equals_the_original(file, family, bits, form):
     if bits != (1, 1) or not any(name == "max_pool_3x3" for name, _ in pairs):
         loss.backward()
         for name, parameter in network.named_parameters():
-            assert_gradient(parameter.grad, values, original_name(name))
+            assert_gradient(parameter.grad, values, theirs[name])
 
     network.eval()
     with torch.no_grad():

@@ -27,7 +27,15 @@ from figures import draw_curves, draw_genotype
 from figures.canvas import COLORS, GREY, LABELS, STATES
 from figures.cell import cell_figure
 from figures.curves import curve_figures
-from genotypes import EDGES, GENOTYPES, PRIMITIVES, Genotype, genotype_from_dict, save_genotype
+from genotypes import (
+    EDGES,
+    GENOTYPES,
+    PRIMITIVES,
+    Genotype,
+    genotype_from_dict,
+    get_genotype,
+    save_genotype,
+)
 from model_search import SearchConfig, Supernet
 from runs import Run
 from stages import epoch_record as training_record
@@ -224,7 +232,7 @@ def search_records(epochs: int) -> list[dict]:
             for parameter in model.arch_state().values():
                 parameter += 0.3 * torch.randn_like(parameter)
         before = records[-1] if records else None
-        record = search_record(architect, means(epoch), means(epoch), before=before)
+        record = search_record(architect, model.genotype(), means(epoch), means(epoch), before=before)
         records.append(json.loads(json.dumps({"epoch": epoch, **record})))
     return records
 
@@ -441,6 +449,30 @@ def test_script_draws_an_earlier_epoch_and_a_genotype_as_text(tmp_path, monkeypa
         "genotype-reduce.png",
     ]
     assert all(Path(path).stat().st_size > 0 for path in printed)
+
+
+def test_script_derives_a_search_again_with_fewer_skips(tmp_path, monkeypatch, capsys, coarse, fails):
+    run, skipping = write_run(tmp_path / "run", SEARCH), json.loads(json.dumps(SEARCH[-1]))
+    for row in skipping["arch"]["alphas_normal"]:
+        row[0] = 5.0  # skip_connect, everywhere
+    write_run(run, [*SEARCH[:-1], skipping])
+    output = tmp_path / "fewer.json"
+    printed = script(monkeypatch, capsys, run, "--most_skips", 2, "--output", output)
+    assert printed[0] == f"epoch 3 of {run}, at most 2 skips in the normal cell:"
+    assert "skips: 2 in the normal cell" in "\n".join(printed)
+    assert printed[-3:] == [str(output), *(str(tmp_path / f"fewer-{k}.png") for k in ("normal", "reduce"))]
+    normal = get_genotype(str(output)).normal
+    assert sum(name == "skip_connect" for name, _ in normal) == 2
+    script(monkeypatch, capsys, f"{run}@1", "--most_skips", 8, "--output", output)
+    assert get_genotype(str(output)) == genotype_from_dict(SEARCH[1]["genotype"])  # as it was found
+
+    assert "say where to, with --output" in fails("visualize.py", run, "--most_skips", 2)
+    derived = ("--most_skips", 2, "--output")
+    assert "EBNAS is none" in fails("visualize.py", "EBNAS", *derived, "x.json")
+    assert "has no epoch 9" in fails("visualize.py", f"{run}@9", *derived, "x.json")
+    assert "is what is read" in fails("visualize.py", run, *derived, run / "metrics.jsonl")
+    write_run(run, training_records(2))
+    assert "has no alpha and beta of epoch 1" in fails("visualize.py", run, *derived, "x.json")
 
 
 def test_script_refuses_what_it_cannot_draw_or_write(tmp_path, fails, coarse):
