@@ -14,19 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from genotype_text import find_genotype, looks_like_genotype, read_text
+from search_space import ENTRIES, PRIMITIVES
 from utils import InputError, one_line, write_atomically
-
-PRIMITIVES = (
-    "skip_connect",
-    "max_pool_3x3",
-    "avg_pool_3x3",
-    "bin_conv_3x3",
-    "bin_conv_5x5",
-    "bin_dil_conv_3x3",
-    "bin_dil_conv_5x5",
-)
-"""The candidate operations, in the order of a row of alpha. `none` is left out, and separable convolutions
-are replaced by binary ones: the search space made simple and suited to binary networks (EBNAS, section 3)."""
 
 OPERATIONS = {
     "ebnas": PRIMITIVES,
@@ -55,6 +44,11 @@ NODES = 4
 
 EDGES = tuple((node, source) for node in range(NODES) for source in range(2 + node))
 """The 14 edges of a cell as (node, input state), node by node: a row of alpha each."""
+
+
+def operations_of(system: str) -> tuple[str, ...]:
+    """What a system's cells may be made of; of EBNAS all that have an entry."""
+    return tuple(ENTRIES) if system == "ebnas" else OPERATIONS[system]
 
 
 def reduction_cells(layers: int) -> tuple[int, int]:
@@ -137,14 +131,14 @@ RANDOM = "random:"
 """`random:SEED` names the genotype that `random_genotype(SEED)` draws."""
 
 
-def random_genotype(seed: int) -> Genotype:
+def random_genotype(seed: int, operations: tuple[str, ...] = PRIMITIVES) -> Genotype:
     """A uniform draw from what a search can derive: for each node two different inputs, in either order, and
-    for each of these any operation."""
+    for each of these any of `operations`."""
     draw = random.Random(seed)
 
     def cell() -> tuple[tuple[str, int], ...]:
         return tuple(
-            (draw.choice(PRIMITIVES), source)
+            (draw.choice(operations), source)
             for node in range(NODES)
             for source in draw.sample(range(2 + node), 2)
         )
@@ -175,8 +169,8 @@ def canonical(genotype: Genotype) -> Genotype:
     return Genotype(**cells)
 
 
-def get_genotype(name: str, system: str | None = None, *, known: tuple[str, ...] = PRIMITIVES) -> Genotype:
-    """The genotype that `name` stands for, of the operations `known`. It may be
+def get_genotype(name: str, system: str | None = None, *, known: tuple[str, ...] | None = None) -> Genotype:
+    """The genotype that `name` stands for, of the operations `known` (None: EBNAS's). It may be
 
     a registered name; `random:SEED`; a genotype as text (see genotype_text.py); a file of JSON or text, of
     which the last genotype counts; a search run's folder; or `FOLDER@EPOCH`, what that search had found at
@@ -187,7 +181,7 @@ def get_genotype(name: str, system: str | None = None, *, known: tuple[str, ...]
     operation that the system does not have.
     """
     if system is not None:
-        genotype = _named(name, known=EVERY_OPERATION, system=system)
+        genotype = _named(name, known=(*EVERY_OPERATION, *ENTRIES), system=system)
         return translated(genotype, system, origin=one_line(name, 60))
     return _named(name, known=known)
 
@@ -287,7 +281,7 @@ def translated(genotype: Genotype, system: str, *, origin: str = "genotype") -> 
         pairs = []
         for operation, source in getattr(genotype, kind):
             own = _renamed(operation, system)
-            if own not in OPERATIONS[system]:
+            if own not in operations_of(system):
                 raise InputError(
                     f"{origin}: the blocks of {system} have no {operation}; choose from {OPERATIONS[system]}"
                 )
@@ -306,10 +300,14 @@ def _renamed(operation: str, system: str) -> str:
 
 
 def genotype_from_dict(
-    fields: Any, *, origin: str = "genotype", known: tuple[str, ...] = PRIMITIVES, system: str = "ebnas"
+    fields: Any,
+    *,
+    origin: str = "genotype",
+    known: tuple[str, ...] | None = None,
+    system: str = "ebnas",
 ) -> Genotype:
-    """A validated Genotype of the operations `known` from its JSON form; keys beyond the four fields are
-    ignored. `system`: of whose operations the nearest is named where one is not known.
+    """A validated Genotype of the operations `known` (None: EBNAS's) from its JSON form; keys beyond
+    the four fields are ignored. `system`: of whose operations the nearest is named where one is not known.
 
     Raises InputError that names the field and the pair: one is missing, not of its type, an unknown
     operation, an input state that does not exist where it is read, or a wrong number of pairs.
@@ -329,7 +327,7 @@ def genotype_from_dict(
         )
     genotype = Genotype(**cells)
     used = {name: None for name, _ in genotype.normal + genotype.reduce}  # in this order, each once
-    if unknown := [name for name in used if name not in known]:
+    if unknown := [name for name in used if name not in (ENTRIES if known is None else known)]:
         raise InputError(f"{origin}: {_unknown_operations(unknown, tuple(used), system)}")
     return genotype
 
@@ -339,7 +337,7 @@ def _unknown_operations(unknown: list[str], used: tuple[str, ...], system: str) 
     `system` has, and the --family whose blocks have all of them."""
     words = []
     for name in unknown:
-        nearest = nearest_operation(name, OPERATIONS[system])
+        nearest = nearest_operation(name, operations_of(system))
         words.append(f"{name!r} (nearest: {nearest})" if nearest else f"{name!r} (there is none like it)")
     text = f"unknown operation{'s' if len(words) > 1 else ''} {', '.join(words)}"
     ways = []
@@ -347,7 +345,7 @@ def _unknown_operations(unknown: list[str], used: tuple[str, ...], system: str) 
         ways.append("--family ebnas takes the nearest")
     if fitting := [name for name, operations in OPERATIONS.items() if set(used) <= set(operations)]:
         ways.append(f"--family {' or '.join(fitting)} has all of these operations")
-    return f"{text}; {', '.join(ways) or f'choose from {OPERATIONS[system]}'}"
+    return f"{text}; {', '.join(ways) or f'choose from {operations_of(system)}'}"
 
 
 def nearest_operation(name: str, choices: tuple[str, ...]) -> str | None:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genotypes import EDGES, NODES, PRIMITIVES, Genotype, reduction_cells
+from genotypes import EDGES, NODES, Genotype, reduction_cells
 from operations import SearchPreprocess, SourceOperations
+from search_space import PRIMITIVES, checked_operations
 from utils import InputError, check_count, nearest_multiples
 
 EDGE_BIAS = (0.6931, 0.0, -0.4055)
@@ -45,8 +46,10 @@ class SearchConfig:
     num_classes: int = 10
     k_normal: int = 8
     k_reduce: int = 4
+    operations: tuple[str, ...] = PRIMITIVES
 
     def __post_init__(self):
+        object.__setattr__(self, "operations", checked_operations(self.operations))
         check_count("layers", self.layers, 3, 1_000)  # two cells reduce the size, after one that does not
         for name in ("init_channels", "num_classes"):
             check_count(name, getattr(self, name), 1, 1_000_000)
@@ -66,7 +69,11 @@ class SearchConfig:
         return reduction_cells(self.layers)
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """Without the operations where these are the seven, as before they could be chosen."""
+        fields = {**dataclasses.asdict(self), "operations": list(self.operations)}
+        if self.operations == PRIMITIVES:
+            del fields["operations"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict) -> SearchConfig:
@@ -99,7 +106,15 @@ class SearchCell(nn.Module):
     """
 
     def __init__(
-        self, c_older: int, c_newer: int, channels: int, *, k: int, reduction: bool, reduction_before: bool
+        self,
+        c_older: int,
+        c_newer: int,
+        channels: int,
+        *,
+        k: int,
+        reduction: bool,
+        reduction_before: bool,
+        names: tuple[str, ...] = PRIMITIVES,
     ):
         super().__init__()
         self.reduction = reduction
@@ -108,7 +123,7 @@ class SearchCell(nn.Module):
         self.preprocess0 = SearchPreprocess(c_older, channels, reduce=reduction_before)
         self.preprocess1 = SearchPreprocess(c_newer, channels, reduce=False)
         self.sources = nn.ModuleList(
-            SourceOperations(self.sampled, len(edges), stride_of(source, reduction))
+            SourceOperations(self.sampled, len(edges), stride_of(source, reduction), names)
             for source, edges in enumerate(LEAVING)
         )
 
@@ -154,13 +169,14 @@ class Supernet(nn.Module):
                 k=config.k_reduce if reduction else config.k_normal,
                 reduction=reduction,
                 reduction_before=reduction_before,
+                names=config.operations,
             )
             self.cells.append(cell)
             c_older, c_newer, reduction_before = c_newer, NODES * channels, reduction
         self.classifier = nn.Linear(c_newer, config.num_classes)
         for kind in ("normal", "reduce"):
             self.register_parameter(
-                f"alphas_{kind}", nn.Parameter(1e-3 * torch.randn(len(EDGES), len(PRIMITIVES)))
+                f"alphas_{kind}", nn.Parameter(1e-3 * torch.randn(len(EDGES), len(config.operations)))
             )
             self.register_parameter(f"betas_{kind}", nn.Parameter(1e-3 * torch.randn(len(EDGES) - 2)))
 
@@ -195,7 +211,7 @@ class Supernet(nn.Module):
             beta.fill_(-CERTAIN)
             for position, (operation, source) in enumerate(pairs):
                 edge = EDGES.index((position // 2, source))
-                alpha[edge, PRIMITIVES.index(operation)] = CERTAIN
+                alpha[edge, self.config.operations.index(operation)] = CERTAIN
                 if edge >= 2:  # the first node's two edges have no beta
                     beta[edge - 2] = CERTAIN
 
@@ -203,18 +219,26 @@ class Supernet(nn.Module):
         """The genotype that the architecture parameters stand for now (a host synchronisation on a GPU);
         with at most `most_skips` skips in the normal cell (None: however many there are)."""
         state = {name: parameter.detach().cpu() for name, parameter in self.arch_state().items()}
-        return derive(state, most_skips)
+        return derive(state, most_skips, self.config.operations)
 
 
-def derive(arch: Mapping[str, Tensor], most_skips: int | None = None) -> Genotype:
+def derive(
+    arch: Mapping[str, Tensor], most_skips: int | None = None, operations: tuple[str, ...] = PRIMITIVES
+) -> Genotype:
     """The genotype of alpha and beta, by the names of ARCH_PARAMETERS; see derive_cell. `most_skips` is for
     the normal cell, as in P-DARTS: at a stride of 2 a skip is a convolution."""
     concat = tuple(range(2, 2 + NODES))
-    normal = derive_cell(arch["alphas_normal"], arch["betas_normal"], most_skips)
-    return Genotype(normal, concat, derive_cell(arch["alphas_reduce"], arch["betas_reduce"]), concat)
+    normal = derive_cell(arch["alphas_normal"], arch["betas_normal"], most_skips, operations)
+    reduce = derive_cell(arch["alphas_reduce"], arch["betas_reduce"], operations=operations)
+    return Genotype(normal, concat, reduce, concat)
 
 
-def derive_cell(alpha: Tensor, beta: Tensor, most_skips: int | None = None) -> tuple[tuple[str, int], ...]:
+def derive_cell(
+    alpha: Tensor,
+    beta: Tensor,
+    most_skips: int | None = None,
+    operations: tuple[str, ...] = PRIMITIVES,
+) -> tuple[tuple[str, int], ...]:
     """alpha (14, 7), beta (12,) -> the eight (operation, input) pairs of a cell.
 
     A node keeps the two edges of largest beta, an edge its operation of largest alpha (the first, on a tie).
@@ -229,13 +253,13 @@ def derive_cell(alpha: Tensor, beta: Tensor, most_skips: int | None = None) -> t
         edges = [e for e, (to, _) in enumerate(EDGES) if to == node]
         kept.append(sorted(edges, key=lambda e: (-scores[e], e))[:2])
     ranked = {e: alpha[e].sort(descending=True, stable=True).indices.tolist() for es in kept for e in es}
-    chosen = {e: operations[0] for e, operations in ranked.items()}
+    chosen = {e: order[0] for e, order in ranked.items()}
     if most_skips is not None:
-        skips = [e for e, operation in chosen.items() if PRIMITIVES[operation] == "skip_connect"]
+        skips = [e for e, index in chosen.items() if operations[index] == "skip_connect"]
         skips.sort(key=lambda e: (-shares[e][chosen[e]], e))
         chosen |= {e: ranked[e][1] for e in skips[most_skips:]}
     return tuple(
-        (PRIMITIVES[chosen[e]], EDGES[e][1])
+        (operations[chosen[e]], EDGES[e][1])
         for edges in kept
         for e in sorted(edges, key=lambda e: (-shares[e][chosen[e]], e))
     )

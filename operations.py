@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from binary_ops import ACTIVATION_MODULES, BinaryConv2d, binary_sign
+from search_space import ENTRIES, PRIMITIVES, SEVEN
 
-CONVOLUTIONS = {  # name: (kernel size, padding, dilation); the padding keeps the size at stride 1
-    "bin_conv_3x3": (3, 1, 1),
-    "bin_conv_5x5": (5, 2, 1),
-    "bin_dil_conv_3x3": (3, 2, 2),
-    "bin_dil_conv_5x5": (5, 4, 2),
-}
+CONVOLUTIONS = {entry.name: entry.geometry for entry in SEVEN if entry.kernel}
+"""Of the seven: (kernel size, padding, dilation) by name; the padding keeps the size at stride 1."""
 
 
 def drop_path(x: Tensor, keep: Tensor) -> Tensor:
@@ -158,9 +155,12 @@ def make_operation(
         if stride == 1:
             return nn.Identity()
         return FactorizedReduce(channels, channels, bits=bits, activation=activation)
-    if name in ("max_pool_3x3", "avg_pool_3x3"):
-        return Pool(name[:3], stride)
-    kernel_size, padding, dilation = CONVOLUTIONS[name]
+    entry = ENTRIES[name]
+    if entry.derived:
+        return entry.derived(channels, stride, groups=groups, bits=bits, activation=activation)
+    if entry.pool:
+        return Pool(entry.pool, stride)
+    kernel_size, padding, dilation = entry.geometry
     return BinaryUnit(
         channels,
         channels,
@@ -176,51 +176,85 @@ def make_operation(
 
 
 class SourceOperations(nn.Module):
-    """Search form: the seven operations, mixed, on all m edges of a cell that leave one state.
+    """Search form: the operations `names`, mixed, on all m edges of a cell that leave one state.
 
-    x (n, c, h, w), mixing (m, 7) -> (n, m, c, h', w'): on edge e the sum of mixing[e, p] times operation p of
-    PRIMITIVES. The edges read the same channels, so both pools with their BN (without affine parameters they
-    are the same on every edge) and the residual occur once, and a kind of convolution has the filters of all
-    edges, m * c, edge by edge.
+    x (n, c, h, w), mixing (m, p) -> (n, m, c, h', w'): on edge e the sum of mixing[e, p] times operation p of
+    `names`. The edges read the same channels, so pools with their BN (without affine parameters they are the
+    same on every edge) and the residual occur once, and a kind of convolution has the filters of all edges,
+    m * c, edge by edge. Modules of an operation's own are one for each edge.
     """
 
-    def __init__(self, channels: int, edges: int, stride: int):
+    def __init__(self, channels: int, edges: int, stride: int, names: tuple[str, ...] = PRIMITIVES):
         super().__init__()
-        self.stride = stride
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(channels, edges * channels, size, stride, padding, dilation, bias=False)
-            for size, padding, dilation in CONVOLUTIONS.values()
-        )
+        self.stride, self.names = stride, names
+        entries = [ENTRIES[name] for name in names]
+        self.convolutions = nn.ModuleList()
+        for entry in entries:
+            if entry.kernel:
+                size, padding, dilation = entry.geometry
+                self.convolutions.append(
+                    nn.Conv2d(channels, edges * channels, size, stride, padding, dilation, bias=False)
+                )
+        reduces = stride == 2 and "skip_connect" in names
         self.skip = nn.ModuleList(
-            nn.Conv2d(channels, edges * channels // 2, 1, 2, bias=False)
-            for _ in range(2 if stride == 2 else 0)
+            nn.Conv2d(channels, edges * channels // 2, 1, 2, bias=False) for _ in range(2 if reduces else 0)
         )
-        convolved = len(CONVOLUTIONS) + (stride == 2)
-        self.norm = nn.BatchNorm2d(convolved * edges * channels, affine=False)
-        self.pool_norm = nn.BatchNorm2d(2 * channels, affine=False)
+        convolved, pools = len(self.convolutions) + reduces, sum(bool(entry.pool) for entry in entries)
+        self.norm = nn.BatchNorm2d(convolved * edges * channels, affine=False) if convolved else None
+        self.pool_norm = nn.BatchNorm2d(pools * channels, affine=False) if pools else None
+        self.own = nn.ModuleDict(
+            {
+                entry.name: nn.ModuleList(entry.search(channels, stride) for _ in range(edges))
+                for entry in entries
+                if entry.search
+            }
+        )
         self.shortcut = nn.Identity() if stride == 1 else halving_pool()
 
     def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
-        m, signs = len(mixing), binary_sign(x)
-        convolved = [convolution(signs) for convolution in self.convolutions]  # each (n, m * c, h', w')
-        if self.stride == 2:
+        residual = self.shortcut(x).unsqueeze(1)
+        convolved, pooled = iter(self.convolved(x, len(mixing))), iter(self.pooled(x))
+        operations = {}  # by name, (n, m or 1, c, h', w')
+        for name in self.names:
+            if ENTRIES[name].search:
+                operations[name] = torch.stack([module(x) for module in self.own[name]], 1)
+            elif ENTRIES[name].pool:
+                operations[name] = next(pooled)
+            elif ENTRIES[name].kernel:
+                operations[name] = next(convolved) + residual
+            else:
+                operations[name] = residual
+        if self.skip:  # at stride 2 the skip is the last of what is convolved
+            operations["skip_connect"] = next(convolved)
+        weights = mixing.t()[:, :, None, None, None]  # (p, m, 1, 1, 1)
+        return sum(weight * y for weight, y in zip(weights, operations.values(), strict=True))
+
+    def convolved(self, x: Tensor, edges: int) -> tuple[Tensor, ...]:
+        """The results of the convolutions, and of the skip at stride 2, after their BN: (n, m, c, h', w')."""
+        if self.norm is None:
+            return ()
+        signs = binary_sign(x)
+        results = [convolution(signs) for convolution in self.convolutions]  # each (n, m * c, h', w')
+        if self.skip:
             halves = reduced_halves(signs, self.skip)
-            convolved.append(torch.cat([half.unflatten(1, (m, -1)) for half in halves], 2).flatten(1, 2))
-        norm, convolved = self.norm, torch.cat(convolved, 1)
+            results.append(torch.cat([half.unflatten(1, (edges, -1)) for half in halves], 2).flatten(1, 2))
+        norm, joined = self.norm, torch.cat(results, 1)
         running = norm.running_mean, norm.running_var  # the batches of this BN are not counted
-        convolved = F.batch_norm(convolved, *running, None, None, self.training, norm.momentum, norm.eps)
-        convolved = convolved.unflatten(1, (-1, m, x.shape[1]))
+        joined = F.batch_norm(joined, *running, None, None, self.training, norm.momentum, norm.eps)
+        return joined.unflatten(1, (-1, edges, x.shape[1])).unbind(1)
+
+    def pooled(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The pools after their BN: (n, 1, c, h', w')."""
+        if self.pool_norm is None:
+            return ()
+        kinds = [ENTRIES[name].pool for name in self.names if ENTRIES[name].pool]
         pools = [
-            F.max_pool2d(x, 3, self.stride, 1),
-            F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False),
+            F.max_pool2d(x, 3, self.stride, 1)
+            if kind == "max"
+            else F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False)
+            for kind in kinds
         ]
-        pools = self.pool_norm(torch.cat(pools, 1)).chunk(2, 1)
-        max_pool, average_pool, residual = (y.unsqueeze(1) for y in (*pools, self.shortcut(x)))
-        convolutions = [convolved[:, p] + residual for p in range(len(CONVOLUTIONS))]
-        skip = residual if self.stride == 1 else convolved[:, -1]
-        operations = (skip, max_pool, average_pool, *convolutions)  # (n, m or 1, c, h', w'), as PRIMITIVES
-        weights = mixing.t()[:, :, None, None, None]  # (7, m, 1, 1, 1)
-        return sum(weight * y for weight, y in zip(weights, operations, strict=True))
+        return tuple(y.unsqueeze(1) for y in self.pool_norm(torch.cat(pools, 1)).chunk(len(kinds), 1))
 
 
 def reduced_halves(signs: Tensor, convolutions: nn.ModuleList) -> list[Tensor]:

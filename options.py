@@ -22,6 +22,7 @@ from choices import (
     WEIGHT_BINARIZATIONS,
 )
 from genotypes import OPERATIONS
+from search_space import checked_operations
 from split import TEST_PART, is_unsplit
 from utils import InputError
 
@@ -37,6 +38,14 @@ def integer(least: int, most: float = LARGE) -> Callable[[str], int]:
         return _within(value, least <= value <= most, f"at least {least} and at most {most:g}")
 
     return whole_number
+
+
+def operations(text: str) -> list[str]:
+    """The type of a flag that takes a search space: names of search_space.ENTRIES, separated by commas."""
+    try:
+        return list(checked_operations([name.strip() for name in text.split(",") if name.strip()]))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def real(

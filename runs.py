@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from checkpoint import LAST, load_checkpoint, resolve_checkpoint
+from search_space import PRIMITIVES, checked_operations
 from utils import InputError, command_text, os_error_message, printable, remove_asides, write_atomically
 
 RUNS = Path("runs")
@@ -169,6 +170,15 @@ def read_args(folder: Path) -> dict[str, Any]:
     """args.json: the flags of a run, its command and its commit. Raises InputError: which file and line."""
     path = Path(folder) / ARGS
     return _json_object(_read(path), path)
+
+
+def operations_of_run(folder: Path) -> tuple[str, ...]:
+    """The search space of a search; the seven operations, where it does not say. Raises InputError."""
+    args = read_args(folder) if (Path(folder) / ARGS).exists() else {}
+    names = args.get("operations", PRIMITIVES)
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{Path(folder) / ARGS}: field 'operations' must be a list of names")
+    return checked_operations(names)
 
 
 def _read(path: Path) -> bytes:

@@ -108,6 +108,7 @@ class SupernetSettings:
     layers: int
     k_normal: int
     k_reduce: int
+    operations: list[str]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from genotypes import (
     random_genotype,
     save_genotype,
 )
+from search_space import PRIMITIVES
 from utils import InputError, check_usage, command_text, run_main, seed_everything
 
 STEP = {"epochs": 50, "batch_size": 256, "learning_rate": 1e-3, "grad_clip": 5.0}
@@ -44,6 +45,13 @@ def parser() -> options.Parser:
             default=k,
             help=f"one in k channels of a {kind} cell goes through its operations",
         )
+    flag(
+        "--operations",
+        type=options.operations,
+        default=list(PRIMITIVES),
+        metavar="LIST",
+        help="what an edge chooses from: names of search_space.py, separated by commas; default: the seven",
+    )
     options.add_step_flags(parser, STEP)
     flag = parser.add_argument_group("search").add_argument
     flag("--weight_decay", type=options.non_negative_float, default=3e-4, help="of the weights")
@@ -94,7 +102,7 @@ from distributed import World, setup
 from engine import Training, evaluate, in_memory_format, precision_of, train_one_epoch
 from figures import draw_curves, draw_genotype
 from found import describe_found
-from kernels import Form, accelerate, choose_form
+from kernels import Form, accelerate, choose_form, knows_operations
 from kernels.compilation import compile_regions
 from model_search import SearchConfig, Supernet
 from resume import Origin, find_origin
@@ -182,7 +190,7 @@ def main(flags: options.Flags) -> None:
         figures = {"discrete_top1": validate(discrete)["top1"]}
         figures["discrete_top1_new_statistics"] = renewed_top1(discrete)
         if recipe.score_random:
-            cells = map(random_genotype, range(recipe.score_random))
+            cells = (random_genotype(seed, model.config.operations) for seed in range(recipe.score_random))
             figures["random_cells"] = [renewed_top1(cut_down(model, cell)) for cell in cells]
         finish(session, genotype, figures)
 
@@ -206,9 +214,13 @@ def build_supernet(settings: SearchSettings, num_classes: int, world: World) -> 
         num_classes,
         k_normal=network.k_normal,
         k_reduce=network.k_reduce,
+        operations=tuple(network.operations),
     )
     form = choose_form(step.kernels, world.device, precision=step.precision, compiled=step.compile)
     model = accelerate(Supernet(config).to(world.device), form.name)
+    if form.name != "plain" and not knows_operations(model):
+        words = "; the supernet plain, because the fast ones know the seven operations alone"
+        form = form._replace(words=form.words + words)
     in_memory_format(model, step.memory_format, auto="contiguous")  # channels-last is slower on a CPU
     if step.compile:
         compile_regions(model, mode=step.compile_mode)

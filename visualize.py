@@ -26,6 +26,7 @@ from genotypes import (
     save_genotype,
 )
 from options import Flags, Parser, add_most_skips_flag
+from search_space import ENTRIES
 from utils import InputError, check_output, run_main
 
 RESNET = "ResNet18"
@@ -65,7 +66,7 @@ def main(flags: Flags) -> None:
     elif args.what not in GENOTYPES and is_path(args.what) and Path(args.what).is_dir():
         paths = draw_run(Path(args.what), Path(args.out or args.what))
     else:
-        genotype = get_genotype(args.what, known=EVERY_OPERATION)
+        genotype = get_genotype(args.what, known=(*EVERY_OPERATION, *ENTRIES))
         folder, name = place_of(args.what)
         paths = draw_genotype(genotype, Path(args.out or folder), name=name)
     for path in paths:
@@ -77,7 +78,7 @@ def draw_run(run: Path, folder: Path) -> list[Path]:
     has_genotype, has_metrics = ((run / name).exists() for name in ("genotype.json", "metrics.jsonl"))
     if not has_genotype and not has_metrics:
         raise InputError(f"{run} is no run: it has neither genotype.json nor metrics.jsonl")
-    genotype = get_genotype(str(run), known=EVERY_OPERATION) if has_genotype else None
+    genotype = get_genotype(str(run), known=(*EVERY_OPERATION, *ENTRIES)) if has_genotype else None
     curves = draw_curves(run, folder=folder) if has_metrics else []
     return ([] if genotype is None else draw_genotype(genotype, folder)) + curves
 
@@ -95,8 +96,9 @@ def derive_again(what: str, most_skips: int, output: Path | None, folder: str | 
     arch = architecture(record, where)
     from found import describe_found  # torch takes seconds to import
     from model_search import derive
+    from runs import operations_of_run
 
-    genotype = derive(arch, most_skips)
+    genotype = derive(arch, most_skips, operations_of_run(where))
     epoch = record["epoch"]
     save_genotype(output, genotype, epoch=epoch, most_skips=most_skips, search=str(where))
     print(f"epoch {epoch} of {where}, at most {most_skips} skips in the normal cell:")
@@ -125,10 +127,11 @@ def architecture(record: dict[str, Any], where: Path) -> dict[str, Any]:
     """alpha and beta of a search's record as float32 tensors."""
     import torch
 
-    from genotypes import EDGES, PRIMITIVES
+    from genotypes import EDGES
     from model_search import ARCH_PARAMETERS
+    from runs import operations_of_run
 
-    shapes = {"alphas": (len(EDGES), len(PRIMITIVES)), "betas": (len(EDGES) - 2,)}
+    shapes = {"alphas": (len(EDGES), len(operations_of_run(where))), "betas": (len(EDGES) - 2,)}
     try:
         arch = {name: torch.tensor(record["arch"][name], dtype=torch.float32) for name in ARCH_PARAMETERS}
         fits = all(tensor.shape == shapes[name.split("_")[0]] for name, tensor in arch.items())

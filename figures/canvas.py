@@ -8,15 +8,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from genotypes import NODES
+from search_space import ENTRIES
+from search_space import GREY as OTHER
 
 LABELS = {
-    "skip_connect": "skip",
-    "max_pool_3x3": "3x3 max pool",
-    "avg_pool_3x3": "3x3 avg pool",
-    "bin_conv_3x3": "3x3 conv",
-    "bin_conv_5x5": "5x5 conv",
-    "bin_dil_conv_3x3": "3x3 dil. conv",
-    "bin_dil_conv_5x5": "5x5 dil. conv",
     "none": "zero",
     "sep_conv_3x3": "3x3 sep. conv",
     "sep_conv_5x5": "5x5 sep. conv",
@@ -25,13 +20,6 @@ LABELS = {
     "dil_conv_5x5": "5x5 dilated",
 }
 COLORS = {
-    "skip_connect": "#2e8b57",
-    "max_pool_3x3": "#d1495b",
-    "avg_pool_3x3": "#e08e1b",
-    "bin_conv_3x3": "#4a90d9",
-    "bin_conv_5x5": "#1f3f8f",
-    "bin_dil_conv_3x3": "#c05fc9",
-    "bin_dil_conv_5x5": "#6a1b9a",
     "none": "#5f6b7a",
     "sep_conv_3x3": "#4a90d9",
     "sep_conv_5x5": "#1f3f8f",
@@ -39,7 +27,17 @@ COLORS = {
     "dil_conv_3x3": "#c05fc9",
     "dil_conv_5x5": "#6a1b9a",
 }
-"""One colour per operation, the same in every picture, and for the same kind in each system."""
+"""Of the operations of other systems; those of EBNAS are entries of search_space.py."""
+
+
+def label_of(operation: str) -> str:
+    return ENTRIES[operation].label if operation in ENTRIES else LABELS[operation]
+
+
+def color_of(operation: str) -> str:
+    """One colour per operation, the same in every picture, and for the same kind in each system."""
+    return (ENTRIES[operation].color or OTHER) if operation in ENTRIES else COLORS[operation]
+
 
 TITLES = {"normal": "normal cell", "reduce": "reduction cell"}
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 
-from figures.canvas import COLORS, GREY, INK, LABELS, PALE, STATES, TITLES, new_figure
+from figures.canvas import GREY, INK, PALE, STATES, TITLES, color_of, label_of, new_figure
 from genotypes import NODES, Genotype
 
 OUTPUT = 2 + NODES
@@ -225,7 +225,7 @@ def _draw_edge(axes: Axes, edge: Edge, columns: list[tuple[float, float]], ys: l
     else:
         gap = PathPatch(curve, fc="none", ec="white", lw=4.5, zorder=1.9)  # in the edges that it crosses
         axes.add_artist(gap)
-        axes.add_artist(PathPatch(curve, fc="none", ec=COLORS[edge.operation], lw=2, zorder=2))
+        axes.add_artist(PathPatch(curve, fc="none", ec=color_of(edge.operation), lw=2, zorder=2))
 
 
 def _draw_state(axes: Axes, slot: Slot, left: float, right: float, y: float) -> None:
@@ -242,12 +242,12 @@ def _draw_state(axes: Axes, slot: Slot, left: float, right: float, y: float) -> 
 
 def _draw_operation(axes: Axes, edge: Edge, left: float, y: float, node: tuple[float, float]) -> None:
     """The label of an operation, beginning at `left`, and an arrow from it to the node."""
-    color = COLORS[edge.operation]
+    color = color_of(edge.operation)
     corner, style = (left, y - PILL_HEIGHT / 2), "round,pad=0,rounding_size=0.12"
     axes.add_artist(
         FancyBboxPatch(corner, PILL_WIDTH, PILL_HEIGHT, style, fc="white", ec=color, lw=1.6, zorder=3)
     )
-    x, label = left + PILL_WIDTH / 2, LABELS[edge.operation]
+    x, label = left + PILL_WIDTH / 2, label_of(edge.operation)
     axes.text(x, y, label, fontsize=11, color=INK, ha="center", va="center_baseline", zorder=4)
 
     start, angle = left + PILL_WIDTH, math.copysign(0.6, y - node[1])
@@ -258,9 +258,9 @@ def _draw_operation(axes: Axes, edge: Edge, left: float, y: float, node: tuple[f
 
 def _draw_stride(axes: Axes, edge: Edge, left: float, y: float) -> None:
     """The mark of stride 2 before an operation on an input of the cell; before another, the edge goes on."""
-    axes.plot([left, left + BADGE], [y, y], color=COLORS[edge.operation], lw=2, zorder=2)
+    axes.plot([left, left + BADGE], [y, y], color=color_of(edge.operation), lw=2, zorder=2)
     if edge.source < 2:
-        _draw_badge(axes, left + BADGE_RADIUS, y, COLORS[edge.operation])
+        _draw_badge(axes, left + BADGE_RADIUS, y, color_of(edge.operation))
 
 
 def _draw_badge(axes: Axes, x: float, y: float, color: str) -> None:

@@ -15,22 +15,21 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from figures.canvas import COLORS, GREY, INK, LABELS, PALE, STATES, TITLES, new_figure
-from genotypes import EDGES, NODES, PRIMITIVES, Genotype, genotype_from_dict
+from figures.canvas import GREY, INK, PALE, STATES, TITLES, color_of, label_of, new_figure
+from genotypes import EDGES, NODES, Genotype, genotype_from_dict
 from model_search import edge_weights
-from runs import read_args, read_metrics
+from runs import operations_of_run, read_args, read_metrics
 from utils import InputError
 
 TRAINING_SHAPES = dict.fromkeys(("epoch", "train_loss", "train_top1", "valid_loss", "valid_top1"), ())
 SEARCH_SHAPES = {
     **dict.fromkeys(TRAINING_SHAPES, ()),
     **dict.fromkeys(("path_regularizer", "edge_regularizer", "alpha_entropy", "changed"), ()),
-    "alphas_normal": (len(EDGES), len(PRIMITIVES)),
-    "alphas_reduce": (len(EDGES), len(PRIMITIVES)),
     "betas_normal": (len(EDGES) - 2,),
     "betas_reduce": (len(EDGES) - 2,),
 }
-"""The metrics that the pictures are made of, and their shapes in the record of one epoch."""
+"""The metrics that the pictures are made of, and their shapes in the record of one epoch; with
+alpha, of a column for each operation of the search."""
 
 LARGEST = float(np.finfo(np.float32).max)
 """Of a metric, which torch measured in single precision; no axis can show the largest doubles."""
@@ -44,10 +43,10 @@ def curve_figures(run: Path) -> dict[str, Figure]:
     columns, kept = _read_columns(run)
     if kept is None:
         return {"curves.png": _training_figure(columns)}
-    start = _arch_start_epoch(run)
+    start, operations = _arch_start_epoch(run), operations_of_run(run)
     return {
-        "curves.png": _search_figure(columns, start),
-        "arch-alpha.png": _alpha_figure(columns, kept),
+        "curves.png": _search_figure(columns, start, len(operations)),
+        "arch-alpha.png": _alpha_figure(columns, kept, operations),
         "arch-beta.png": _beta_figure(columns, kept),
     }
 
@@ -61,7 +60,10 @@ def _read_columns(run: Path) -> tuple[dict[str, np.ndarray], Genotype | None]:
     if not records:
         raise InputError(f"{path} holds no epoch")
     search = "arch" in records[0]
-    shapes = SEARCH_SHAPES if search else TRAINING_SHAPES
+    shapes = TRAINING_SHAPES
+    if search:
+        alpha = len(EDGES), len(operations_of_run(run))
+        shapes = {**SEARCH_SHAPES, "alphas_normal": alpha, "alphas_reduce": alpha}
     columns: dict[str, list] = {name: [] for name in shapes}
     for number, record in enumerate(records, 1):
         where = f"{path}, line {number}"
@@ -176,7 +178,7 @@ def _training_figure(columns: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def _search_figure(columns: dict[str, np.ndarray], start: int | None) -> Figure:
+def _search_figure(columns: dict[str, np.ndarray], start: int | None, operations: int) -> Figure:
     figure = _figure(12, 7)
     panels, epochs = figure.subplots(2, 3), columns["epoch"]
     _loss_and_accuracy(panels[0, :2], columns, ("weight half", "arch. half"), start)
@@ -191,7 +193,7 @@ def _search_figure(columns: dict[str, np.ndarray], start: int | None) -> Figure:
             axes.set_ylim(-0.2, max(4.0, columns[name].max()) + 0.2)
             axes.yaxis.get_major_locator().set_params(integer=True)
         if name == "alpha_entropy":
-            uniform = math.log(len(PRIMITIVES))
+            uniform = math.log(operations)
             axes.axhline(uniform, color=GREY, lw=1, ls="--", zorder=1, label="all operations equal")
             _legend(axes)
         _style(axes, epochs, title=title, unit=unit, least=least)
@@ -200,7 +202,7 @@ def _search_figure(columns: dict[str, np.ndarray], start: int | None) -> Figure:
     return figure
 
 
-def _alpha_figure(columns: dict[str, np.ndarray], kept: Genotype) -> Figure:
+def _alpha_figure(columns: dict[str, np.ndarray], kept: Genotype, operations: tuple[str, ...]) -> Figure:
     """softmax(alpha) of each edge: for each cell a row per node and a column per input state."""
     figure, epochs = _figure(11, 13), columns["epoch"]
     softmax = {kind: torch.from_numpy(columns[f"alphas_{kind}"]).softmax(-1).numpy() for kind in TITLES}
@@ -213,14 +215,14 @@ def _alpha_figure(columns: dict[str, np.ndarray], kept: Genotype) -> Figure:
         for edge, (node, source) in enumerate(EDGES):
             axes = grid[node, source]
             axes.set_axis_on()
-            _alpha_panel(axes, epochs, softmax[kind][:, edge], _chosen(kept, kind, node, source))
+            _alpha_panel(axes, epochs, softmax[kind][:, edge], _chosen(kept, kind, node, source), operations)
             title = f"{STATES[source]} → {STATES[2 + node]}"
             _style(axes, epochs, title=title)
             axes.set_ylim(low - margin, high + margin)
         part.suptitle(TITLES[kind], fontsize=13, weight="bold", color=INK, x=0.01, ha="left")
         part.supylabel("softmax(alpha)", fontsize=10, color=INK)
         part.supxlabel("epoch", fontsize=10, color=INK)
-    lines = [Line2D([], [], color=COLORS[name], lw=2, label=LABELS[name]) for name in PRIMITIVES]
+    lines = [Line2D([], [], color=color_of(name), lw=2, label=label_of(name)) for name in operations]
     lines.append(Line2D([], [], color=GREY, lw=1, ls="--", label="all operations equal"))
     note = "bold and named: in the genotype\nshaded: edge not kept"
     figure.legend(
@@ -241,14 +243,18 @@ def _chosen(genotype: Genotype, kind: str, node: int, source: int) -> list[str]:
     return [name for name, state in getattr(genotype, kind)[2 * node : 2 * node + 2] if state == source]
 
 
-def _alpha_panel(axes: Axes, epochs: np.ndarray, values: np.ndarray, chosen: list[str]) -> None:
-    """An edge: values (epochs, 7). A kept one names its operation, the others are shaded."""
-    axes.axhline(1 / len(PRIMITIVES), color=GREY, lw=0.8, ls="--", zorder=1)
-    for name, line in zip(PRIMITIVES, values.T, strict=True):
+def _alpha_panel(
+    axes: Axes, epochs: np.ndarray, values: np.ndarray, chosen: list[str], operations: tuple[str, ...]
+) -> None:
+    """An edge: values (epochs, operations). A kept one names its operation, the others are shaded."""
+    axes.axhline(1 / len(operations), color=GREY, lw=0.8, ls="--", zorder=1)
+    for name, line in zip(operations, values.T, strict=True):
         width = 2.6 if name in chosen else 1.2
-        axes.plot(epochs, line, color=COLORS[name], lw=width, **_marker(epochs))
+        axes.plot(epochs, line, color=color_of(name), lw=width, **_marker(epochs))
     if chosen:
-        axes.set_title(LABELS[chosen[0]], fontsize=10, loc="right", color=COLORS[chosen[0]], weight="bold")
+        axes.set_title(
+            label_of(chosen[0]), fontsize=10, loc="right", color=color_of(chosen[0]), weight="bold"
+        )
     else:
         axes.set_facecolor(PALE)
 

@@ -12,6 +12,8 @@ from kernels.fused_search import FUSED_SEARCH
 from kernels.library import chosen_path, unavailable
 from kernels.native import NATIVE
 from kernels.native_search import NATIVE_SEARCH
+from model_search import Supernet
+from search_space import PRIMITIVES
 from utils import InputError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -32,12 +34,20 @@ def accelerate(model: Module, form: str = "torch") -> Module:
     """Have `model`, and all that it is made of, compute in a form of FORMS; from whatever form it is in.
 
     Only the classes of its modules change, which differ in `forward` alone: parameters, buffers, names in a
-    state_dict, hooks and copies stay as they are.
+    state_dict, hooks and copies stay as they are. A supernet of other operations than the seven stays plain.
     """
+    fast = FORMS[form]
+    if not knows_operations(model):
+        fast = {plain: faster for plain, faster in fast.items() if plain not in FUSED_SEARCH}
     for module in model.modules():
         plain = _PLAIN.get(type(module), type(module))
-        module.__class__ = FORMS[form].get(plain, plain)
+        module.__class__ = fast.get(plain, plain)
     return model
+
+
+def knows_operations(model: nn.Module) -> bool:
+    """Whether the fast forms can compute `model`: those of a supernet are made for the seven operations."""
+    return not isinstance(model, Supernet) or model.config.operations == PRIMITIVES
 
 
 class Form(NamedTuple):

@@ -233,6 +233,8 @@ class _Lowering:
             self.bnas(operation, x, target)
         elif isinstance(operation, nn.Identity):
             self.pool(x, target, name, add=add)
+        elif not hasattr(operation, "pool"):
+            raise InputError(f"{name}: {type(operation).__name__} has no packed form; it cannot be exported")
         else:
             average, stride = isinstance(operation.pool, nn.AvgPool2d), operation.pool.stride
             window = {"kernel": 3, "stride": stride, "padding": 1, "average": average}

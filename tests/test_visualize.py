@@ -24,7 +24,7 @@ from reference_values import REFERENCE
 import figures
 from architect import Architect
 from figures import draw_curves, draw_genotype
-from figures.canvas import COLORS, GREY, LABELS, STATES
+from figures.canvas import GREY, LABELS, STATES, color_of, label_of
 from figures.cell import cell_figure
 from figures.curves import curve_figures
 from genotypes import (
@@ -38,6 +38,7 @@ from genotypes import (
 )
 from model_search import SearchConfig, Supernet
 from runs import Run
+from search_space import ENTRIES
 from stages import epoch_record as training_record
 from train_search import epoch_record as search_record
 from train_search import finish as finish_search
@@ -110,7 +111,7 @@ class Cell:
     def pairs(self) -> list[tuple[int, str, int, bool]]:
         """(node, operation, source, marked as stride 2) of each label, by following its curve back and its
         arrow on."""
-        names, found = {label: name for name, label in LABELS.items()}, []
+        names, found = {label_of(name): name for name in (*ENTRIES, *LABELS)}, []
         for label in self.labels:
             (x0, y0), (x1, y1) = self.boxes[label]
             name, y = names[self.text_in(label)], (y0 + y1) / 2
@@ -118,7 +119,7 @@ class Cell:
             after = np.array([[x1 - 0.01, y - 0.01], [x1 + 0.01, y + 0.01]])
             (curve,) = [curve for curve, line in self.curves.items() if contains(before, line[-1], 0)]
             (arrow,) = [arrow for arrow, line in self.arrows.items() if contains(after, line[0], 0)]
-            assert {part.get_edgecolor() for part in (label, curve, arrow)} == {to_rgba(COLORS[name])}
+            assert {part.get_edgecolor() for part in (label, curve, arrow)} == {to_rgba(color_of(name))}
             marked = any(contains(before, self.boxes[badge].mean(0), 0) for badge in self.badges)
             node = self.state_at(self.arrows[arrow][-1]) - 2
             found.append((node, name, self.state_at(self.curves[curve][0]), marked))
@@ -281,9 +282,9 @@ def test_alpha_and_beta_of_a_search(search_figures):
         softmax = np.exp(alpha) / np.exp(alpha).sum(1, keepdims=True)
         drawn = {line.get_color(): line for line in axes.get_lines()}
         for operation, name in enumerate(PRIMITIVES):
-            np.testing.assert_allclose(drawn[COLORS[name]].get_ydata(), softmax[:, operation])
+            np.testing.assert_allclose(drawn[color_of(name)].get_ydata(), softmax[:, operation])
         chosen = [name for i, (name, s) in enumerate(getattr(kept, kind)) if (i // 2, s) == (node, source)]
-        assert axes.get_title("right") == "".join(LABELS[name] for name in chosen)
+        assert axes.get_title("right") == "".join(label_of(name) for name in chosen)
     panels = {axes.get_title("left"): axes for axes in search_figures["arch-beta.png"].axes}
     beta = np.array([record["arch"]["betas_reduce"][3:7] for record in SEARCH])
     drawn = [
