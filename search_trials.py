@@ -113,7 +113,7 @@ def parser() -> options.Parser:
         default=5_000,
         help="training images that trials are judged on; default: 5000",
     )
-    flag("--train", default="", metavar="'FLAGS'", help="further flags of train.py, for all trials")
+    flag("--train", type=str, default="", metavar="'FLAGS'", help="further flags of train.py, for all trials")
     options.add_set_flags(parser)
     options.add_step_flags(parser, {**EBNAS["cifar"].flags, "epochs": 6})
     options.add_run_flags(parser)
