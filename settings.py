@@ -47,6 +47,13 @@ class TrainImages(ImageSettings):
 
 
 @dataclass(frozen=True)
+class SearchImages(ImageSettings):
+    """Or folders of files, with ImageNet's stem, that do not: `tmp_data_dir`, where not `data`."""
+
+    tmp_data_dir: str | None
+
+
+@dataclass(frozen=True)
 class ImageNetImages:
     """Folders of files. `holdout`: none, there are validation images."""
 
@@ -107,6 +114,7 @@ class SupernetSettings:
     layers: int
     k_normal: int
     k_reduce: int
+    stem: str
 
 
 @dataclass(frozen=True)
@@ -168,7 +176,7 @@ class SearchSettings:
     """Of train_search.py."""
 
     run: RunSettings
-    images: ImageSettings
+    images: SearchImages
     network: SupernetSettings
     recipe: SearchRecipe
     step: StepSettings
