@@ -1,5 +1,6 @@
 # make demo     search, stage 1, stage 2 and a result table on an embedded set of images, in minutes
 # make test     all tests but those of test-sanitizers
+# make test-oldest  the same with the oldest supported versions of all requirements; TESTS="FILES" of them alone
 # make test-sanitizers  every path of the kernels, compiled with address and undefined-behaviour sanitizers
 # make test-arm the packed kernel of 64-bit ARM, NEON and plain C, under qemu: the tests of a path, and sanitizers
 # make wasm     the packed kernel for the browser, web/kernel.wasm: needs clang and lld
@@ -18,7 +19,10 @@ SHAPES := --set shapes --image_size 16 --save demo --seed 0 --layers 3 --learnin
 SEARCH := $(SHAPES) --batch_size 100 --init_channels 8 --arch_learning_rate 1e-2
 NETWORK := $(SHAPES) --batch_size 50 --init_channels 14 --drop_path_prob 0
 
-.PHONY: demo test test-sanitizers test-arm wasm lint clean
+TESTS := tests
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-oldest test-sanitizers test-arm wasm lint clean
 
 # two threads, which sleep while they wait: spinning, they would stall where other programs want the cores
 demo: export OMP_NUM_THREADS = 2
@@ -34,6 +38,10 @@ demo: $(SETUP)
 test: export OMP_NUM_THREADS = 1
 test: $(SETUP)
 	$(PYTHON) -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
+
+test-oldest: export OMP_NUM_THREADS = 1
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(TESTS)
 
 test-sanitizers: export OMP_NUM_THREADS = 1
 test-sanitizers: $(SETUP)
@@ -66,5 +74,10 @@ lint: $(SETUP)
 	.venv/bin/python -m pip install -q -r requirements-dev.txt
 	touch .venv/ready
 
+$(OLDEST)/ready: requirements-oldest.txt
+	python3 -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --no-compile -r requirements-oldest.txt
+	touch $(OLDEST)/ready
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) .pytest_cache .ruff_cache

@@ -465,7 +465,7 @@ def as_trained(model: nn.Module, args: argparse.Namespace, device: torch.device)
 
 
 def cifar_loader(batch_size: int, device: torch.device) -> BatchLoader:
-    """Of 20 batches."""
+    """A loader of 20 batches of random images."""
     images = torch.randint(256, (20 * batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.randint(10, (len(images),), device=device)
     return BatchLoader(

@@ -49,7 +49,7 @@ class _SmoothSign(_BinarySign):
 
 
 def smooth_sign(x: Tensor) -> Tensor:
-    """As `binary_sign`, but 0 where x is 0: the sign of DCP-NAS's activations."""
+    """`binary_sign`, except that it gives 0 where x is 0: the sign of DCP-NAS's activations."""
     return _SmoothSign.apply(x)
 
 

@@ -291,6 +291,8 @@ def _is_data(value: Any) -> bool:
         and all(_are_numbers(value.get(name), 3) for name in ("mean", "std"))
         and min(value["std"]) > 0
         and ("value_range" not in value or _are_numbers(value["value_range"], 2))
+        and isinstance(tested := value.get("test_files", []), list)
+        and all(map(_is_name, tested))
     )
 
 
@@ -321,7 +323,7 @@ def _check_entries(checkpoint: dict) -> None:
 
 
 def _check_model(checkpoint: dict) -> None:
-    """That the weights are those of the configured network: names, shapes, types, finite values."""
+    """Raise InputError unless the weights fit the configured network: names, shapes, types, finite values."""
     try:
         config = network_config(checkpoint)
     except (TypeError, KeyError, AttributeError) as error:

@@ -51,12 +51,12 @@ class Confusion:
 
     @property
     def recall(self) -> np.ndarray:
-        """Of the images of a class, the part that is called it; NaN for a class without images."""
+        """The part of a class's images that is given its name; NaN for a class without images."""
         return _divided(self.counts.diagonal(), self.images)
 
     @property
     def precision(self) -> np.ndarray:
-        """Of the images that are called a class, the part that is of it; NaN where none is."""
+        """The part of the images given a class's name that belong to it; NaN where none is given it."""
         return _divided(self.counts.diagonal(), self.counts.sum(0))
 
     @property

@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -50,6 +50,7 @@ from choices import SETS
 from folders import ImageFiles, class_names, list_images
 from images import ValueRange, central_corner, evaluation_resize, read_rgb, resized_shape
 from shapes import SHAPES, draw_shapes
+from split import choose_test_files, is_unsplit, part_of
 from utils import InputError, RunFailed, nearest_multiples, one_line, printable
 
 # Of the training images: DARTS's and PC-DARTS's for CIFAR.
@@ -94,6 +95,7 @@ def load_set(
     workers: int = 2,
     count: int = 0,
     value_range: ValueRange | None = None,
+    test_files: Collection[str] | None = None,
 ) -> ImageSet:
     """The training or the test images of a set, on the CPU; of these, `count` (0: all), the first of each
     class, as many of one as of another.
@@ -101,7 +103,9 @@ def load_set(
     cifar10, cifar100: from `root`, downloaded there if absent (by one process at a time, please).
     folder: `root/train/<class>/**` and `root/test/<class>/**` (or `val`), read by `workers` processes. Any
         size and mode: made RGB, the shorter side resized to `image_size`, the centre cut out. `value_range`
-        is for files of more than 8 bits a channel (see images.read_rgb).
+        is for files of more than 8 bits a channel (see images.read_rgb). `root/<class>/**` is split:
+        `test_files` are the digests of those to test on (see split.py), None for those of TEST_PART; where
+        the folder has none of them, all of its images are to train on, and all to test on.
     shapes: drawn, nothing is read; `root` is not used. 10,000 training and 2,000 test images.
 
     Raises InputError for an unknown name, missing or unreadable data, a failed download, and a `count` that
@@ -109,7 +113,8 @@ def load_set(
     """
     if name == "folder":
         how = {"image_size": image_size, "workers": workers, "value_range": value_range}
-        return _load_folder(root, train=train, count=count, **how)
+        files = _files_of(Path(root), train=train, test_files=test_files)
+        return _load_folder(files, count=count, **how)
     if name in ("cifar10", "cifar100"):
         if image_size != 32:
             raise InputError(f"{name} images are 32 x 32, not {image_size}; leave image_size at 32")
@@ -131,14 +136,14 @@ def _first_of_each_class(labels: Tensor, count: int, classes: Sequence[str]) -> 
     smallest, name = min(zip(labels.bincount(minlength=len(classes)).tolist(), classes, strict=True))
     if count > smallest * len(classes):
         raise InputError(
-            f"{count} training images, as many of each of {len(classes)} classes, cannot be had: {name} has "
-            f"{smallest}; take {smallest * len(classes)} or fewer"
+            f"--train_images takes as many of each class: class {name} has {smallest}, so at most "
+            f"{smallest * len(classes)}"
         )
     each, left = divmod(count, len(classes))
     if left:
         raise InputError(
-            f"{count} training images do not divide into {len(classes)} classes; "
-            f"the nearest that do: {nearest_multiples(count, len(classes))}"
+            f"--train_images {count} cannot be shared out evenly among {len(classes)} classes; "
+            f"try {nearest_multiples(count, len(classes))}"
         )
     found = [torch.nonzero(labels == label).flatten()[:each] for label in range(len(classes))]
     return torch.cat(found).sort().values
@@ -224,17 +229,26 @@ def _is_of_the_file_system(error: Exception) -> bool:
     return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def _files_of(root: Path, *, train: bool, test_files: Collection[str] | None) -> ImageFiles:
+    """The files to train on, or to test on, of a folder that is split or not."""
+    if not is_unsplit(root):
+        train_folder, test_folder = _split_folders([root], held_out=("test", "val"))
+        return _list_images(train_folder if train else test_folder)
+    files = _list_images(root) if train else list_images(root)
+    _refuse_one_class(root, files.classes)
+    test_files = choose_test_files(files) if test_files is None else test_files
+    part = part_of(files, test_files, train=train)
+    return part if part.paths else files
+
+
 def _load_folder(
-    root: str | Path,
+    files: ImageFiles,
     *,
-    train: bool,
     image_size: int,
     workers: int,
     count: int,
     value_range: ValueRange | None,
 ) -> ImageSet:
-    train_folder, test_folder = _split_folders([Path(root)], held_out=("test", "val"))
-    files = _list_images(train_folder if train else test_folder)
     if count:
         kept = _first_of_each_class(torch.tensor(files.labels), count, files.classes)
         files = files.subset(kept.tolist())
@@ -369,7 +383,10 @@ def _split_folders(roots: Sequence[Path], held_out: Sequence[str]) -> tuple[Path
         raise InputError(f"no folder 'train' in {' or '.join(map(str, roots))}")
     name = next((name for name in held_out if (root / name).is_dir()), None)
     if name is None:
-        raise InputError(f"no folder {' or '.join(map(repr, held_out))} in {root}, beside 'train'")
+        raise InputError(
+            f"no folder {' or '.join(map(repr, held_out))} in {root}, beside 'train'; --set folder splits "
+            f"{root / 'train'} itself where --data names it"
+        )
     train, test = root / "train", root / name
     classes = {folder: set(class_names(folder)) for folder in (train, test)}
     only = [
@@ -379,13 +396,16 @@ def _split_folders(roots: Sequence[Path], held_out: Sequence[str]) -> tuple[Path
     ]
     if only:
         raise InputError(f"the classes of {train} and {test} differ; {'; '.join(only)}")
-    if len(classes[train]) == 1:
-        (name,) = classes[train]
-        raise InputError(
-            f"{train} has one class, {name}, and a network needs two to tell apart: each folder in {train} "
-            "is to be a class"
-        )
+    _refuse_one_class(train, sorted(classes[train]))
     return train, test
+
+
+def _refuse_one_class(folder: Path, classes: Sequence[str]) -> None:
+    if len(classes) == 1:
+        raise InputError(
+            f"{folder} has one class, {classes[0]}, and a network needs two to tell apart: each folder in "
+            f"{folder} is to be a class"
+        )
 
 
 def _list_images(folder: Path) -> ImageFiles:
@@ -516,7 +536,10 @@ class Loader(ABC):
     def __post_init__(self) -> None:
         n = self.num_images
         if self.shuffle and self.batch_size > n:
-            raise InputError(f"a batch of {self.batch_size} is larger than the {n} images to train on")
+            raise InputError(
+                f"a batch of {self.batch_size} is larger than the {n} images to train on; give a smaller "
+                "--batch_size, for some hundred images about 16"
+            )
         smallest = 2 * self.share.size if self.shuffle else 1
         if self.batch_size < smallest:
             raise InputError(

@@ -181,7 +181,7 @@ def test_loader(data: dict, root: str, batch_size: int, workers: int, world: Wor
     if data["set"] == "imagenet":
         loader, classes = imagenet_val_loader(root, batch_size, device=world.device, **how)
     else:
-        test_set = load_set(data["set"], root, train=False, **how)
+        test_set = load_set(data["set"], root, train=False, test_files=data.get("test_files", ()), **how)
         classes = test_set.classes
         normalize = Normalize(data["mean"], data["std"])
         loader = BatchLoader(test_set.to(world.device), batch_size, normalize=normalize)

@@ -5,11 +5,12 @@
     python export.py runs/eval-EXP-stage2-TIME --web page  # page/index.html: the network in a browser
     python export.py model_best.pth.tar --data DIR         # of the original EBNAS program; classes: of images
     python export.py models/shapes.ebnas --onnx shapes.onnx --pt2 shapes.pt2
+    python export.py models/shapes.ebnas --qonnx fpga.onnx # for FPGAs: its 1-bit values are marked
     python export.py models/shapes.ebnas --c shapes        # C99 for a microcontroller, in the folder shapes
 
-The .ebnas file is read by packed/, infer.py and benchmark.py infer; a page holds it and the same kernel. ONNX
-and .pt2 have no 1-bit arithmetic: they hold a float for each bit, many times the bytes, and run as float
-networks do. Given --web, --onnx, --pt2 or --c, export.py writes no .ebnas file unless --output names it.
+The .ebnas file is read by packed/, infer.py and benchmark.py infer; a page holds it and the same kernel.
+ONNX, QONNX and .pt2 have no 1-bit arithmetic: they hold a float for each bit, many times the bytes, and run
+as float networks do. Given another form, export.py writes no .ebnas file unless --output names it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ def parser() -> options.Parser:
         "--web", type=Path, metavar="DIR", help="a page, DIR/index.html, that needs no server and no network"
     )
     flag("--onnx", type=Path, metavar="FILE", help="for ONNX Runtime, OpenVINO and others, in float32")
+    flag(
+        "--qonnx", type=Path, metavar="FILE", help="for tools that make FPGAs of networks, as hls4ml and FINN"
+    )
     flag("--pt2", type=Path, metavar="FILE", help="for torch.export.load, in float32")
     flag(
         "--c",
@@ -60,6 +64,7 @@ from packed import (
     program_bytes,
     read_program,
 )
+from packed.bipolar import qonnx_bytes
 from packed.exchange import onnx_bytes, pt2_bytes
 from packed.lowering import lower
 from web import page
@@ -69,15 +74,17 @@ def main(flags: options.Flags) -> None:
     args = flags.values
     packed = args.network.endswith(".ebnas")
     path = Path(args.network) if packed else find_file(args.network)
-    others = (args.web, args.onnx, args.pt2, args.c)
+    others = (args.web, args.onnx, args.qonnx, args.pt2, args.c)
     if packed and not any((args.output, *others)):
-        raise InputError(f"{path} is exported already; give --web, --onnx, --pt2 or --c")
+        raise InputError(f"{path} is exported already; give --web, --onnx, --qonnx, --pt2 or --c")
     output = args.output or (None if any(others) else path.with_name("model.ebnas"))
     web_page = args.web / "index.html" if args.web else None
-    named = [file for file in (output, args.onnx, args.pt2, web_page) if file]
+    named = [file for file in (output, args.onnx, args.qonnx, args.pt2, web_page) if file]
     places = [os.path.realpath(place) for place in (*named, args.web, args.c) if place]
     if len(set(places)) < len(places):
-        raise InputError("two of --output, --web, --onnx, --pt2 and --c are the same file; give another name")
+        raise InputError(
+            "two of --output, --web, --onnx, --qonnx, --pt2 and --c are the same file; give another name"
+        )
     for folder in filter(None, (args.web, args.c)):
         if not folder.is_dir():
             check_output(folder)  # what a file could be made of, a folder can
@@ -94,7 +101,7 @@ def main(flags: options.Flags) -> None:
         raise InputError(f"{path} knows its own network and images: leave out --arch, --set and their like")
     program, saved = (read_packed(path), "") if packed else lowered(path, said)
     content = program_bytes(program)
-    makers = {args.onnx: onnx_form, args.pt2: pt2_bytes, output: lambda _: content}
+    makers = {args.onnx: onnx_form, args.qonnx: qonnx_form, args.pt2: pt2_bytes, output: lambda _: content}
     makers[web_page] = lambda _: page(content)
     made = {file: make(program) for file, make in makers.items() if file}  # before anything is written
     board = c_form(program, args.c.name) if args.c else None
@@ -165,6 +172,13 @@ def onnx_form(program: Program) -> bytes:
         return onnx_bytes(program)
     except ImportError as error:
         raise InputError(f"--onnx needs two more packages (pip install onnx onnxscript): {error}") from None
+
+
+def qonnx_form(program: Program) -> bytes:
+    try:
+        return qonnx_bytes(program)
+    except ImportError as error:
+        raise InputError(f"--qonnx needs one more package (pip install onnx): {error}") from None
 
 
 if __name__ == "__main__":

@@ -127,15 +127,18 @@ class Cell(nn.Module):
         for node in range(0, len(self.operations), 2):
             terms = []
             for edge in (node, node + 1):
-                y = self.operated(edge, states)
-                drops = keep is not None and not isinstance(self.operations[edge], nn.Identity | Zero)
-                terms.append(drop_path(y, keep) if drops else y)
+                drops = keep is not None and not isinstance(self.operations[edge], (nn.Identity, Zero))
+                terms.append(self.dropped(edge, states, keep) if drops else self.operated(edge, states))
             states.append(terms[0] + terms[1])
         return torch.cat([states[i] for i in self.concat], dim=1)
 
     def operated(self, edge: int, states: list[Tensor]) -> Tensor:
         """What the operation of an edge makes of the state that it reads."""
         return self.operations[edge](states[self.sources[edge]])
+
+    def dropped(self, edge: int, states: list[Tensor], keep: Tensor) -> Tensor:
+        """The same, with drop-path."""
+        return drop_path(self.operated(edge, states), keep)
 
 
 class AuxiliaryHead(nn.Module):

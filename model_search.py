@@ -93,7 +93,7 @@ def edge_weights(beta: Tensor) -> Tensor:
 
 
 def stride_of(source: int, reduction: bool) -> int:
-    """Of the edges that leave a state: a reduction cell halves what it reads from its two inputs."""
+    """The stride of the edges that leave a state: a reduction cell halves what its two inputs give."""
     return 2 if reduction and source < 2 else 1
 
 

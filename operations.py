@@ -30,8 +30,12 @@ def drop_path(x: Tensor, keep: Tensor) -> Tensor:
     A new tensor, never in place (Larsson et al., FractalNet, 2017; per sample as in DARTS). `keep` is a
     float32 tensor (), on x's device: a number would stay as it is in a compiled graph or a CUDA graph.
     """
-    mask = torch.rand((x.shape[0], 1, 1, 1), device=x.device) < keep
-    return x * (mask / keep).to(x.dtype)
+    return x * drop_factor(x, keep).to(x.dtype)
+
+
+def drop_factor(x: Tensor, keep: Tensor) -> Tensor:
+    """What drop-path multiplies the samples of x (n, ...) by: 1 / keep, or 0; (n, 1, 1, 1)."""
+    return (torch.rand((x.shape[0], 1, 1, 1), device=x.device) < keep) / keep
 
 
 def halving_pool() -> nn.AvgPool2d:

@@ -79,7 +79,7 @@ def thirds(optimizer: Optimizer, *, epochs: int, steps: int, **_unused: Any) -> 
 
 
 class Schedule(Protocol):
-    """For `epochs` of `steps` steps each; `warmup` epochs and the `least` rate are the cosine's alone."""
+    """Makes a schedule for `epochs` of `steps` steps; the cosine alone uses `warmup` and the `least` rate."""
 
     def __call__(
         self, optimizer: Optimizer, *, epochs: int, steps: int, warmup: int, least: float

@@ -22,6 +22,7 @@ from choices import (
     WEIGHT_BINARIZATIONS,
 )
 from genotypes import OPERATIONS
+from split import TEST_PART, is_unsplit
 from utils import InputError
 
 LARGE = 1e30
@@ -375,6 +376,16 @@ def add_set_flags(parser: Parser) -> None:
         type=integer(0),
         default=0,
         help="take N training images, the first of each class, for a trial; 0: all",
+    )
+    flag(
+        "--test_part",
+        type=real(above=0, below=1),
+        default=TEST_PART,
+        help="of each class of a folder DIR/<class>/* that is not split, to test on",
+    )
+    parser.idle["test_part"] = (
+        lambda flags: flags.set != "folder" or not is_unsplit(flags.data),
+        "only a folder that is not split needs it",
     )
     add_value_range_flag(flag)
     flag("--cutout", action="store_true", help="cover a square of each training image")

@@ -135,9 +135,11 @@ def _other_network(checkpoint: dict, config: Config) -> list[str]:
 
 
 def _other_images(checkpoint: dict, data: dict[str, Any]) -> list[str]:
-    """In what the images of a checkpoint differ from `data`: `image_size 16, not 32`."""
+    """How the images of a checkpoint differ from `data`: `image_size 16, not 32`."""
     theirs = checkpoint["data"]
     differing = _differing(theirs, data, ("set", "image_size", "value_range"))
+    if new := set(data.get("test_files", ())) - set(theirs.get("test_files", ())):
+        differing.append(f"{len(new)} images to test on are others, which it may know")
     return differing + ["other classes"] * (theirs["classes"] != data["classes"])
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from augment import Normalize
 from data import ImageSet, Share, channel_statistics, load_set
 from distributed import World
+from duplicates import near_duplicates
+from folders import list_images
 from images import ValueRange, checked_range
 from resume import Origin
-from settings import SearchSettings, TrainSettings
+from settings import ImageSettings, SearchSettings, TrainSettings
+from split import choose_test_files, is_unsplit, split_table
+from utils import printable, write_atomically
 
 
 def prepare_data(
@@ -24,15 +31,54 @@ def prepare_data(
     images, workers = settings.images, settings.run.workers
     value_range = checked_range(images.value_range)
     how = {"image_size": images.image_size, "workers": workers, "value_range": value_range}
-    read = partial(load_set, images.set, images.data, **how)
+    saved = origin.checkpoint["data"] if origin.checkpoint else {}
+    test_files = saved.get("test_files") or test_files_of(images.set, images.data, images.test_part)
+    read = partial(load_set, images.set, images.data, test_files=test_files, **how)
     with world.in_turn("reading the data"):
         train_set = read(train=True, count=images.train_images)
         test_set = read(train=False) if test else None
     statistics = channel_statistics(images.set, train_set)
     what = (images.set, images.data, images.image_size, train_set.classes, statistics)
-    data = describe_data(*what, value_range=value_range)
+    data = describe_data(*what, value_range=value_range, test_files=test_files)
+    if test_files is not None and test_set is not None and world.is_main:
+        for line in told_of_split(images, train_set, test_set):
+            print(printable(line), file=sys.stderr)
     data = origin.own_images(data)
     return train_set.to(world.device), test_set.to(world.device) if test else None, data
+
+
+def test_files_of(name: str, root: str, test_part: float) -> tuple[str, ...] | None:
+    """What is to test on in a folder that is not split (see split.py); None for all other sets."""
+    if name != "folder" or not is_unsplit(root):
+        return None
+    return choose_test_files(list_images(Path(root)), test_part)
+
+
+def told_of_split(images: ImageSettings, train_set: ImageSet, test_set: ImageSet) -> Iterator[str]:
+    """How many images are on which side, and which of those to test on are nearly the same as one to train
+    on: a network knows them."""
+    yield (
+        f"{images.data} is not split: {len(train_set)} images to train on, {len(test_set)} to test on "
+        f"(--test_part {images.test_part:g}), always the same; the run's split.csv lists them"
+    )
+    if pairs := list(near_duplicates(train_set.images, test_set.images)):
+        few = ", ".join(f"{test_set.paths[i]} and {train_set.paths[j]}" for i, j in pairs[:3])
+        more = ", ..." if len(pairs) > 3 else ""
+        yield (
+            f"warning: {len(pairs)} of the {len(test_set)} images to test on are nearly the same as one to "
+            f"train on ({few}{more}): put such pictures into one part yourself, in DIR/train and DIR/test"
+        )
+
+
+def write_split(folder: Path, data: dict[str, Any], train_set: ImageSet, test_set: ImageSet) -> None:
+    """Write split.csv into a run's folder: which image of a folder that is not split is where."""
+    if "test_files" not in data:
+        return
+    parts = {
+        part: (images.paths, [images.classes[label] for label in images.labels.tolist()])
+        for part, images in (("train", train_set), ("test", test_set))
+    }
+    write_atomically(folder / "split.csv", split_table(data["root"], parts))
 
 
 def describe_data(
@@ -43,6 +89,7 @@ def describe_data(
     normalize: Normalize,
     *,
     value_range: ValueRange | None = None,
+    test_files: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint keeps of its images."""
     return {
@@ -53,6 +100,7 @@ def describe_data(
         "mean": list(normalize.mean),
         "std": list(normalize.std),
         **({"value_range": list(value_range)} if value_range else {}),
+        **({"test_files": list(test_files)} if test_files is not None else {}),
     }
 
 

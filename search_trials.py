@@ -113,7 +113,7 @@ def parser() -> options.Parser:
         default=5_000,
         help="training images that trials are judged on; default: 5000",
     )
-    flag("--train", default="", metavar="'FLAGS'", help="further flags of train.py, for all trials")
+    flag("--train", type=str, default="", metavar="'FLAGS'", help="further flags of train.py, for all trials")
     options.add_set_flags(parser)
     options.add_step_flags(parser, {**EBNAS["cifar"].flags, "epochs": 6})
     options.add_run_flags(parser)
@@ -144,7 +144,7 @@ import torch
 from data import channel_statistics, load_set
 from figures import draw_genotype
 from processes import PATIENCE, claimed, signals_to_interrupts
-from run_data import describe_data
+from run_data import describe_data, test_files_of
 from runs import LOCATION, RESULT, RUNS, Run, create_run, differing_flags, read_args
 from trials.costs import Costs
 from trials.pictures import draw_search
@@ -163,6 +163,7 @@ def main(flags: options.Flags) -> None:
         workers=args.workers,
         count=args.train_images,
         value_range=checked_range(args.value_range),
+        test_files=test_files_of(args.set, args.data, args.test_part),
     )
     images = len(train_set) - args.holdout
     if images <= 0:
@@ -389,7 +390,7 @@ def record(trial: Trial) -> dict[str, Any]:
 
 
 def training_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Of train.py, those that the user gave here or that differ from what they are there."""
+    """The flags for train.py: those that the user gave here, or whose defaults differ there."""
     shared = options.Parser()
     options.add_set_flags(shared)
     options.add_step_flags(shared, EBNAS["cifar"].flags)

@@ -32,6 +32,7 @@ class ImageSettings:
     image_size: int
     train_images: int
     value_range: list[float] | None
+    test_part: float
     cutout: bool
     cutout_length: int
 
@@ -151,7 +152,7 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Of train.py."""
+    """The settings of train.py."""
 
     run: RunSettings
     images: TrainImages
@@ -162,7 +163,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class ImageNetSettings:
-    """Of train_imagenet.py."""
+    """The settings of train_imagenet.py."""
 
     run: RunSettings
     images: ImageNetImages
@@ -173,7 +174,7 @@ class ImageNetSettings:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """Of train_search.py."""
+    """The settings of train_search.py."""
 
     run: RunSettings
     images: SearchImages

@@ -125,7 +125,7 @@ def main(flags: options.Flags) -> None:
 
 
 def compare_strategies(out: str | None, *, recompute: bool) -> None:
-    """Of the table of trained cells in results/cells/, or in the folder cells/ of --out."""
+    """Compare search strategies on the table of trained cells, in results/cells/ or in cells/ of --out."""
     folder = Path(out or "results", "cells")
     path = folder / "strategies.md"
     if recompute:

@@ -47,7 +47,7 @@ from data import BatchLoader, ImageSet, holdout_split
 from distributed import World, setup
 from engine import evaluate, precision_of
 from kernels import accelerate
-from run_data import loader_settings, prepare_data
+from run_data import loader_settings, prepare_data, write_split
 from session import Session
 from settings import TrainSettings, settings_from
 from stage_flags import find_run
@@ -72,6 +72,8 @@ def main(flags: options.Flags) -> None:
     header = stages.header_of(origin, network, data)
     with session.start(model=training.evaluated, stateful=training.stateful, **header) as run:
         stages.log_start(session, network)
+        if world.is_main:
+            write_split(session.folder, data, train_set, test_set)
         stages.train_epochs(session, training, train_loader, valid_loader)
         test = None
         if holdout := settings.images.holdout:
@@ -90,7 +92,7 @@ def main(flags: options.Flags) -> None:
 def make_loaders(
     settings: TrainSettings, train_set: ImageSet, test_set: ImageSet, data: dict, world: World
 ) -> tuple[BatchLoader, ...]:
-    """For training, for choosing an epoch (held-out training images, or the test set), and for testing."""
+    """Loaders for training, for choosing an epoch (held-out training images or the test set), for testing."""
     images, batch_size, seed = settings.images, settings.step.batch_size, settings.run.seed
     augmentation = Augmentation(
         crop_padding=data["image_size"] // 8,

@@ -60,7 +60,7 @@ class BatsConfig(BaselineConfig):
 
     @property
     def stem_groups(self) -> int:
-        """Of ImageNet's second and third convolution."""
+        """How many groups ImageNet's second and third convolutions have."""
         return max(1, self.init_channels // 20)
 
     @property

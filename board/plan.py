@@ -288,7 +288,7 @@ def _byte(channel: int, step: Step, *, up: bool = False) -> int:
 
 
 def _table_floats(unit: _Unit) -> int:
-    """Of what board.c makes for a unit: masks and counts of weights of a 1-bit one, borders of a pool."""
+    """How many floats board.c makes for a unit: masks and weight counts of 1 bit, borders of a pool."""
     if unit.op == _OPS.index("binary"):
         return (unit.kernel**2 + 2) * _padded(unit.height_out * unit.width_out) // 4
     if unit.op == _OPS.index("pool"):

@@ -49,7 +49,7 @@ class Cells:
 
     @cached_property
     def last_test(self) -> np.ndarray:
-        """Of the runs whose curves these are."""
+        """The last test accuracy of each run whose curve is given."""
         return self.of("test_top1")
 
     def of(self, name: str) -> np.ndarray:
@@ -61,7 +61,7 @@ class Cells:
 
     @cached_property
     def spread(self) -> Spread | None:
-        """Of the cells with several runs."""
+        """How much the cells that have several runs differ, and their runs."""
         return spread([[row["test_top1"] for row in self.table.runs[cell]] for cell in self.table.random])
 
 
@@ -97,8 +97,8 @@ class Standing:
 
 
 def standing(cells: Cells, groups: Sequence[Sequence[float]]) -> Standing:
-    """Of the mean over cells of the means over their runs. Random cells are drawn with repetition; so are the
-    named ones, where there are several; a mean over runs varies by the standard deviation between seeds."""
+    """The standing of the mean over cells of their mean figures. Random cells are drawn with repetition; so
+    are the named ones, where there are several; a mean over runs varies by the deviation between seeds."""
     rng = np.random.default_rng(0)
     means, sizes = (np.array([f(group) for group in groups], float) for f in (np.mean, len))
     noise = cells.spread.seeds if cells.spread else math.nan
@@ -123,7 +123,7 @@ def percentile(values: np.ndarray, value: float) -> float:
 
 
 def standings(cells: Cells) -> dict[str, Standing]:
-    """Of each named cell, and of those that the published search found (EBNAS_R0, ...) together."""
+    """The standing of each named cell, and of the cells of the published search (EBNAS_R0, ...) together."""
     runs = {name: [row["test_top1"] for row in cells.table.runs[c]] for name, c in cells.table.named.items()}
     found = [values for name, values in runs.items() if name.startswith("EBNAS_R")]
     result = {name: standing(cells, [values]) for name, values in runs.items()}
@@ -142,8 +142,8 @@ FEATURES = (
 
 
 def features(cell: Genotype) -> list[float]:
-    """Of each kind of cell how often it has each operation; then its depth, the edges of the longest path
-    from an input, and its width, the edges that read an input of the cell."""
+    """How often each operation occurs, for each kind of cell; then the cell's depth, the edges of the longest
+    path from an input, and its width, the edges that read an input of the cell."""
     counts, shape = [], []
     for pairs in (cell.normal, cell.reduce):
         operations = Counter(name for name, _ in pairs)
@@ -173,7 +173,7 @@ def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 
 def left_out_predictions(cells: Cells) -> np.ndarray:
-    """Of each cell, by a ridge on the others, those of its fold left out."""
+    """Each cell's figure, predicted by a ridge regression on the cells of other folds."""
     x = np.array([features(cell) for cell in cells.table.random], float)
     y = cells.accuracy
     order = np.random.default_rng(0).permutation(len(y))

@@ -61,8 +61,8 @@ class Table:
     """
 
     def __init__(self, path: Path | str | None = None):
-        """Of the file that comes with this program where none is given. Raises InputError: there is no such
-        file, or a line is no row (which)."""
+        """Read a file of rows, by default the one that comes with this program. Raises InputError where there
+        is no such file, or where a line is no row (it says which)."""
         path = Path(path or DEFAULT)
         try:
             lines = path.read_text().splitlines()
@@ -148,8 +148,8 @@ class Table:
         return sum(row["test_top1"] for row in runs) / len(runs)
 
     def nearest(self, cell: Genotype, among: Sequence[Genotype] | None = None) -> Genotype:
-        """Of the table's random cells, or of those `among` them, the one that differs from `cell` in the
-        fewest edges, the first on a tie: where a search of all cells may go on in a table of some."""
+        """The random cell of the table, or of those `among` them, that differs from `cell` in the fewest
+        edges; the first on a tie. With it a search over all cells can go on in a table of some."""
         return min(self.random if among is None else among, key=lambda other: distance(cell, other))
 
 

@@ -59,7 +59,7 @@ def _points(study: Study, accuracies: Mapping[str, Mapping[int, float]], hues: M
 
 
 def _ranks(study: Study, accuracies: Mapping[str, Mapping[int, float]], hues: Mapping[str, str]) -> Figure:
-    """Of each other arm a panel: the reference's accuracy of a cell, and the arm's."""
+    """Draw a panel for each other arm: its accuracy of a cell against the reference's."""
     reference = accuracies.get(study.reference.name, {})
     others = [name for name in accuracies if name != study.reference.name]
     figure = new_figure(9, 3.6, layout="constrained")

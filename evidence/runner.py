@@ -192,7 +192,7 @@ def _genotype_file(key: str, genotype: Genotype) -> Path:
 
 
 def _record(job: Job) -> dict[str, Any]:
-    """Of a finished run. `seconds`: those of the epochs, with their evaluations. Raises RunFailed."""
+    """The record of a finished run. `seconds` are those of its epochs and evaluations. Raises RunFailed."""
     folder = run_folder(job)
     try:
         record = _read_record(job, folder)
@@ -226,7 +226,7 @@ def _read_record(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def _packed_bytes(network: nn.Module, data: Mapping[str, Any]) -> int | None:
-    """Of the file that export.py makes of the network; None where there is none, as of a stage 1."""
+    """The size of the file that export.py makes of the network; None where it makes none, as of stage 1."""
     classes = readable_classes(data["classes"], Path(data["root"]))
     try:
         return len(program_bytes(lower(network, {**data, "classes": classes})))

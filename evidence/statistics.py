@@ -27,13 +27,13 @@ class Summary:
 
     @property
     def half_width(self) -> float:
-        """Of the 95 % interval of the mean, by Student's t."""
+        """Half the width of the mean's 95 % interval, by Student's t."""
         return float(stats.t.ppf((1 + CONFIDENCE) / 2, self.n - 1)) * self.std / math.sqrt(self.n)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of an arm's mean from the reference's: its 95 % interval, and the probability that it is above 0."""
+    """How far an arm's mean is from the reference's: 95 % interval, and the probability of more than 0."""
 
     mean: float
     low: float
@@ -101,8 +101,8 @@ def rank_correlation(arm: Mapping[int, float], reference: Mapping[int, float]) -
 
 @dataclass(frozen=True)
 class Spread:
-    """Of cells with several seeds each (one-way analysis of variance): standard deviations between cells and
-    between the seeds of a cell, F and the probability of such an F were all cells equal."""
+    """How cells with several seeds each spread, by one-way analysis of variance: standard deviations between
+    cells and between the seeds of a cell, F, and the probability of such an F if all cells were equal."""
 
     cells: float
     seeds: float
@@ -154,7 +154,7 @@ class Estimate:
 
     @classmethod
     def of(cls, value: float, samples: np.ndarray) -> Estimate:
-        """Of the figures of bootstrap `samples`; those that are nan (all ranks equal) are left out."""
+        """The interval of bootstrap `samples`; those that are nan (all ranks equal) are left out."""
         samples = samples[np.isfinite(samples)]
         if not len(samples):
             return cls(value, math.nan, math.nan)

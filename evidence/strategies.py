@@ -99,7 +99,7 @@ class Choice:
 
 
 def distances(cells: Sequence[TrainedCell]) -> np.ndarray:
-    """In edges, (cells, cells)."""
+    """How many edges each pair of cells differs in: (cells, cells)."""
     far = np.zeros((len(cells), len(cells)), int)
     for (i, a), (j, b) in combinations(enumerate(cells), 2):
         far[i, j] = far[j, i] = distance(a.candidate.genotype, b.candidate.genotype)
@@ -117,13 +117,13 @@ class Table:
         self.mean, self.std = float(truths.mean()), float(truths.std(ddof=1))
 
     def redrawn(self, rng: np.random.Generator) -> Table:
-        """As many of its cells, drawn with repetition."""
+        """A table of as many cells, drawn from this one with repetition."""
         rows = rng.integers(len(self.cells), size=len(self.cells))
         return Table([self.cells[row] for row in rows], self.far[np.ix_(rows, rows)])
 
     @cached_property
     def neighbours(self) -> np.ndarray:
-        """Of each row all others, the nearest first."""
+        """For each row all other rows, the nearest first."""
         far = self.far.copy()
         np.fill_diagonal(far, -1)
         return np.argsort(far, axis=1, kind="stable")[:, 1:]
@@ -205,7 +205,7 @@ class Surrogate(Space):
         )
 
     def ops(self, cell: Candidate) -> float:
-        """Of the row that is nearest in its features."""
+        """The OPs of the row that is nearest in its features."""
         near = ((self.x - (cell.features - self.centre) / self.spread) ** 2).sum(1)
         return float(self.costs[np.argmin(near)])
 
@@ -220,9 +220,9 @@ def search(strategy: Strategy, where: Table | Surrogate, seed: int) -> Trial:
 
 
 class Reached(NamedTuple):
-    """Of the searches of a strategy at a cost: mean, and its 95 % interval; all in standard deviations of
-    random cells above their mean. `gain`: less random search's at that cost, with its interval. `fresh`: the
-    mean again, by test accuracies of runs that no search saw (see `luck`)."""
+    """What the searches of a strategy reach at a cost: the mean and its 95 % interval, in standard deviations
+    of random cells above their mean. `gain`: less random search's at that cost, with its interval. `fresh`:
+    the mean again, by test accuracies of runs that no search saw (see `luck`)."""
 
     n: int
     mean: float
@@ -308,7 +308,7 @@ def simulate(
 
 
 def _half_width(reached: np.ndarray, searches: int) -> float:
-    """Of the 95 % interval of the mean of `searches` searches; `reached` is (tables, searches on each).
+    """Half the width of the 95 % interval of `searches` searches' mean; `reached` is (tables, searches).
 
     The variance between tables is that of their means less what few searches add to it. This difference is
     known no better than to its own standard error, and is taken to be no smaller than that: it may come out

@@ -69,15 +69,18 @@ class Convolution(NamedTuple):
     signs: bool
 
     @classmethod
-    def of(cls, conv: BinaryConv2d) -> Convolution:
-        return cls(conv.stride, conv.padding, conv.dilation, conv.groups, conv.activation_bits == 1)
+    def of(cls, conv: BinaryConv2d, padding: tuple[int, int] | None = None) -> Convolution:
+        """That of a layer, or one with other padding."""
+        geometry = conv.stride, padding or conv.padding, conv.dilation, conv.groups
+        return cls(*geometry, conv.activation_bits == 1)
 
     def inputs(self, a: Tensor) -> Tensor:
         """What is convolved. BN gives -0.0 only where a product is too small for the type, as in float16."""
         return sign(a, negative_zeros=a.dtype == torch.float16) if self.signs else a
 
     def forward(self, a: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(self.inputs(a), weight, None, *self[:4])
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        return F.conv2d(self.inputs(a), weight, None, *geometry)
 
     def backward(self, grad: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of a, which it overwrites, and of the weight.
@@ -85,7 +88,7 @@ class Convolution(NamedTuple):
         Under autocast grad has the type of the convolution, a and the weight another.
         """
         inputs, weight = self.inputs(a).to(grad.dtype), weight.to(grad.dtype)
-        geometry = *self[:3], False, (0, 0), self.groups
+        geometry = self.stride, self.padding, self.dilation, False, (0, 0), self.groups
         grad_a, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad, inputs, weight, None, *geometry, (True, True, False)
         )
@@ -259,7 +262,7 @@ class FusedReduce(FactorizedReduce):
         odd = (x.shape[2] | x.shape[3]) % 2
         corners = ((odd, 1, odd, 1), (1 + odd, 0, 1 + odd, 0))
         kernel = torch.cat([F.pad(weight, pad) for weight, pad in zip(weights, corners, strict=True)])
-        convolution = Convolution.of(self.conv_1)._replace(padding=(odd, odd))
+        convolution = Convolution.of(self.conv_1, padding=(odd, odd))
         return unit(x, None, kernel, convolution, self.bn1, self.bn2, self.prelu, count=alone)
 
 
@@ -303,7 +306,7 @@ class FusedNetwork(Network):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if not torch.is_grad_enabled():
             return super().forward(x)
-        units = [module for module in self.modules() if isinstance(module, FusedUnit | FusedReduce)]
+        units = [module for module in self.modules() if isinstance(module, (FusedUnit, FusedReduce))]
         weights = effective_weights(conv for unit in units for conv in unit.convolutions)
         count_batches(bn for unit in units for bn in (unit.bn1, unit.bn2))
         try:

@@ -153,8 +153,9 @@ def joined_kernels(sources: Iterable[SourceOperations]) -> dict[SourceOperations
         lengths = [len(weight) for weight in small]
         small = F.pad(torch.cat(small), (1, 1, 1, 1)).split(lengths)
         kernels = torch.cat([weight for pair in zip(small, large, strict=True) for weight in pair])
-        parts = iter(kernels.split([2 * length for length in lengths]))
-        joined |= dict(zip(group, zip(parts, parts, strict=True), strict=True))
+        parts = kernels.split([2 * length for length in lengths])
+        for i, source in enumerate(group):
+            joined[source] = parts[2 * i : 2 * i + 2]
     return joined
 
 

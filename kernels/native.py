@@ -18,9 +18,10 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from binary_ops import RPReLU
-from kernels.fused import Convolution, FusedReduce, FusedUnit, count_batches
+from kernels.fused import Convolution, FusedCell, FusedReduce, FusedUnit, count_batches
 from kernels.library import library
-from operations import BinaryUnit, FactorizedReduce, Pool
+from model import Cell
+from operations import BinaryUnit, FactorizedReduce, Pool, drop_factor
 
 NO_RESIDUAL, INPUT, HALVED_INPUT, TENSOR = range(4)
 """`enum residual_kind` of source/unit.h: what is added before PReLU."""
@@ -597,7 +598,8 @@ for _name, _real, _fake in (
 
 
 class NativeUnit(FusedUnit):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """`factor` (n,) multiplies each sample of the result: drop-path, without another pass."""
         alone = self.weights is None
         weight = self.conv.effective_weight() if alone else self.weights[0]
         residual = None if self.shortcut is None else x
@@ -610,6 +612,7 @@ class NativeUnit(FusedUnit):
             self.bn2,
             self.prelu,
             halved=isinstance(self.shortcut, nn.AvgPool2d),
+            factor=factor,
             count=alone,
         )
 
@@ -627,6 +630,14 @@ class NativeReduce(FusedReduce):
 class NativePool(Pool):
     def forward(self, x: Tensor) -> Tensor:
         return (max_pool if self.kind == "max" else avg_pool)(x, self.stride)
+
+
+class NativeCell(FusedCell):
+    def dropped(self, edge: int, states: list[Tensor], keep: Tensor) -> Tensor:
+        operation, x = self.operations[edge], states[self.sources[edge]]
+        if not isinstance(operation, NativeUnit):
+            return super().dropped(edge, states, keep)
+        return operation(x, drop_factor(x, keep).flatten().to(x.dtype))
 
 
 class NativeSequential(nn.Sequential):
@@ -660,5 +671,6 @@ NATIVE = {
     BinaryUnit: NativeUnit,
     FactorizedReduce: NativeReduce,
     Pool: NativePool,
+    Cell: NativeCell,
 }
 """By plain class, the one whose instances compute the same in C."""

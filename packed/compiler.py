@@ -51,7 +51,7 @@ def compile_library(source: Path, flags: Sequence[str], folder: Path) -> Path:
     os.close(descriptor)
     try:
         command = [compiler, *flags, "-o", aside, str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if done.returncode:
             raise NoCompiler(f"{compiler} failed: {' '.join(done.stderr.split())[-300:]}")
         library = folder / f"{prefix}{_digest(Path(aside).read_bytes())}.so"
@@ -61,7 +61,7 @@ def compile_library(source: Path, flags: Sequence[str], folder: Path) -> Path:
             if not library.exists():
                 raise
     except subprocess.TimeoutExpired:
-        raise NoCompiler(f"{compiler} took more than two minutes") from None
+        raise NoCompiler(f"{compiler} took more than ten minutes") from None
     finally:
         Path(aside).unlink(missing_ok=True)
     return library

@@ -19,6 +19,7 @@ from .float_form import FloatForm
 from .program import Program
 
 OPSET = 18
+LARGEST_BATCH = (1 << 31) - 1  # torch 2.6 refuses a batch without a limit
 
 
 def metadata(program: Program) -> dict[str, object]:
@@ -68,7 +69,8 @@ def onnx_bytes(program: Program) -> bytes:
 def _arguments(program: Program) -> tuple[FloatForm, torch.Tensor, dict]:
     """The module, two images to trace it with, and which sizes vary: the batch's."""
     images = torch.zeros(2, program.buffers[0][0], program.image_size, program.image_size)
-    return FloatForm(program, fold=True), images, {"images": {0: torch.export.Dim("batch")}}
+    batch = torch.export.Dim("batch", max=LARGEST_BATCH)
+    return FloatForm(program, fold=True), images, {"images": {0: batch}}
 
 
 @contextlib.contextmanager

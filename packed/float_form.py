@@ -3,6 +3,8 @@ engines get."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ class FloatForm(nn.Module):
 
     def _run(self, images: Tensor) -> list[Tensor]:
         """The target of every step, (n, channels, h, w); the logits (n, classes) last."""
-        outputs, buffers = [], [_Buffer() for _ in self.program.buffers]
+        outputs, buffers = [], [Pieces() for _ in self.program.buffers]
         buffers[0].write(View(0, 0, images.shape[1]), images)
         for step, module in zip(self.program.steps, self.steps, strict=True):
             x, residual = (view and buffers[view.buffer].read(view) for view in (step.source, step.residual))
@@ -53,28 +55,42 @@ class FloatForm(nn.Module):
         return outputs
 
 
-class _Buffer:
-    """A buffer as the pieces that steps wrote: nothing is written in place, which exporters cannot follow."""
+class Pieces:
+    """A buffer as the pieces that steps wrote: nothing is written in place, which exporters cannot follow.
+
+    A piece has `channels`; pieces can be joined and cut along them.
+    """
 
     def __init__(self):
-        self.pieces: dict[int, Tensor] = {}  # by first channel; none overlaps another
+        self.pieces: dict[int, Any] = {}  # by first channel; none overlaps another
 
-    def read(self, view: View) -> Tensor:
+    @staticmethod
+    def channels(piece: Tensor) -> int:
+        return piece.shape[1]
+
+    def join(self, pieces: list[Tensor]) -> Tensor:
+        return torch.cat(pieces, 1)
+
+    def cut(self, piece: Tensor, first: int, end: int) -> Tensor:
+        return piece[:, first:end]
+
+    def read(self, view: View) -> Any:
         piece = self.pieces.get(view.first)
-        if piece is not None and piece.shape[1] == view.channels:
+        if piece is not None and self.channels(piece) == view.channels:
             return piece
-        parts = [self.pieces[first] for first in self._between(view)]
-        start = view.first - self._between(view)[0]
-        return torch.cat(parts, 1)[:, start : start + view.channels]
+        between = self._between(view)
+        start = view.first - between[0]
+        return self.cut(self.join([self.pieces[first] for first in between]), start, start + view.channels)
 
-    def write(self, view: View, y: Tensor) -> None:
+    def write(self, view: View, y: Any) -> None:
         end = view.first + view.channels
         for first in self._between(view):
             piece = self.pieces.pop(first)
+            channels = self.channels(piece)
             if first < view.first:
-                self.pieces[first] = piece[:, : view.first - first]
-            if first + piece.shape[1] > end:
-                self.pieces[end] = piece[:, end - first :]
+                self.pieces[first] = self.cut(piece, 0, view.first - first)
+            if first + channels > end:
+                self.pieces[end] = self.cut(piece, end - first, channels)
         self.pieces[view.first] = y
 
     def _between(self, view: View) -> list[int]:
@@ -82,7 +98,7 @@ class _Buffer:
         return sorted(
             first
             for first, piece in self.pieces.items()
-            if first < view.first + view.channels and view.first < first + piece.shape[1]
+            if first < view.first + view.channels and view.first < first + self.channels(piece)
         )
 
 

@@ -332,7 +332,7 @@ def _checked_view(value: Any, buffers: list, what: str, *, optional: bool) -> Vi
 
 
 def _check_sizes(step: Step, buffers: list, what: str) -> None:
-    """That the views of a step fit each other and its kernel, and that its target overlaps no input."""
+    """Raise where a step's views do not fit each other or its kernel, or its target overlaps an input."""
     target = step.target
     level = buffers[step.source.buffer][1] + step.stride - 1
     _require(target.buffer > 0 and buffers[target.buffer][1] == level, f"{what}: the target's size is wrong")

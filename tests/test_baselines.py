@@ -91,7 +91,7 @@ def test_a_row_is_rebuilt_from_its_checkpoint_alone(arch):
 def test_the_table_of_the_readme():
     """Parameters and OPs of its rows are those of the descriptions."""
     rows = re.findall(
-        r"^\| (CIFAR-10|ImageNet) \| (.+?) \| ([\d,]+) \|(.*)$", (ROOT / "README.md").read_text(), re.M
+        r"^\| (CIFAR-10|ImageNet) \| (.+?) \| ([\d,]+) \|(.*)$", (ROOT / "docs" / "rows.md").read_text(), re.M
     )
     checked = 0
     for images, network, parameters, numbers in rows:

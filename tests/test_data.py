@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, environment
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_downloads
 from torchvision.transforms import v2
 
@@ -269,7 +270,7 @@ def test_a_channel_without_spread_can_be_normalised():
 
 def make_cifar(root, monkeypatch, name: str, archive: bool) -> np.ndarray:
     """A tiny CIFAR in torchvision's own format, with checksums to match; returns its images, (n, 3072)."""
-    source = {"cifar10": data.CIFAR10, "cifar100": data.CIFAR100}[name]
+    source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     folder = root / source.base_folder
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -324,11 +325,11 @@ def test_a_count_takes_the_first_images_of_each_class(images):
     assert some.labels.bincount().tolist() == [5, 5, 5] and some.classes == whole.classes
     drawn, part = (load_set("shapes", "", train=True, image_size=16, count=n) for n in (0, 40))
     assert part.labels.bincount().tolist() == [4] * 10 and len(drawn) == 10_000
-    with pytest.raises(InputError, match="divide into 3 classes; the nearest that do: 15 or 18"):
+    with pytest.raises(InputError, match="cannot be shared out evenly among 3 classes; try 15 or 18"):
         load_set("folder", images, train=True, image_size=16, workers=0, count=16)
     fewest = min(whole.labels.bincount().tolist())
     for count in (300, 301):
-        with pytest.raises(InputError, match=rf"^{count} .* has {fewest}; take {3 * fewest} or fewer"):
+        with pytest.raises(InputError, match=rf"class .* has {fewest}, so at most {3 * fewest}"):
             load_set("folder", images, train=True, image_size=16, workers=0, count=count)
 
 

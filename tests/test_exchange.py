@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from packed_programs import one_step
+from packed_programs import one_step, random_program
 
 from packed import load
+from packed.bipolar import qonnx_bytes
 from packed.exchange import onnx_bytes, pt2_bytes
+from packed.float_form import FloatForm
 from shapes import draw_shapes
 
 SHAPES = ROOT / "models" / "shapes.ebnas"
@@ -80,15 +82,85 @@ def test_the_sign_of_zero_is_plus_one(form):
     np.testing.assert_array_equal(logits[:, 0], np.float32([3.5, 3.5, 0.25 * -2.5]))
 
 
+def run_qonnx(content: bytes, images: np.ndarray) -> np.ndarray:
+    """By the package qonnx, node after node, all images at once."""
+    pytest.importorskip("qonnx", reason="qonnx is not installed")
+    import onnx
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.core.onnx_exec import execute_onnx
+    from qonnx.transformation.change_batchsize import ChangeBatchSize
+    from qonnx.transformation.infer_shapes import InferShapes
+
+    model = ModelWrapper(onnx.load_from_string(content))
+    model = model.transform(ChangeBatchSize(len(images))).transform(InferShapes())
+    return execute_onnx(model, {"images": images})["logits"]
+
+
+def test_qonnx_gives_the_packed_networks_logits(scripts):
+    """Its 1-bit sums are exact, as packed's: what rounds is the rest. Images of the test set."""
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    scripts.run("export.py", SHAPES, "--qonnx", "network.onnx")
+    (file,) = scripts.folder.iterdir()
+    net = load(SHAPES)
+    images = net.preprocess(draw_shapes(50, 32, seed=4)[0].transpose(0, 2, 3, 1))
+    logits, expected = run_qonnx(file.read_bytes(), images), net(images)
+    np.testing.assert_array_equal(logits.argmax(1), expected.argmax(1))
+    np.testing.assert_allclose(logits, expected, atol=1e-3)
+    assert tuple(metadata_of("onnx", file)["classes"]) == net.classes
+
+    import onnx
+
+    nodes = onnx.load(file).graph.node
+    made_by = {output: each for each in nodes for output in each.output}
+
+    def has_one_bit(value: str) -> bool:
+        """Values that a padding of -1 cuts have, too."""
+        made = made_by.get(value)
+        return made is not None and (
+            made.op_type == "BipolarQuant" or (made.op_type == "Slice" and has_one_bit(made.input[0]))
+        )
+
+    stem, *others = [each for each in nodes if each.op_type == "Conv"]
+    assert not any(map(has_one_bit, stem.input))
+    assert all(len(each.input) == 2 and all(map(has_one_bit, each.input)) for each in others) and others
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_qonnx_of_whatever_a_file_may_hold(seed):
+    """Channels that are added to and overlap, paddings of -1, dilations, groups, shuffles, odd sizes."""
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    rng = np.random.default_rng(seed)
+    program = random_program(rng)
+    size = program.image_size
+    images = rng.standard_normal((2, program.buffers[0][0], size, size), np.float32)
+    expected = FloatForm(program).logits(images)
+    np.testing.assert_allclose(run_qonnx(qonnx_bytes(program), images), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_the_sign_of_zero_in_qonnx():
+    """And of a threshold of -inf, which all reach."""
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    for threshold, expected in ((0, [3.5, 3.5, 0.25 * -2.5, 3.5]), (-np.inf, [3.5] * 4)):
+        tensors = {
+            "threshold": np.full(1, threshold, np.float32),
+            "bits": np.ones((1, 1, 1), np.uint8),
+            "affine": np.float32([[3], [0.5], [0.25]]),
+        }
+        images = np.float32([0.0, -0.0, -1e-30, 1e-30]).repeat(64).reshape(4, 1, 8, 8)
+        logits = run_qonnx(qonnx_bytes(one_step("binary", 1, 1, tensors)), images)
+        np.testing.assert_array_equal(logits[:, 0], np.float32(expected))
+
+
 def test_a_missing_exporter_is_named(fails, monkeypatch):
     """And nothing is left of what else was asked for."""
     monkeypatch.setitem(sys.modules, "onnx", None)
     flags = ("--onnx", "a.onnx", "--web", "page")
     assert "pip install onnx onnxscript" in fails("export.py", SHAPES, *flags)
+    assert "(pip install onnx)" in fails("export.py", SHAPES, "--qonnx", "a.onnx")
 
 
 def test_what_cannot_be_exported(fails, tmp_path):
-    assert "give --web, --onnx, --pt2 or --c" in fails("export.py", SHAPES)
+    assert "give --web, --onnx, --qonnx, --pt2 or --c" in fails("export.py", SHAPES)
     (tmp_path / "file").touch()
     assert "is not a folder" in fails("export.py", SHAPES, "--web", "file")
     assert "there is no folder" in fails("export.py", SHAPES, "--web", "absent/page")

@@ -32,6 +32,16 @@ NETWORKS = {
 }
 
 
+def asks_for_a_driver() -> bool:
+    """Whether tensors without data ask for the CUDA driver where they are copied, as torch 2.6's do."""
+    with FakeTensorMode():
+        try:
+            torch.empty(1, device="cuda").uniform_()
+        except RuntimeError:
+            return True
+    return False
+
+
 @pytest.fixture
 def autocast_on_cuda():
     """As torch.autocast("cuda"), which turns itself off where there is no GPU."""
@@ -56,6 +66,7 @@ def forward(make, device: str, size: int) -> tuple[nn.Module, torch.Tensor]:
     return network, sum(output.float().sum() for output in outputs)
 
 
+@pytest.mark.skipif(asks_for_a_driver(), reason="this torch has no CUDA tensors without a driver")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_forward_stays_on_cuda(name, dtype, autocast_on_cuda):

@@ -14,12 +14,14 @@ from conftest import ROOT, TINY_STAGE, receive
 from torch import nn
 from torch.nn import functional as F
 
+from genotypes import GENOTYPES
 from kernels import accelerate, choose_form, library
 from kernels.fused import Convolution
 from kernels.library import paths, unavailable
 from kernels.native import avg_pool, max_pool, pointwise, unit
 from kernels.native_search import cell as search_cell
 from kernels.native_search import preprocessed
+from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
 from operations import BinaryUnit, FactorizedReduce
 from utils import InputError
@@ -463,3 +465,24 @@ def test_under_sanitizers(path_name, tmp_path):
     command = [sys.executable, "-m", "pytest", *flags, str(ROOT / "tests" / "test_native.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+def test_drop_path_is_in_the_units():
+    """The same samples are dropped, and all gradients are the plain ones. There are no max pools, because
+    rounding decides what they choose."""
+    pairs = tuple((name.replace("max", "avg"), source) for name, source in GENOTYPES["EBNAS"].normal)
+    genotype = GENOTYPES["EBNAS"]._replace(normal=pairs, reduce=pairs)
+    torch.manual_seed(0)
+    plain = build_model(ModelConfig(genotype, init_channels=8, layers=3, groups=2)).double()
+    native = accelerate(copy.deepcopy(plain), "native")
+    x, results = torch.randn(6, 3, 16, 16, dtype=torch.float64), []
+    for network in (plain, native):
+        network.drop_path_prob = 0.5
+        torch.manual_seed(1)
+        logits, _ = network(x)
+        logits.square().sum().backward()
+        results.append((logits, dict(network.named_parameters())))
+    assert_close(results[1][0], results[0][0])
+    for name, parameter in results[0][1].items():
+        assert_close(results[1][1][name].grad, parameter.grad)
+    assert all(type(cell).__name__ == "NativeCell" for cell in native.cells)

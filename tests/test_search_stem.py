@@ -78,7 +78,7 @@ def test_weights_and_architecture_have_parts_of_their_own(images):
     first, second = (next(iter(weights.epoch(0))).images for _ in range(2))
     assert torch.equal(first, second) and first.shape == (8, 3, 32, 32)
     assert sum(len(batch.targets) for batch in valid.epoch(0)) == 12
-    with pytest.raises(InputError, match="cannot be had"):
+    with pytest.raises(InputError, match="so at most 117"):
         search_file_loaders(images, 8, train_portion=0.5, count=3000, **settings)
 
 

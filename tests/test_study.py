@@ -98,6 +98,6 @@ def test_bad_flags_are_one_line(scripts):
     assert "--shard is 3/2" in scripts.fails("study.py", "search", "--shard", "3/2")
     assert "choose from" in scripts.fails("study.py", "search", "--set", "nothing")
     larger = ("transfer", "--scale", "full", "--set", "cifar100", "--table")
-    assert "no larger task is known for --set cifar100" in scripts.fails("study.py", *larger)
+    assert "no larger task is known for scale full on cifar100" in scripts.fails("study.py", *larger)
     (scripts.folder / "taken").touch()
     assert "taken is a file" in scripts.fails("study.py", "search", "--out", "taken", "--table")

@@ -26,7 +26,7 @@ class Ridge:
 
     @classmethod
     def fit(cls, x: np.ndarray, y: np.ndarray) -> Ridge:
-        """Of features (n, features) and figures (n,), n at least 2."""
+        """Fit features (n, features) to figures (n,), n at least 2."""
         centre, spread = x.mean(0), x.std(0)
         spread = np.where(spread > 0, spread, np.inf)  # what does not vary has no say
         mean, scale = float(y.mean()), float(y.std()) or 1.0

@@ -149,7 +149,7 @@ class Ledger:
         return Taken(handle, trial)
 
     def give_up(self, number: int) -> None:
-        """Of two trials of one job, this is not the one that counts."""
+        """Mark a trial that does not count, because another one has the same job."""
         with suppress(ValueError, RuntimeError):  # another process was faster
             self.study.tell(number, state=self.optuna.trial.TrialState.PRUNED)
 

@@ -52,7 +52,7 @@ class Job:
 
     @property
     def cost(self) -> int:
-        """In epochs."""
+        """What it costs, in epochs."""
         return self.epochs - self.start
 
 
@@ -94,7 +94,7 @@ class Judge:
     objectives: tuple[str, ...] = ()
 
     def scores(self, trials: Sequence[Trial], epochs: int) -> np.ndarray:
-        """Of each trial, higher is better; they compare among these trials only."""
+        """The score of each trial: higher is better, and only these trials compare."""
         points = self.points(trials, epochs)
         return front_scores(points) if self.objectives and trials else points[:, 0]
 
@@ -114,8 +114,8 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def fronts(points: np.ndarray) -> np.ndarray:
-    """Of each point (n, objectives; all to be large) the number of its front: 0 where none dominates it, 1
-    where only those of front 0 do, ..."""
+    """The number of each point's front (n, objectives; all to be large): 0 where no point dominates it, 1
+    where only points of front 0 do, and so on."""
     at_least = (points[:, None] >= points[None]).all(2)  # (n, n): i is at least as good as j in everything
     dominates = at_least & (points[:, None] > points[None]).any(2)
     number = np.full(len(points), -1)
@@ -146,7 +146,7 @@ def front_scores(points: np.ndarray) -> np.ndarray:
 
 
 def front(trials: Iterable[Trial], judge: Judge) -> list[Trial]:
-    """Of the trials of most epochs those that no other beats in figure and costs, the best figure first."""
+    """The trials of most epochs that no other beats in figure and costs; the best figure first."""
     furthest = History(trials).furthest()
     if not furthest:
         return []

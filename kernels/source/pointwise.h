@@ -52,7 +52,9 @@ struct pointwise_run {
     int32_t *offset;               /* [largest number of channels]: i * TILE */
     int32_t *pixel[2];             /* of a half: where each pixel of the result reads; -1: nowhere */
     int by_pairs;                  /* LANES of these are always every other pixel of a line of x */
-    real *packed[2], *transposed[2];
+    real *packed[2];               /* weights of a half; in the backward pass the transposed ones */
+    int32_t *chosen[2];            /* instead of these, for multiply_joined; NULL: not binary, or too few */
+    real *scale[2];                /* then of each filter of a half */
     struct norm *norm1, *norm2;
     real *by_grad, *by_y, *offset_y;       /* the gradient of y is by_grad * gz + by_y * y + offset_y */
     double *partial;                       /* sums of the chunks or images */
@@ -125,6 +127,100 @@ static void pack_matrix(
     }
 }
 
+/* Products with binary filters, in numbers that are joined as in signs.h: of JOINED rows of a tile there are the
+   sums with all choices of signs, and a row of the result adds one of them where it would multiply JOINED times.
+
+   As many sums as stay in the cache are made at once. Results are taken ROWS rows at a time, so that their
+   additions need not wait for one another. */
+enum { CHOICES = 1 << JOINED, ROWS = 4, JOINS_AT_ONCE = (1 << 15) / (CHOICES * TILE * (int)sizeof(real)) };
+
+/* How many numbers choose_rows writes. */
+INLINE int64_t choices_size(int64_t rows, int64_t terms) { return rounded_up(rows, ROWS) * joins_of(terms); }
+
+/* For results of `rows` rows and sums over `terms`, with signs of weight[row * by_row + term * by_term]: which
+   sums each row adds, [block of ROWS rows][join][row of the block]. */
+static void choose_rows(
+    const real *weight, int64_t rows, int64_t terms, int64_t by_row, int64_t by_term, int32_t *chosen)
+{
+    for (int64_t first = 0; first < rows; first += ROWS, chosen += ROWS * joins_of(terms)) {
+        const int64_t number = least(ROWS, rows - first);
+        for (int64_t j = 0; j < joins_of(terms); j++)
+            for (int64_t r = 0; r < ROWS; r++)
+                chosen[j * ROWS + r] = (int32_t)(j % JOINS_AT_ONCE * CHOICES * TILE);
+        for (int64_t t = 0; t < terms; t++)
+            for (int64_t r = 0; r < number; r++)
+                chosen[t / JOINED * ROWS + r] |=
+                    (weight[(first + r) * by_row + t * by_term] < 0) * (int32_t)(TILE << t % JOINED);
+    }
+}
+
+/* All sums of `number` rows of a tile, each times its factor. */
+INLINE void join_rows(const real *tile, const real *factor, int64_t number, real *sums)
+{
+    UNROLL for (int v = 0; v < TILE; v += LANES)
+    {
+        vec sum[CHOICES];
+        sum[0] = load(tile + v) * splat(factor ? factor[0] : 1);
+        sum[1] = splat(0) - sum[0];
+        UNROLL for (int c = 1; c < JOINED; c++)
+        {
+            vec row = splat(0);
+            if (c < number)
+                row = load(tile + c * TILE + v) * splat(factor ? factor[c] : 1);
+            UNROLL for (int k = 0; k < 1 << c; k++)
+            {
+                sum[k + (1 << c)] = sum[k] - row;
+                sum[k] = sum[k] + row;
+            }
+        }
+        UNROLL for (int k = 0; k < CHOICES; k++) store(sums + k * TILE + v, sum[k]);
+    }
+}
+
+/* out (rows, TILE) = scale[row] * the sum over terms of (+ or -) factor[term] * tile (terms, TILE), by the
+   choices of choose_rows. A factor or scale that is NULL is 1. */
+static void multiply_joined(
+    const real *tile, const real *factor, int64_t terms, const int32_t *chosen, const real *scale, int64_t rows,
+    real *out, int64_t out_stride)
+{
+    real sums[JOINS_AT_ONCE * CHOICES * TILE] __attribute__((aligned(64)));
+    const int64_t joins = joins_of(terms);
+    for (int64_t first = 0; first < joins; first += JOINS_AT_ONCE) {
+        const int64_t number = least(JOINS_AT_ONCE, joins - first);
+        for (int64_t j = 0; j < number; j++) {
+            const int64_t term = (first + j) * JOINED;
+            join_rows(tile + term * TILE, factor ? factor + term : NULL, terms - term, sums + j * CHOICES * TILE);
+        }
+        for (int64_t row = 0; row < rows; row += ROWS) {
+            const int32_t *from = chosen + (row * joins + first * ROWS);
+            vec total[ROWS][TILE_VECTORS];
+            UNROLL for (int r = 0; r < ROWS; r++)
+                UNROLL for (int v = 0; v < TILE_VECTORS; v++) total[r][v] = splat(0);
+            for (int64_t j = 0; j < number; j++, from += ROWS)
+                UNROLL for (int r = 0; r < ROWS; r++)
+                    UNROLL for (int v = 0; v < TILE_VECTORS; v++)
+                        total[r][v] = total[r][v] + load(sums + from[r] + v * LANES);
+            UNROLL for (int r = 0; r < ROWS; r++)
+            {
+                if (row + r >= rows)
+                    break;
+                real *to = out + (row + r) * out_stride;
+                const vec of_row = splat(scale ? scale[row + r] : 1);
+                UNROLL for (int v = 0; v < TILE_VECTORS; v++)
+                {
+                    vec result = total[r][v] * of_row;
+                    if (first)
+                        result = load(to + v * LANES) + result;
+                    store(to + v * LANES, result);
+                }
+            }
+        }
+    }
+}
+
+/* From so many rows of results on, joining pays. */
+enum { LEAST_ROWS = 16 };
+
 static int32_t tile_start[TILE_VECTORS];
 
 static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p, int backward)
@@ -143,9 +239,11 @@ static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p,
     run->whole = run->chunks * weights > pixels * (run->wide + run->filters + 1);
     const int64_t for_weights =
         !backward ? 0 : p->halves * (run->whole ? pixels * (run->wide + run->filters) : run->chunks * weights);
+    const int64_t rows = backward ? p->channels_in : run->filters, terms = backward ? run->filters : p->channels_in;
     size_t size = sizeof(double) * 4 * parts * channels + sizeof(real) * 3 * channels + 2 * sizeof(struct norm) * channels +
-                  sizeof(real) * (weights * p->halves * (backward ? 2 : 1) + for_weights) +
-                  sizeof(int32_t) * (channels + 2 * run->pixels + pixels);
+                  sizeof(real) * (weights * p->halves + for_weights) +
+                  sizeof(real) * p->channels_out + sizeof(int32_t) * (channels + 2 * run->pixels + pixels) +
+                  sizeof(int32_t) * p->halves * choices_size(rows, terms);
     if (!(run->memory = malloc(size)))
         return -1;
     run->partial = run->memory;
@@ -153,14 +251,19 @@ static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p,
     real **arrays[] = {&run->by_grad, &run->by_y, &run->offset_y};
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++, next += channels)
         *arrays[i] = next;
+    int joins = rows >= LEAST_ROWS;
+    for (int64_t h = 0; h < p->halves; h++, next += run->filters) {
+        run->scale[h] = next;
+        joins = joins && find_scales(p->weight[h], run->filters, p->channels_in, next);
+    }
     for (int64_t h = 0; h < p->halves; h++, next += weights) {
         run->packed[h] = next;
-        pack_matrix(p->weight[h], run->filters, p->channels_in, p->channels_in, 1, next);
-        if (backward) {
-            next += weights;
-            run->transposed[h] = next;
+        if (joins)
+            continue;
+        if (backward)
             pack_matrix(p->weight[h], p->channels_in, run->filters, 1, p->channels_in, next);
-        }
+        else
+            pack_matrix(p->weight[h], run->filters, p->channels_in, p->channels_in, 1, next);
     }
     run->norm1 = (struct norm *)next;
     run->norm2 = run->norm1 + channels;
@@ -172,6 +275,12 @@ static int begin_pointwise(struct pointwise_run *run, const struct pointwise *p,
     run->at_pixel = run->offset + channels + 2 * run->pixels;
     for (int64_t i = 0; i < pixels && backward && run->whole; i++)
         run->at_pixel[i] = (int32_t)(i * run->wide);
+    int32_t *chosen = run->at_pixel + pixels;
+    for (int64_t h = 0; h < p->halves && joins; h++, chosen += choices_size(rows, terms)) {
+        run->chosen[h] = chosen;
+        choose_rows(
+            p->weight[h], rows, terms, backward ? 1 : p->channels_in, backward ? p->channels_in : 1, chosen);
+    }
     for (int64_t i = 0; i < channels; i++)
         run->offset[i] = (int32_t)(i * TILE);
     for (int i = 0; i < TILE_VECTORS; i++)
@@ -362,9 +471,16 @@ static void forward_chunk(void *argument, int64_t chunk)
                 const struct tile at = tile[t];
                 real *y = p->y + (at.image * p->channels_out + h * run->filters) * run->pixels + at.first;
                 const int whole = at.count == TILE;
-                convolve(
-                    tiles + t * size, tile_start, TILE_VECTORS, run->offset, p->channels_in, run->packed[h],
-                    run->filters, whole ? y : aside, whole ? run->pixels : TILE);
+                real *to = whole ? y : aside;
+                const int64_t stride = whole ? run->pixels : TILE;
+                if (run->chosen[h])
+                    multiply_joined(
+                        tiles + t * size, NULL, p->channels_in, run->chosen[h], run->scale[h], run->filters, to,
+                        stride);
+                else
+                    convolve(
+                        tiles + t * size, tile_start, TILE_VECTORS, run->offset, p->channels_in, run->packed[h],
+                        run->filters, to, stride);
                 for (int64_t f = 0; f < run->filters && !whole; f++)
                     memcpy(y + f * run->pixels, aside + f * TILE, at.count * sizeof(real));
             }
@@ -799,10 +915,16 @@ static void backward_chunk(void *argument, int64_t chunk)
             find_tiles(run, first, tiles, tile);
             fill_gradients(run, h, tile, tiles, panel + cin * TILE, rows * TILE);
             if (p->grad_x) {
-                for (int64_t t = 0; t < tiles; t++)
-                    convolve(
-                        panel + (t * rows + cin) * TILE, tile_start, TILE_VECTORS, run->offset, filters,
-                        run->transposed[h], cin, grads + t * cin * TILE, TILE);
+                for (int64_t t = 0; t < tiles; t++) {
+                    const real *of_y = panel + (t * rows + cin) * TILE;
+                    real *to = grads + t * cin * TILE;
+                    if (run->chosen[h])
+                        multiply_joined(of_y, run->scale[h], filters, run->chosen[h], NULL, cin, to, TILE);
+                    else
+                        convolve(
+                            of_y, tile_start, TILE_VECTORS, run->offset, filters, run->packed[h], cin, to,
+                            TILE);
+                }
                 write_gradients(run, h, tile, tiles, grads, input_sums);
             }
             if (!p->grad_weight[h])

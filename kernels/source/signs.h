@@ -85,10 +85,12 @@ static void join_planes(int64_t number, const int8_t *planes, int64_t size, int8
 static int find_scales(const real *weight, int64_t filters, int64_t terms, real *scale)
 {
     for (int64_t f = 0; f < filters; f++, weight += terms) {
-        scale[f] = weight[0] < 0 ? -weight[0] : weight[0];
+        const real of_filter = scale[f] = weight[0] < 0 ? -weight[0] : weight[0];
+        bits others = 0;
         for (int64_t t = 0; t < terms; t++)
-            if (weight[t] != scale[f] && weight[t] != -scale[f])
-                return 0;
+            others |= (weight[t] != of_filter) & (weight[t] != -of_filter);
+        if (others)
+            return 0;
     }
     return 1;
 }
