@@ -144,6 +144,8 @@ def parser() -> options.Parser:
         if name in ("infer", "kernels"):  # always float32, on the CPU
             benchmark.set_defaults(device="cpu")
             continue
+        if name in ("search", "train"):
+            flag("--threads", type=options.integer(2, 1024), help="time our steps on so many threads, too")
         flag("--compile", action="store_true", help="torch.compile of our form")
         flag("--compile_mode", choices=COMPILE_MODES, default="default", help="of torch.compile")
         benchmark.needs("compile_mode", "compile")
@@ -207,6 +209,8 @@ def main(flags: options.Flags) -> None:
     if args.benchmark == "infer":
         check_network_given(flags)
     with cases(args, world) as to_time:
+        if args.benchmark in ("search", "train") and args.threads:
+            to_time = [*to_time, *on_more_threads(to_time, args.threads)]
         rows = measure(
             to_time,
             repeats=args.repeats,
@@ -218,6 +222,21 @@ def main(flags: options.Flags) -> None:
         )
     print_table(rows, world.device)
     print(json.dumps({"settings": vars(args), "machine": machine(world.device), "rows": rows}))
+
+
+def on_more_threads(cases: list[Case], threads: int) -> Iterator[Case]:
+    """Our cases once more, each beside itself on the threads that torch has: give OMP_NUM_THREADS=1."""
+    alone = torch.get_num_threads()
+
+    def run_on_more(run: Callable[[], Any]) -> None:
+        torch.set_num_threads(threads)
+        run()
+        torch.set_num_threads(alone)
+
+    for case in cases:
+        if case.against is not None:
+            name, run = f"{case.name}, {threads} threads", partial(run_on_more, case.run)
+            yield Case(name, run, case.images, against=case.name)
 
 
 def on_gpu(minutes: float, out: Path | None) -> None:

@@ -250,9 +250,8 @@ def _load_folder(
     value_range: ValueRange | None,
 ) -> ImageSet:
     if count:
-        kept = _first_of_each_class(torch.tensor(files.labels), count, files.classes).tolist()
-        paths, labels = ([whole[i] for i in kept] for whole in (files.paths, files.labels))
-        files = dataclasses.replace(files, paths=paths, labels=labels)
+        kept = _first_of_each_class(torch.tensor(files.labels), count, files.classes)
+        files = files.subset(kept.tolist())
     resize = evaluation_resize(image_size, imagenet=False)
     reader = _Reader(files, image_size, resize=resize, value_range=value_range)
     blocks = torch.arange(len(reader)).split(256)
@@ -771,10 +770,53 @@ def imagenet_val_loader(
     return loader, tuple(files.classes)
 
 
-def imagenet_folders(root: str | Path) -> tuple[Path, Path]:
-    """train/ and val/ in `root`, or in its ILSVRC2012 or ImageNet-ILSVRC2012. Raises InputError: none."""
+def search_file_loaders(
+    root: str | Path,
+    batch_size: int,
+    *,
+    train_portion: float,
+    device: torch.device | str,
+    workers: int,
+    seed: int,
+    image_size: int = 224,
+    count: int = 0,
+    share: Share = Share(),
+    value_range: ValueRange | None = None,
+) -> tuple[FileLoader, FileLoader, FileLoader, tuple[str, ...]]:
+    """For a search, of the training images of ImageNet, or of any folders like it: loaders of the part that
+    trains the weights (`train_portion`), of the rest, which trains alpha and beta, and of this rest as it is,
+    for evaluation; and the classes' names.
+
+    `train` is in `root`, or in its ILSVRC2012 or ImageNet-ILSVRC2012, beside `val` or `test`. Of its images
+    `count` (0: all), the first of each class. Augmentation and evaluation as in `imagenet_loaders`. No image
+    is held in memory; `workers` processes for each of the three loaders.
+
+    Raises InputError as `imagenet_loaders` does, and where a part would be empty or `count` cannot be had.
+    """
+    files = _list_images(imagenet_folders(root, held_out=("val", "test"))[0])
+    labels = torch.tensor(files.labels)
+    kept = _first_of_each_class(labels, count, files.classes) if count else torch.arange(len(labels))
+    parts = [
+        files.subset(kept[indices].sort().values.tolist())
+        for indices in split_halves(len(kept), train_portion, seed)
+    ]
+    placed = {"device": device, "workers": workers, "share": share, "normalize": STATISTICS["imagenet"]}
+    loaders = []
+    for stream, part in enumerate(parts):
+        reader = _Reader(part, image_size, seed=_mix("search", seed, stream), value_range=value_range)
+        reader.try_some()
+        training = {"shuffle": True, "seed": seed, "stream": stream, "lighting_std": 0.1}
+        loaders.append(FileLoader(reader, batch_size, **training, **placed))
+    resize = evaluation_resize(image_size, imagenet=True)
+    reader = _Reader(parts[1], image_size, resize=resize, value_range=value_range)
+    return *loaders, FileLoader(reader, batch_size, **placed), tuple(files.classes)
+
+
+def imagenet_folders(root: str | Path, held_out: Sequence[str] = ("val",)) -> tuple[Path, Path]:
+    """train/ and the first of `held_out`, in `root`, or in its ILSVRC2012 or ImageNet-ILSVRC2012. Raises
+    InputError: there are none."""
     roots = [Path(root), Path(root, "ILSVRC2012"), Path(root, "ImageNet-ILSVRC2012")]
-    return _split_folders(roots, held_out=("val",))
+    return _split_folders(roots, held_out=held_out)
 
 
 def _mix(*key: int | str) -> int:

@@ -19,29 +19,7 @@ import os
 from pathlib import Path
 
 import options
-<<<<<<< ours
 from utils import InputError, check_output, check_usage, run_main, write_atomically
-=======
-from baselines import trained_network
-from board import BoardFiles, board_files
-from checkpoint import load_checkpoint, resolve_checkpoint
-from folders import readable_classes
-from packed import (
-    NoCompiler,
-    PackedFileError,
-    PackedNetwork,
-    Program,
-    parse_program,
-    program_bytes,
-    read_program,
-)
-from packed.bipolar import qonnx_bytes
-from packed.bipolar import qonnx_bytes
-from packed.exchange import onnx_bytes, pt2_bytes
-from packed.lowering import lower
-from utils import InputError, check_output, run_main, write_atomically
-from web import page
->>>>>>> theirs
 
 
 def parser() -> options.Parser:
@@ -86,6 +64,7 @@ from packed import (
     program_bytes,
     read_program,
 )
+from packed.bipolar import qonnx_bytes
 from packed.exchange import onnx_bytes, pt2_bytes
 from packed.lowering import lower
 from web import page
@@ -94,13 +73,8 @@ from web import page
 def main(flags: options.Flags) -> None:
     args = flags.values
     packed = args.network.endswith(".ebnas")
-<<<<<<< ours
     path = Path(args.network) if packed else find_file(args.network)
-    others = (args.web, args.onnx, args.pt2, args.c)
-=======
-    path = Path(args.network) if packed else resolve_checkpoint(args.network)
     others = (args.web, args.onnx, args.qonnx, args.pt2, args.c)
->>>>>>> theirs
     if packed and not any((args.output, *others)):
         raise InputError(f"{path} is exported already; give --web, --onnx, --qonnx, --pt2 or --c")
     output = args.output or (None if any(others) else path.with_name("model.ebnas"))

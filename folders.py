@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils import InputError
@@ -34,6 +35,11 @@ class ImageFiles:
     paths: list[str]
     labels: list[int]
     left_out: str
+
+    def subset(self, indices: Sequence[int]) -> ImageFiles:
+        """Those of these indices, in their order."""
+        paths, labels = ([whole[i] for i in indices] for whole in (self.paths, self.labels))
+        return replace(self, paths=paths, labels=labels)
 
 
 def class_names(folder: Path) -> list[str]:

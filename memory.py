@@ -121,6 +121,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 PUBLISHED = {
     "search": StepMemory(SearchConfig(), 32),
+    "search, ImageNet, batch 64": StepMemory(SearchConfig(num_classes=1000, stem="imagenet"), 224, images=64),
     "CIFAR": StepMemory(ModelConfig(GENOTYPES["EBNAS"], auxiliary=True), 32),
     "ImageNet": StepMemory(
         ModelConfig(GENOTYPES["EBNAS"], "imagenet", 112, 14, num_classes=1000, auxiliary=True), 224

@@ -16,7 +16,15 @@ from torch.nn import functional as F
 
 from choices import ACTIVATIONS, FAMILIES, WEIGHT_BINARIZATIONS
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict, reduction_cells
-from operations import BinaryUnit, FactorizedReduce, Zero, drop_path, make_operation
+from operations import (
+    BinaryUnit,
+    FactorizedReduce,
+    Zero,
+    conv_bn_relu,
+    drop_path,
+    imagenet_convolutions,
+    make_operation,
+)
 from utils import InputError, check_count, nearest_multiples
 
 
@@ -165,14 +173,6 @@ class AuxiliaryHead(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-def conv_bn_relu(
-    c_in: int, c_out: int, *, stride: int, groups: int = 1, last_relu: bool = True
-) -> list[nn.Module]:
-    """A full-precision 3x3 convolution of a stem, (n, c_in, h, w) -> (n, c_out, ceil(h / stride), ...)."""
-    layers = [nn.Conv2d(c_in, c_out, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(c_out)]
-    return [*layers, nn.ReLU()] if last_relu else layers
-
-
 class CellNetwork(nn.Module):
     """A network of cells: images (n, 3, h, w) -> logits (n, classes), auxiliary logits or None.
 
@@ -292,13 +292,8 @@ class Network(CellNetwork):
         return {"bits": self.config.bits, "activation": self.config.activation}
 
     def imagenet_stems(self, channels: int) -> tuple[list[nn.Module], list[nn.Module]]:
-        return (
-            [
-                *conv_bn_relu(3, channels // 2, stride=2),
-                *conv_bn_relu(channels // 2, channels, stride=2, groups=4),
-            ],
-            conv_bn_relu(channels, channels, stride=2, groups=2),
-        )
+        first, second, third = imagenet_convolutions(channels)
+        return [*first, nn.ReLU(), *second, nn.ReLU()], [*third, nn.ReLU()]
 
     def preprocess(self, c_in: int, channels: int) -> nn.Module:
         return BinaryUnit(c_in, channels, 1, **self.unit_settings)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from choices import FAMILIES
 from genotypes import EDGES, NODES, Genotype, reduction_cells
-from operations import SearchPreprocess, SourceOperations
+from operations import SearchPreprocess, SourceOperations, imagenet_convolutions
 from search_space import PRIMITIVES, checked_operations
 from utils import InputError, check_count, nearest_multiples
 
@@ -38,7 +39,8 @@ class SearchConfig:
     """All that a supernet is built from. Raises InputError on values that make none.
 
     k: one in k channels of a cell goes through the operations (the published 8 and 4 are to balance the
-    advantages of operations).
+    advantages of operations). stem: for small images (`cifar`), or for large ones (`imagenet`): three
+    halvings before the first cell, as in the derived network.
     """
 
     init_channels: int = 16
@@ -46,6 +48,7 @@ class SearchConfig:
     num_classes: int = 10
     k_normal: int = 8
     k_reduce: int = 4
+    stem: str = "cifar"
     operations: tuple[str, ...] = PRIMITIVES
 
     def __post_init__(self):
@@ -55,13 +58,16 @@ class SearchConfig:
             check_count(name, getattr(self, name), 1, 1_000_000)
         for name in ("k_normal", "k_reduce"):  # from 2: some channels bypass the operations
             check_count(name, getattr(self, name), 2, 1_000)
-        # a factorised reduction makes two halves, of C channels, or of the 2C / k that are sampled
-        step = math.lcm(2, self.k_normal, self.k_reduce)
+        if self.stem not in FAMILIES:
+            raise InputError(f"unknown stem {self.stem!r}; choose from {FAMILIES}")
+        # a factorised reduction makes two halves, of C channels, or of the 2C / k that are sampled; the stem
+        # of ImageNet has a convolution in 4 groups of C/2 channels
+        step = math.lcm(8 if self.stem == "imagenet" else 2, self.k_normal, self.k_reduce)
         if self.init_channels % step:
             raise InputError(
                 f"init_channels {self.init_channels} does not divide by {step}, which k = {self.k_normal} "
-                f"and {self.k_reduce}, the parts of the channels that the supernet samples, ask for; the "
-                f"nearest that do: {nearest_multiples(self.init_channels, step)}"
+                f"and {self.k_reduce}, the parts of the channels that the supernet samples, and the stem ask "
+                f"for; the nearest that do: {nearest_multiples(self.init_channels, step)}"
             )
 
     @property
@@ -155,10 +161,18 @@ class Supernet(nn.Module):
         super().__init__()
         self.config = config
         channels = config.init_channels
-        c_older = c_newer = 3 * channels
-        self.stem = nn.Sequential(nn.Conv2d(3, c_newer, 3, padding=1, bias=False), nn.BatchNorm2d(c_newer))
+        if config.stem == "cifar":
+            c_older = c_newer = 3 * channels
+            self.stem = nn.Sequential(
+                nn.Conv2d(3, c_newer, 3, padding=1, bias=False), nn.BatchNorm2d(c_newer)
+            )
+        else:  # no ReLU before a cell: it takes signs, which would all be +1
+            c_older = c_newer = channels
+            first, second, third = imagenet_convolutions(channels)
+            self.stem0 = nn.Sequential(*first, nn.ReLU(), *second)
+            self.stem1 = nn.Sequential(nn.ReLU(), *third)
         self.cells = nn.ModuleList()
-        reduction_before = False
+        reduction_before = config.stem == "imagenet"
         for index in range(config.layers):
             reduction = index in config.reductions
             channels *= 2 if reduction else 1
@@ -191,12 +205,21 @@ class Supernet(nn.Module):
         arch = {id(parameter) for parameter in self.arch_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in arch]
 
+    def stems(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, h, w) -> the older and the newer input of the first cell: twice the same, of
+        (n, 3C, h, w), or with ImageNet's stem (n, C, h/4, w/4) and (n, C, h/8, w/8)."""
+        if self.config.stem == "cifar":
+            x = self.stem(x)
+            return x, x
+        older = self.stem0(x)
+        return older, self.stem1(older)
+
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         architecture = {  # by whether a cell is a reduction: the mixing of its operations, its edges' weights
             False: (self.alphas_normal.softmax(1), edge_weights(self.betas_normal)),
             True: (self.alphas_reduce.softmax(1), edge_weights(self.betas_reduce)),
         }
-        s0 = s1 = self.stem(x)
+        s0, s1 = self.stems(x)
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, *architecture[cell.reduction])
         return self.classifier(s1.mean((2, 3))), None

@@ -115,6 +115,24 @@ def pad_to_half(y: Tensor, x: Tensor) -> Tensor:
     return F.pad(y, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else y
 
 
+def conv_bn_relu(
+    c_in: int, c_out: int, *, stride: int, groups: int = 1, last_relu: bool = True
+) -> list[nn.Module]:
+    """A full-precision 3x3 convolution of a stem, (n, c_in, h, w) -> (n, c_out, ceil(h / stride), ...)."""
+    layers = [nn.Conv2d(c_in, c_out, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(c_out)]
+    return [*layers, nn.ReLU()] if last_relu else layers
+
+
+def imagenet_convolutions(channels: int) -> tuple[list[nn.Module], ...]:
+    """EBNAS's stems for large images, each with its BN: (n, 3, h, w) -> (n, channels / 2, h/2, w/2) ->
+    (n, channels, h/4, w/4) -> (n, channels, h/8, w/8)."""
+    return (
+        conv_bn_relu(3, channels // 2, stride=2, last_relu=False),
+        conv_bn_relu(channels // 2, channels, stride=2, groups=4, last_relu=False),
+        conv_bn_relu(channels, channels, stride=2, groups=2, last_relu=False),
+    )
+
+
 class Pool(nn.Module):
     """3x3 max or average (padding not counted), padding 1, (n, c, h, w) -> (n, c, h', w')."""
 

@@ -48,6 +48,13 @@ class TrainImages(ImageSettings):
 
 
 @dataclass(frozen=True)
+class SearchImages(ImageSettings):
+    """Or folders of files, with ImageNet's stem, that do not: `tmp_data_dir`, where not `data`."""
+
+    tmp_data_dir: str | None
+
+
+@dataclass(frozen=True)
 class ImageNetImages:
     """Folders of files. `holdout`: none, there are validation images."""
 
@@ -108,6 +115,7 @@ class SupernetSettings:
     layers: int
     k_normal: int
     k_reduce: int
+    stem: str
     operations: list[str]
 
 
@@ -170,7 +178,7 @@ class SearchSettings:
     """The settings of train_search.py."""
 
     run: RunSettings
-    images: ImageSettings
+    images: SearchImages
     network: SupernetSettings
     recipe: SearchRecipe
     step: StepSettings

@@ -2,6 +2,7 @@
 
     python train_search.py                                          # CIFAR-10, downloaded to data/
     python train_search.py --set folder --data DIR                  # your own images
+    python train_search.py --stem imagenet --tmp_data_dir DIR       # ImageNet, or other large images
     python train_search.py --resume auto                            # go on after a crash
     torchrun --nproc_per_node=4 train_search.py                     # 4 GPUs, batch_size images in all
 
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import options
+from choices import FAMILIES
 from genotypes import (
     Genotype,
     describe,
@@ -35,7 +37,18 @@ STEP = {"epochs": 50, "batch_size": 256, "learning_rate": 1e-3, "grad_clip": 5.0
 def parser() -> options.Parser:
     parser = options.Parser(__doc__)
     options.add_set_flags(parser)
+    flag = parser.add_argument
+    flag(
+        "--tmp_data_dir", metavar="DIR", help="with --stem imagenet: where train/ and val/ are, as ImageNet's"
+    )
     flag = parser.add_argument_group("supernet").add_argument
+    flag(
+        "--stem",
+        choices=FAMILIES,
+        default="cifar",
+        help="imagenet: three halvings before the first cell, for large images, which are read from their "
+        "files all the time; --image_size is then 224 by default",
+    )
     flag("--init_channels", type=options.integer(1, 10_000), default=16, help="width of the first cell")
     flag("--layers", type=options.integer(3, 1_000), default=8, help="number of cells")
     for kind, k in (("normal", 8), ("reduce", 4)):
@@ -97,16 +110,17 @@ from torch import nn
 
 from architect import Architect
 from augment import Augmentation
-from data import Batch, BatchLoader, ImageSet, split_halves
+from data import STATISTICS, Batch, BatchLoader, ImageSet, Loader, Share, search_file_loaders, split_halves
 from distributed import World, setup
 from engine import Training, evaluate, in_memory_format, precision_of, train_one_epoch
 from figures import draw_curves, draw_genotype
 from found import describe_found
+from images import checked_range
 from kernels import Form, accelerate, choose_form, knows_operations
 from kernels.compilation import compile_regions
 from model_search import SearchConfig, Supernet
 from resume import Origin, find_origin
-from run_data import loader_settings, prepare_data
+from run_data import describe_data, loader_settings, prepare_data
 from runs import Run
 from session import Session
 from settings import SearchSettings, settings_from
@@ -120,8 +134,12 @@ def main(flags: options.Flags) -> None:
     recipe, step = settings.recipe, settings.step
     precision = precision_of(step, world.device)
     session = Session(origin, settings, world=world, precision=precision, notes=flags.idle)
-    train_set, _, data = prepare_data(settings, origin, world, test=False)
-    weight_loader, arch_loader, valid_loader = make_loaders(settings, train_set, data, world)
+    if settings.network.stem == "imagenet":
+        loaders, data = file_loaders(settings, origin, world)
+    else:
+        train_set, _, data = prepare_data(settings, origin, world, test=False)
+        loaders = make_loaders(settings, train_set, data, world)
+    weight_loader, arch_loader, valid_loader = loaders
 
     model, form = build_supernet(settings, len(data["classes"]), world)
     architect = Architect(
@@ -200,8 +218,26 @@ def find_run(flags: options.Flags, world: World) -> Origin:
     values = dict(vars(flags.values))
     if values["arch_start_epoch"] is None:
         values["arch_start_epoch"] = values["epochs"] // 2
+    if values["stem"] == "imagenet" and "image_size" not in flags.given:
+        values["image_size"] = 224
     name = f"search-{values['save']}"
-    return find_origin(values, flags.given, script="train_search", name=name, parser=parser(), world=world)
+    origin = find_origin(values, flags.given, script="train_search", name=name, parser=parser(), world=world)
+    check_images(origin.flags)
+    return origin
+
+
+def check_images(flags: Mapping[str, Any]) -> None:
+    """Raise InputError where the images do not go with the stem."""
+    if flags["stem"] == "cifar":
+        if flags["tmp_data_dir"]:
+            raise InputError("--tmp_data_dir is for --stem imagenet; else give --set folder --data DIR")
+        return
+    if not flags["tmp_data_dir"] and flags["set"] != "folder":
+        raise InputError(
+            "--stem imagenet takes folders of images: give --tmp_data_dir DIR, or --set folder --data DIR"
+        )
+    if flags["cutout"]:
+        raise InputError("--cutout is for --stem cifar: large images are cropped at random; leave it out")
 
 
 def build_supernet(settings: SearchSettings, num_classes: int, world: World) -> tuple[Supernet, Form]:
@@ -215,6 +251,7 @@ def build_supernet(settings: SearchSettings, num_classes: int, world: World) -> 
         k_normal=network.k_normal,
         k_reduce=network.k_reduce,
         operations=tuple(network.operations),
+        stem=network.stem,
     )
     form = choose_form(step.kernels, world.device, precision=step.precision, compiled=step.compile)
     model = accelerate(Supernet(config).to(world.device), form.name)
@@ -248,7 +285,31 @@ def make_loaders(
     )
 
 
-def endless(loader: BatchLoader, epoch: int, start: int) -> Iterator[Batch]:
+def file_loaders(
+    settings: SearchSettings, origin: Origin, world: World
+) -> tuple[tuple[Loader, Loader, Loader], dict[str, Any]]:
+    """As make_loaders, of images that are read from their files; and what a checkpoint keeps of them."""
+    images = settings.images
+    name = "imagenet" if images.tmp_data_dir else "folder"
+    root, value_range = images.tmp_data_dir or images.data, checked_range(images.value_range)
+    *loaders, classes = search_file_loaders(
+        root,
+        settings.step.batch_size,
+        train_portion=settings.recipe.train_portion,
+        device=world.device,
+        workers=settings.run.workers,
+        seed=settings.run.seed,
+        image_size=images.image_size,
+        count=images.train_images,
+        share=Share(world.rank, world.size),
+        value_range=value_range,
+    )
+    statistics = STATISTICS["imagenet"]
+    data = describe_data(name, root, images.image_size, classes, statistics, value_range=value_range)
+    return tuple(loaders), origin.own_images(data)
+
+
+def endless(loader: Loader, epoch: int, start: int) -> Iterator[Batch]:
     """The batches of `loader` from step `start` on, over and over, where its half is the smaller one."""
     while True:
         yield from loader.epoch(epoch, start % len(loader))
@@ -313,7 +374,7 @@ def cut_down(model: Supernet, genotype: Genotype) -> Supernet:
 
 
 @torch.no_grad()
-def renew_statistics(model: Supernet, loader: BatchLoader) -> None:
+def renew_statistics(model: Supernet, loader: Loader) -> None:
     """Put the mean over the batches of an epoch into every BN: after cutting down, for the statistics of the
     mixture do not fit the single operations. Not torch's `update_bn`: it sets momentum to None, which
     SourceOperations does not take."""
@@ -353,10 +414,12 @@ def finish(session: Session, genotype: Genotype, discrete: dict[str, Any]) -> No
     for line in describe_found(genotype):
         run.log(line)
     run.log(f"genotype written to {run.folder / 'genotype.json'}; train it:")
-    where = ["--set", images.set, "--data", images.data, "--image_size", str(images.image_size)]
+    size = ["--image_size", str(images.image_size)]
+    where = ["train.py", "--set", images.set, "--data", images.data, *size, "--cutout"]
+    if session.settings.network.stem == "imagenet":
+        where = ["train_imagenet.py", "--tmp_data_dir", images.tmp_data_dir or images.data, *size]
     where += options.command_line({"value_range": images.value_range})
-    words = ["python", "train.py", *where, "--auxiliary", "--cutout", "--arch", str(run.folder)]
-    run.log(command_text(words))
+    run.log(command_text(["python", *where, "--auxiliary", "--arch", str(run.folder)]))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from baselines.config import BaselineConfig
 from binary_ops import BinaryConv2d, clipped_sign, hard_sign
-from model import AuxiliaryHead, CellNetwork, conv_bn_relu
-from operations import Pool, Zero, pad_to_half
+from model import AuxiliaryHead, CellNetwork
+from operations import Pool, Zero, conv_bn_relu, pad_to_half
 from utils import InputError, nearest_multiples
 
 SHUFFLE_GROUPS = 4

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from baselines.config import BaselineConfig
 from binary_ops import BinaryConv2d, hard_sign
-from model import Cell, CellNetwork, conv_bn_relu
-from operations import CONVOLUTIONS, Pool, Zero
+from model import Cell, CellNetwork
+from operations import CONVOLUTIONS, Pool, Zero, conv_bn_relu
 from utils import InputError
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from baselines.config import BaselineConfig
 from binary_ops import BinaryConv2d, smooth_sign
-from model import CellNetwork, conv_bn_relu
-from operations import Pool, pad_to_half
+from model import CellNetwork
+from operations import Pool, conv_bn_relu, pad_to_half
 from utils import InputError
 
 MODULATION = 0.02

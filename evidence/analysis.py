@@ -21,6 +21,7 @@ from evidence.cells import Table
 from evidence.report import markdown_table, number
 from evidence.statistics import Estimate, Spread, holm, spread
 from genotypes import NODES, PRIMITIVES, Genotype
+from trials.regression import Ridge
 from utils import InputError
 
 SAMPLES = 2_000
@@ -29,7 +30,6 @@ SAMPLES = 2_000
 ENOUGH = 10
 """Cells, for figures that are of the differences between cells."""
 
-PENALTIES = 10.0 ** np.arange(-1, 4)
 FOLDS = 10
 
 
@@ -155,23 +155,6 @@ def features(cell: Genotype) -> list[float]:
     return [*counts, *shape]
 
 
-def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Predictions for `new`, by a ridge regression whose penalty predicts left-out rows of x best."""
-    centre, scale = x.mean(0), x.std(0)
-    kept = scale > 0
-    a, b = ((part[:, kept] - centre[kept]) / scale[kept] for part in (x, new))
-    u, s, vt = np.linalg.svd(a, full_matrices=False)
-    residual = y - y.mean()
-
-    def error(penalty: float) -> float:
-        shrunk = s**2 / (s**2 + penalty)
-        leverage = (u**2) @ shrunk + 1 / len(y)
-        return float(np.mean(((residual - u @ (shrunk * (u.T @ residual))) / (1 - leverage)) ** 2))
-
-    penalty = min(PENALTIES, key=error)
-    return y.mean() + b @ (vt.T @ (s / (s**2 + penalty) * (u.T @ residual)))
-
-
 def left_out_predictions(cells: Cells) -> np.ndarray:
     """Each cell's figure, predicted by a ridge regression on the cells of other folds."""
     x = np.array([features(cell) for cell in cells.table.random], float)
@@ -181,7 +164,7 @@ def left_out_predictions(cells: Cells) -> np.ndarray:
     for fold in range(FOLDS):
         out = order[fold::FOLDS]
         kept = np.setdiff1d(order, out)
-        predictions[out] = ridge(x[kept], y[kept], x[out])
+        predictions[out] = Ridge.fit(x[kept], y[kept]).predict(x[out])
     return predictions
 
 

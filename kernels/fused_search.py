@@ -269,8 +269,9 @@ class FusedSupernet(Supernet):
             ]
         kernels = joined_kernels(source for cell in self.cells for source in cell.sources)
         statistics: dict[nn.BatchNorm2d, Statistics] = {}
-        x = self.stem(x)
-        s0 = s1 = binary_sign(x)
+        older, newer = self.stems(x)
+        s1 = binary_sign(newer)
+        s0 = s1 if older is newer else binary_sign(older)
         for cell in self.cells:
             x = cell(s0, s1, mixing[cell.reduction], weights[cell.reduction], kernels, statistics)
             s0, s1 = s1, binary_sign(x)

@@ -38,8 +38,12 @@ class NativeSupernet(Supernet):
             edges = edge_weights(beta)[by_source]  # (14,)
             by_kind[reduction] = edges, edges.unsqueeze(1) * alpha.softmax(1)[by_source]  # (14, 7)
         statistics: list[tuple[nn.BatchNorm2d, Tensor]] = []
-        x = self.stem(x)
-        states = preprocessed(x, self.readers(-1), statistics)
+        older, newer = self.stems(x)
+        if older is newer:
+            states = preprocessed(newer, [*self.readers(-2), *self.readers(-1)], statistics)
+        else:
+            states = preprocessed(older, self.readers(-2), statistics)
+            states |= preprocessed(newer, self.readers(-1), statistics)
         for index, module in enumerate(self.cells):
             inputs = states.pop(module.preprocess0), states.pop(module.preprocess1)
             x = cell(module, *inputs, *by_kind[module.reduction], statistics)
@@ -50,10 +54,10 @@ class NativeSupernet(Supernet):
         return self.classifier(x.mean((2, 3))), None
 
     def readers(self, index: int) -> list[SearchPreprocess]:
-        """The preprocessings that read the result of cell `index`, or of the stem, -1."""
-        newer = [cell.preprocess1 for cell in self.cells[index + 1 : index + 2]]
-        older = [cell.preprocess0 for cell in self.cells[index + 2 : index + 3]]
-        return [self.cells[0].preprocess0, *newer, *older] if index < 0 else [*newer, *older]
+        """The preprocessings that read the result of cell `index`; of the newer stem: -1, the older: -2."""
+        newer = [self.cells[index + 1].preprocess1] if -1 <= index < len(self.cells) - 1 else []
+        older = [self.cells[index + 2].preprocess0] if index < len(self.cells) - 2 else []
+        return [*newer, *older]
 
 
 def counted(module: SearchCell) -> list[nn.BatchNorm2d]:

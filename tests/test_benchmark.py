@@ -20,7 +20,11 @@ CASES = {
         "architecture + weight",
         "architecture + weight, original",
     ],
-    f"train {NETWORK} --image_size 16 --bits w1a32": ["training", "training, original"],
+    f"train {NETWORK} --image_size 16 --bits w1a32 --threads 2": [
+        "training",
+        "training, original",
+        "training, 2 threads",
+    ],
     f"train {NETWORK} --image_size 64 --family imagenet": ["training", "training, original"],
     f"data {NETWORK} --image_size 32 --images 6 --workers 0 --clock cpu": [
         "cifar loader",

@@ -24,7 +24,6 @@ from evidence.analysis import (
     percentile,
     rankings,
     rho,
-    ridge,
     scores_of,
     standings,
     what_it_shows,
@@ -43,6 +42,7 @@ from genotypes import (
     random_genotype,
     save_genotype,
 )
+from trials.regression import Ridge
 from utils import InputError
 
 EBNAS = GENOTYPES["EBNAS"]
@@ -243,9 +243,9 @@ def test_ridge_finds_what_counts_and_a_left_out_cell_by_it(table):
     assert 0.8 < r.low < r.value < r.high <= 1
     x = np.random.default_rng(0).normal(size=(200, 3))
     y = x @ (1.0, -2.0, 0.0) + 5
-    np.testing.assert_allclose(ridge(x, y, x[:5]), y[:5], atol=0.01)
+    np.testing.assert_allclose(Ridge.fit(x, y).predict(x[:5]), y[:5], atol=0.01)
     x = np.column_stack([x, np.ones(200)])  # what does not vary has no say
-    np.testing.assert_allclose(ridge(x, y, x[:5]), y[:5], atol=0.01)
+    np.testing.assert_allclose(Ridge.fit(x, y).predict(x[:5]), y[:5], atol=0.01)
     counts = dict(zip(FEATURES, features(EBNAS), strict=True))
     assert counts["normal: max_pool_3x3"] == 4 and counts["reduce: bin_dil_conv_5x5"] == 2
     assert counts["normal: depth"] == 1 and counts["normal: width"] == 8

@@ -397,7 +397,8 @@ def test_damaged_files_are_named_with_the_line(tmp_path, name, content, message)
 def test_a_search_with_damaged_metrics_ends_well(tmp_path, coarse, capsys):
     (tmp_path / "metrics.jsonl").write_text("[]\n")
     images = SimpleNamespace(set="shapes", data="data", image_size=16, value_range=None)
-    run, settings = Run(tmp_path), SimpleNamespace(images=images)
+    run, network = Run(tmp_path), SimpleNamespace(stem="cifar")
+    settings = SimpleNamespace(images=images, network=network)
     finish_search(SimpleNamespace(run=run, settings=settings, finish=lambda: None), GENOTYPES["EBNAS"], {})
     run.close()
     log = capsys.readouterr().out
