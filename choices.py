@@ -4,7 +4,8 @@ SETS = ("cifar10", "cifar100", "shapes", "folder")
 TRAINED_SETS = ("cifar10", "cifar100", "folder", "imagenet")
 """What a checkpoint of another program can be of."""
 
-STAGE1 = ("w1a32", "w32a1", "w32a32")
+STAGE1_BITS = {"w1a32": (1, 32), "w32a1": (32, 1), "w32a32": (32, 32)}
+"""Bits of weights and of activations in stage 1; stage 2 is W1A1."""
 """What stage 1 makes binary: weights, activations, or nothing."""
 
 FAMILIES = ("cifar", "imagenet")

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import options
-from choices import STAGE1
+from choices import STAGE1_BITS
 from genotypes import describe
 from rows import CELL_SYSTEMS, NOT_PUBLIC, ROWS, Published
 from utils import InputError, check_usage, human, run_main
@@ -49,7 +49,7 @@ def parser() -> options.Parser:
     options.add_original_flags(parser)
     parser.add_argument(
         "--stage1",
-        choices=STAGE1,
+        choices=tuple(STAGE1_BITS),
         help="that it is a checkpoint of stage 1, and what that made binary; default: W1A1, of stage 2",
     )
     parser.add_argument(

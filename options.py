@@ -17,7 +17,7 @@ from choices import (
     MEMORY_FORMATS,
     PRECISIONS,
     SETS,
-    STAGE1,
+    STAGE1_BITS,
     TRAINED_SETS,
     WEIGHT_BINARIZATIONS,
 )
@@ -477,7 +477,7 @@ def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping
     )
     flag(
         "--stage1",
-        choices=STAGE1,
+        choices=tuple(STAGE1_BITS),
         help="what stage 1 makes binary: weights, activations, or nothing (a teacher); default: that of the "
         "system, of EBNAS w1a32",
     )

@@ -7,15 +7,13 @@ from typing import Any
 
 import options
 from baselines import Config, make_config, settings_of
+from choices import STAGE1_BITS
 from distributed import World
 from recipes import EBNAS, get_recipe
 from resume import Origin, find_origin
 from rows import EBNAS_ROW, system_of, usual_size
 from settings import NetworkSettings, settings_from
 from utils import InputError
-
-STAGE1_BITS = {"w1a32": (1, 32), "w32a1": (32, 1), "w32a32": (32, 32)}
-"""Bits of weights and of activations in stage 1; stage 2 is W1A1."""
 
 STAGE1 = {"ebnas": ("w1a32", "w32a1", "w32a32"), "bats": ("w32a1", "w1a32"), "dcp": ("w32a1",)}
 """What each system's stage 1 can be, the usual one first. Those that are not here have a single stage."""

@@ -12,7 +12,6 @@ from binary_ops import ACTIVATION_MODULES
 from comparison.measure import CLOCKS
 from kernels import FORMS
 from rows import CELL_SYSTEMS
-from stage_flags import STAGE1_BITS
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "\n    run_main(main," in path.read_text())
 
@@ -60,7 +59,6 @@ def test_a_script_imports_no_more_than_its_run_needs():
         (choices.ACTIVATIONS, ACTIVATION_MODULES),
         (choices.FORMS, FORMS),
         (choices.CLOCKS, CLOCKS),
-        (choices.STAGE1, STAGE1_BITS),
         ({*CELL_SYSTEMS, "resnet"}, SYSTEMS),
     ],
 )
