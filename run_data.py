@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from augment import Normalize
 from data import ImageSet, Share, channel_statistics, load_set
 from distributed import World
-from images import ValueRange, checked_range
+from packed.picture import ValueRange
 from resume import Origin
 from settings import SearchSettings, TrainSettings
+from utils import InputError
+
+
+def checked_range(values: Sequence[float] | None) -> ValueRange | None:
+    """--value_range. Raises InputError where white is not above black."""
+    if values is None:
+        return None
+    low, high = values
+    if low >= high:
+        raise InputError(f"--value_range {low:g} {high:g}: the second must be the larger")
+    return low, high
 
 
 def prepare_data(
