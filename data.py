@@ -48,7 +48,7 @@ from augment import (
 )
 from choices import SETS
 from folders import ImageFiles, class_names, list_images
-from images import ValueRange, central_corner, evaluation_resize, read_rgb, resized_shape
+from packed.picture import ValueRange, central_corner, evaluation_resize, read_rgb, resized_shape
 from shapes import SHAPES, draw_shapes
 from split import choose_test_files, is_unsplit, part_of
 from utils import InputError, RunFailed, nearest_multiples, one_line, printable

@@ -83,12 +83,12 @@ from data import BatchLoader, Loader, imagenet_val_loader, load_set
 from distributed import World, setup
 from engine import Precision, choose_precision, evaluate
 from figures import draw_confusion
-from images import checked_range
 from kernels import accelerate, choose_form
 from model import build_model
 from originals import Said, find_file, load_as_said, named
 from packed import PackedNetwork
 from packed.lowering import lower
+from run_data import checked_range
 
 
 def main(flags: options.Flags) -> None:

@@ -128,7 +128,7 @@ def c_form(program: Program, name: str) -> BoardFiles:
         net = PackedNetwork(program, kernel="c", threads=1)
     except (NoCompiler, ValueError) as error:
         raise InputError(f"--c computes a test vector, which needs a C compiler: {error}") from None
-    return board_files(program, name, picture[0], net(net.preprocess(picture))[0])
+    return board_files(program, name, picture[0], net(net.normalize(picture))[0])
 
 
 def write_board(folder: Path, board: BoardFiles) -> None:

@@ -26,7 +26,6 @@ import numpy as np
 
 import options
 from folders import SUFFIXES, counted, of_system
-from images import central_square, read_rgb
 from packed import NoCompiler, PackedNetwork, load
 from utils import InputError, RunFailed, check_output, one_line, printable, run_main, write_atomically
 
@@ -176,8 +175,7 @@ def classify(net: PackedNetwork, paths: list[Path]) -> Iterator[tuple[Path, np.n
 
     def read(path: Path) -> np.ndarray | Exception:
         try:
-            pixels = read_rgb(path, value_range=net.program.value_range)
-            return central_square(pixels, resize=net.program.resize, size=net.image_size)
+            return net.square(path)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's parsers raise many types
@@ -196,7 +194,7 @@ def classify(net: PackedNetwork, paths: list[Path]) -> Iterator[tuple[Path, np.n
 def probabilities(net: PackedNetwork, pictures: np.ndarray) -> np.ndarray:
     """uint8 (n, size, size, 3) -> (n, classes). Raises InputError: such images are too large."""
     try:
-        logits = net(net.preprocess(pictures))
+        logits = net(net.normalize(pictures))
     except ValueError as error:
         raise InputError(str(error)) from None
     powers = np.exp(logits - logits.max(1, keepdims=True))

@@ -13,11 +13,21 @@ from data import ImageSet, Share, channel_statistics, load_set
 from distributed import World
 from duplicates import near_duplicates
 from folders import list_images
-from images import ValueRange, checked_range
+from packed.picture import ValueRange
 from resume import Origin
 from settings import ImageSettings, SearchSettings, TrainSettings
 from split import choose_test_files, is_unsplit, split_table
-from utils import printable, write_atomically
+from utils import InputError, printable, write_atomically
+
+
+def checked_range(values: Sequence[float] | None) -> ValueRange | None:
+    """--value_range. Raises InputError where white is not above black."""
+    if values is None:
+        return None
+    low, high = values
+    if low >= high:
+        raise InputError(f"--value_range {low:g} {high:g}: the second must be the larger")
+    return low, high
 
 
 def prepare_data(

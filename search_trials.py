@@ -26,7 +26,6 @@ from typing import Any
 import options
 from choices import COSTS
 from genotypes import describe, get_genotype, save_genotype
-from images import checked_range
 from recipes import EBNAS
 from trials.cells import Space
 from trials.strategies import FIGURES, STRATEGIES, Judge, Strategy, Trial, front
@@ -144,7 +143,7 @@ import torch
 from data import channel_statistics, load_set
 from figures import draw_genotype
 from processes import PATIENCE, claimed, signals_to_interrupts
-from run_data import describe_data, test_files_of
+from run_data import checked_range, describe_data, test_files_of
 from runs import LOCATION, RESULT, RUNS, Run, create_run, differing_flags, read_args
 from trials.costs import Costs
 from trials.pictures import draw_search

@@ -10,7 +10,6 @@ DIR, or its ILSVRC2012 or ImageNet-ILSVRC2012, holds train/<class>/* and val/<cl
 from __future__ import annotations
 
 import options
-from images import checked_range
 from recipes import EBNAS
 from rows import EBNAS_ROW
 from utils import InputError, check_usage, run_main
@@ -48,7 +47,7 @@ import stages
 from data import STATISTICS, Share, imagenet_loaders
 from distributed import setup
 from engine import precision_of
-from run_data import describe_data
+from run_data import checked_range, describe_data
 from session import Session
 from settings import ImageNetSettings, settings_from
 from stage_flags import find_run

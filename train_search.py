@@ -115,12 +115,11 @@ from distributed import World, setup
 from engine import Training, evaluate, in_memory_format, precision_of, train_one_epoch
 from figures import draw_curves, draw_genotype
 from found import describe_found
-from images import checked_range
 from kernels import Form, accelerate, choose_form, knows_operations
 from kernels.compilation import compile_regions
 from model_search import SearchConfig, Supernet
 from resume import Origin, find_origin
-from run_data import describe_data, loader_settings, prepare_data
+from run_data import checked_range, describe_data, loader_settings, prepare_data
 from runs import Run
 from session import Session
 from settings import SearchSettings, settings_from

@@ -2,16 +2,16 @@
 
     from packed import load
     net = load("model.ebnas")                     # written by export.py
-    logits = net(images)                          # float32 (n, 3, h, w), normalised as in training
-    logits = net(net.preprocess(pictures))        # uint8 (n, h, w, 3)
+    logits = net(net.preprocess("photo.jpg"))     # files, or RGB arrays uint8 (h, w, 3), of any size
+    logits = net(images)                          # float32 (n, 3, size, size), normalised as in training
 
 Arrays in, arrays out; tensors in, tensors out. The network runs in one call of binary_cpu.c, which the
 system's C compiler builds at first use into the user's cache. Without a compiler one warning is given and the
 float form of the same program runs on PyTorch, if that is installed.
 
-This folder runs alone: NumPy and safetensors are all that it needs. (lowering.py, which makes the programs,
-needs the rest of the project.) EBNAS_KERNEL = avx512, avx2, neon, c or torch forces a path; EBNAS_CFLAGS adds
-flags for the compiler.
+This folder runs alone: NumPy and safetensors are all that it needs, and Pillow to read files. (lowering.py,
+which makes the programs, needs the rest of the project.) EBNAS_KERNEL = avx512, avx2, neon, c or torch forces
+a path; EBNAS_CFLAGS adds flags for the compiler.
 """
 
 from .compiler import NoCompiler

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from baselines.bats import SHUFFLE_GROUPS, BatsFactorizedReduce, BatsUnit
 from baselines.bnas import BnasUnit
 from binary_ops import BinaryConv2d, RPReLU
-from images import evaluation_resize
 from model import Cell, CellNetwork
 from operations import BinaryUnit, FactorizedReduce, Zero
+from packed.picture import evaluation_resize
 from utils import InputError
 
 from .program import Program, Step, View

@@ -7,14 +7,18 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from .kernel import KERNELS, Plan, choose_kernel, kernel_weights, library
+from .picture import central_square, read_rgb
 from .program import LARGEST_PIXEL, Program, View, read_program
+
+Picture = str | os.PathLike | np.ndarray
+"""A file, or RGB as uint8 (h, w, 3)."""
 
 MOST_SHARING = 4  # threads of one image: to wake one takes some 15 microseconds
 
@@ -24,11 +28,19 @@ class PackedNetwork:
 
     `classes`, `image_size`, `config` (of the exported network), `kernel` (the path that runs). `threads`
     images of a batch run at once, and up to four threads share a single image that is large enough; by
-    default as many as this process may use cores.
+    default as many as this process may use cores. `any_size` lets it compute images of other sizes than it
+    was trained on.
     """
 
-    def __init__(self, program: Program, *, threads: int | None = None, kernel: str | None = None):
-        self.program = program
+    def __init__(
+        self,
+        program: Program,
+        *,
+        threads: int | None = None,
+        kernel: str | None = None,
+        any_size: bool = True,
+    ):
+        self.program, self.any_size = program, any_size
         self.classes, self.image_size, self.config = program.classes, program.image_size, program.config
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
@@ -45,16 +57,42 @@ class PackedNetwork:
             self._path = KERNELS.index(self.kernel)
             self._weights = [kernel_weights(step, self._path) for step in program.steps]
 
-    def preprocess(self, pictures: np.ndarray) -> np.ndarray:
+    def preprocess(self, pictures: Picture | Iterable[Picture]) -> np.ndarray:
+        """Pictures of any size, as training evaluated them: float32 (n, 3, image_size, image_size).
+
+        `pictures` is one or several, each a file or an array of RGB, uint8 (h, w, 3): the shorter side is
+        resized, the centre cut out, and the result normalised. Files need Pillow; arrays become the same
+        bytes without it. Raises ValueError for what is no picture; for a file, what `read_rgb` raises.
+        """
+        one = isinstance(pictures, (str, os.PathLike)) or getattr(pictures, "ndim", 0) == 3
+        squares = [self.square(picture) for picture in ([pictures] if one else pictures)]
+        size, channels = self.image_size, len(self.program.mean)
+        return self.normalize(np.reshape(squares, (-1, size, size, channels)).astype(np.uint8, copy=False))
+
+    def square(self, picture: Picture) -> np.ndarray:
+        """A file or uint8 (h, w, 3) of any size, resized and cut as in training: uint8 (size, size, 3)."""
+        program = self.program
+        if isinstance(picture, (str, os.PathLike)):
+            picture = read_rgb(picture, value_range=program.value_range)
+        picture, channels = np.asarray(picture), len(program.mean)
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != channels:
+            raise ValueError(f"expected uint8 (h, w, {channels}), not {picture.dtype} {picture.shape}")
+        return central_square(picture, resize=program.resize, size=program.image_size)
+
+    def normalize(self, squares: np.ndarray) -> np.ndarray:
         """uint8 (n, h, w, 3) -> float32 (n, 3, h, w), normalised as in training. Sizes are kept."""
-        pictures = np.asarray(pictures)
-        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != len(self.program.mean):
-            raise ValueError(f"expected uint8 (n, h, w, 3), not {pictures.dtype} {pictures.shape}")
-        scaled = (pictures / np.float32(255) - np.float32(self.program.mean)) / np.float32(self.program.std)
+        squares, channels = np.asarray(squares), len(self.program.mean)
+        if squares.dtype != np.uint8 or squares.ndim != 4 or squares.shape[3] != channels:
+            raise ValueError(f"expected uint8 (n, h, w, {channels}), not {squares.dtype} {squares.shape}")
+        scaled = (squares / np.float32(255) - np.float32(self.program.mean)) / np.float32(self.program.std)
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
     def __call__(self, images: Any) -> Any:
-        """Logits (n, classes) of float32 images (n, 3, h, w): an array, or a tensor for a tensor."""
+        """Logits (n, classes) of float32 images (n, 3, h, w): an array, or a tensor for a tensor.
+
+        Raises ValueError for other types, for pixels that are not finite, and, but with `any_size`, for other
+        sizes than image_size.
+        """
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(images, torch.Tensor):
             return torch.from_numpy(self(images.detach().cpu().numpy())).to(images.device)
@@ -65,6 +103,12 @@ class PackedNetwork:
             hint = ": see preprocess()" if images.dtype == np.uint8 else ""
             expected = f"expected float32 images (n, {channels}, h, w)"
             raise ValueError(f"{expected}, not {images.dtype} {images.shape}{hint}")
+        size = self.image_size
+        if not self.any_size and images.shape[2:] != (size, size):
+            raise ValueError(
+                f"the network was trained on images of {size} x {size}, and these are {images.shape[2]} x "
+                f"{images.shape[3]}: preprocess() makes them of pictures; load(..., any_size=True) takes them"
+            )
         if not (images.min(initial=0) >= -LARGEST_PIXEL and images.max(initial=0) <= LARGEST_PIXEL):
             limit = f"images must be finite and within {LARGEST_PIXEL:g}"
             raise ValueError(f"{limit}: there are NaN, infinite or larger pixels")
@@ -178,9 +222,16 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load(path: str | os.PathLike, *, threads: int | None = None, kernel: str | None = None) -> PackedNetwork:
+def load(
+    path: str | os.PathLike,
+    *,
+    threads: int | None = None,
+    kernel: str | None = None,
+    any_size: bool = False,
+) -> PackedNetwork:
     """The network of a file. `kernel`: one of avx512, avx2, neon, c, torch, not the best that runs here.
+    Images of another size than it was trained on are refused, but with `any_size`.
 
     Raises PackedFileError (a ValueError) for a file that is not a whole and consistent packed network.
     """
-    return PackedNetwork(read_program(path), threads=threads, kernel=kernel)
+    return PackedNetwork(read_program(path), threads=threads, kernel=kernel, any_size=any_size)

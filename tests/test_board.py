@@ -14,9 +14,9 @@ from packed_programs import one_step, random_program
 
 from board import BoardFiles, board_bits, board_files
 from board.plan import BoardPlan
-from images import central_square
 from packed import PackedNetwork, Program, read_program
 from packed.kernel import Plan, kernel_weights
+from packed.picture import central_square
 from shapes import draw_shapes
 
 TESTS = Path(__file__).parent
@@ -40,7 +40,7 @@ def written(program: Program, folder: Path, name: str = "net") -> BoardFiles:
     shape = (1, program.image_size, program.image_size, program.buffers[0][0])
     picture = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
     net = PackedNetwork(program, kernel="c", threads=1)
-    board = board_files(program, name, picture[0], net(net.preprocess(picture))[0])
+    board = board_files(program, name, picture[0], net(net.normalize(picture))[0])
     for path, content in board.files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(content)
@@ -96,7 +96,7 @@ def test_the_pictures_of_the_test_set(compiled):
         best = compiled.net_run(picture.ctypes.data_as(ctypes.c_void_p), row.ctypes.data_as(ctypes.c_void_p),
                                 arena.ctypes.data_as(ctypes.c_void_p))  # fmt: skip
         assert best == row.argmax()
-    np.testing.assert_array_equal(logits, net(net.preprocess(pictures)))
+    np.testing.assert_array_equal(logits, net(net.normalize(pictures)))
 
 
 @pytest.mark.parametrize("core", CORES)

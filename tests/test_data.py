@@ -41,7 +41,7 @@ from data import (
     split_halves,
 )
 from folders import ImageFiles
-from images import read_rgb
+from packed.picture import read_rgb
 from utils import InputError, RunFailed
 
 HALF = Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -12,9 +12,9 @@ from PIL import Image, TiffImagePlugin
 import data
 import infer
 from checkpoint import load_checkpoint
-from images import eight_bits, read_rgb
 from packed import load
 from packed.exchange import metadata
+from packed.picture import eight_bits, read_rgb
 from utils import InputError
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)

@@ -32,7 +32,6 @@ import export
 import infer
 from distributed import World
 from genotypes import GENOTYPES
-from images import central_square, read_rgb
 from model import ModelConfig, build_model
 from packed import (
     KERNELS,
@@ -44,6 +43,7 @@ from packed import (
     read_program,
 )
 from packed.kernel import Plan
+from packed.picture import central_square, read_rgb
 from shapes import SHAPES, draw_shapes
 from utils import InputError
 
@@ -202,7 +202,7 @@ def test_threads_and_sizes_do_not_disturb_each_other(kernel, models):
 def test_inputs(models):
     net = packed_form(models["deep"])
     pictures = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), np.uint8)
-    images = net.preprocess(pictures)
+    images = net.normalize(pictures)
     mean, std = (torch.tensor(data_entry()[name]).view(3, 1, 1) for name in ("mean", "std"))
     expected = (torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(255) - mean) / std
     torch.testing.assert_close(torch.from_numpy(images), expected)
@@ -219,6 +219,22 @@ def test_inputs(models):
             net(spoilt)
     with pytest.raises(ValueError, match="too large"):
         net(np.zeros((1, 3, 4097, 4096), np.float32))
+    for wrong in (pictures[0, 0], pictures[..., :2], images, images.transpose(0, 2, 3, 1)):
+        with pytest.raises(ValueError, match="expected uint8"):
+            net.preprocess(wrong)
+
+
+def test_sizes(models):
+    """A loaded network takes the size of training; preprocess makes it of one picture or several."""
+    net = packed_form(models["deep"], any_size=False)  # 32 x 32
+    pictures = [np.full((40, 30, 3), 9, np.uint8), np.full((32, 32, 3), 9, np.uint8)]
+    images = net.preprocess(pictures)
+    assert images.shape == (2, 3, 32, 32) and (images[0] == images[1]).all()
+    np.testing.assert_array_equal(net.preprocess(pictures[0]), images[:1])
+    assert net(images).shape == (2, 10) and net.preprocess([]).shape == (0, 3, 32, 32)
+    with pytest.raises(ValueError, match="trained on images of 32 x 32, and these are 24 x 32"):
+        net(images[:, :, :24])
+    assert packed_form(models["deep"])(images[:, :, :24]).shape == (2, 10)
 
 
 def test_unknown_kernel(models, monkeypatch):
@@ -274,16 +290,23 @@ import sys
 sys.modules["torch"] = None  # any import of it fails
 import numpy, packed
 net = packed.load(sys.argv[1])
-numpy.save(sys.argv[2], net(numpy.load(sys.argv[3])))
+pictures = numpy.load(sys.argv[3])
+read = net.preprocess([sys.argv[4]])
+packed.picture.Image = None  # as where Pillow is missing
+assert (net.preprocess(pictures)[:1] == read).all()
+numpy.save(sys.argv[2], net(net.preprocess(pictures)))
 assert net.kernel != "torch"
 """
 
 
 def test_the_folder_alone_in_two_processes_that_compile_at_once(models, tmp_path):
-    """A copy of packed/ with NumPy and safetensors, without PyTorch and the rest of this project."""
+    """A copy of packed/ with NumPy and safetensors, without PyTorch and the rest of this project: pictures
+    that are not square, from a file and as arrays."""
     shutil.copytree(ROOT / "packed", tmp_path / "alone" / "packed")
     images, path = tmp_path / "images.npy", tmp_path / "model.ebnas"
-    np.save(images, np.random.default_rng(0).standard_normal((2, 3, 24, 24), np.float32))
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 71, 50, 3), np.uint8)
+    np.save(images, pictures)
+    Image.fromarray(pictures[0]).save(tmp_path / "a.png")
     path.write_bytes(program_bytes(lowering.lower(models["deep"], data_entry())))
     environment = {
         **os.environ,
@@ -293,11 +316,13 @@ def test_the_folder_alone_in_two_processes_that_compile_at_once(models, tmp_path
     }
     command = [sys.executable, "-c", USE, str(path)]
     runs = [
-        subprocess.Popen([*command, str(tmp_path / f"{i}.npy"), str(images)], env=environment, cwd=tmp_path)
+        subprocess.Popen([*command, f"{i}.npy", "images.npy", "a.png"], env=environment, cwd=tmp_path)
         for i in range(2)
     ]
     assert [run.wait() for run in runs] == [0, 0]
-    expected = load(path)(np.load(images))
+    net = load(path)
+    squares = [central_square(picture, resize=32, size=32) for picture in pictures]
+    expected = net(net.normalize(squares))
     for i in range(2):
         np.testing.assert_allclose(np.load(tmp_path / f"{i}.npy"), expected, rtol=1e-5, atol=1e-5)
     assert len(list((tmp_path / "ebnas").iterdir())) == 1, "one library, and nothing left beside it"

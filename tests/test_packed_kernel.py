@@ -191,7 +191,7 @@ import sys, pathlib, numpy, packed
 for i, path in enumerate(sorted(pathlib.Path(sys.argv[1]).glob("*.ebnas"))):
     image = numpy.random.default_rng(i).standard_normal((1, 3, 1 + i % 19, 1 + i % 13), numpy.float32)
     for kernel in packed.available_kernels():
-        packed.load(path, kernel=kernel, threads=1)(image)
+        packed.load(path, kernel=kernel, threads=1, any_size=True)(image)
 """
 
 

@@ -10,13 +10,14 @@ import pytest
 from conftest import ROOT
 from packed_programs import SEVEN, data_entry, network, spread
 from PIL import Image
+from test_snippets import expected_logits, photograph, snippet
 
 import web
 from baselines import make_config
-from images import central_square, read_rgb
 from model import build_model
 from packed import PackedNetwork, load, program_bytes
 from packed.lowering import lower
+from packed.picture import central_square, read_rgb
 from shapes import draw_shapes
 
 SHAPES = ROOT / "models" / "shapes.ebnas"
@@ -202,6 +203,22 @@ def test_a_picture_of_16_bits_is_read_by_its_upper_8_or_refused(visit, tmp_path)
         tab.set_input_files("#file", tmp_path / "deep.png")
         tab.wait_for_selector("#message:text('16 bits a channel')" if refused else "#answer:not(:empty)")
         assert bool(tab.inner_text("#answer")) != refused
+
+
+def test_the_snippet_for_a_page_of_your_own(visit, tmp_path):
+    image = photograph(tmp_path)
+    tab = visit(SHAPES.read_bytes())
+    given = (
+        "const bytes = bytesOf(NETWORK), kernel = bytesOf(KERNEL), file = new Blob([Uint8Array.from(photo)]);"
+    )
+    code = snippet("deploy.md", "centralSquare")
+    photo = list((tmp_path / "photo.png").read_bytes())
+    logits = tab.evaluate(f"async (photo) => {{ {given} {code} return Array.from(logits); }}", photo)
+    assert np.argmax(logits) == expected_logits(image).argmax()
+    refusal = (
+        "() => { try { network.run(new Uint8Array(48 * 48 * 3)); } catch (error) { return error.message; } }"
+    )
+    assert tab.evaluate(refusal) == "The network takes 32 x 32 pixels of RGB."
 
 
 def test_the_camera_is_classified_until_it_is_stopped(visit):

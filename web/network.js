@@ -122,9 +122,10 @@ class PackedNetwork {
     this.lay(network);
   }
 
-  /** Logits of one picture: RGB bytes, size * size * 3. */
+  /** Logits of one picture: RGB bytes, size * size * 3, as `centralSquare` gives them. */
   run(pixels) {
     const area = this.size ** 2;
+    if (pixels.length !== 3 * area) throw new Error(`The network takes ${this.size} x ${this.size} pixels of RGB.`);
     const image = new Float32Array(this.kernel.memory.buffer, this.image, 3 * area);
     const { fround } = Math;
     for (let c = 0; c < 3; c++)

@@ -2,7 +2,7 @@
 
 const $ = (id) => document.getElementById(id);
 const bytesOf = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-const LONGEST = 200; // times its shorter side, of a picture; as in images.py
+const LONGEST = 200; // times its shorter side, of a picture; as in packed/picture.py
 const SHOWN = 10; // classes
 
 let network = null;

@@ -1,7 +1,7 @@
 // From what a user gives to the network's pixels, RGB bytes: pictures as in training, drawings as shapes.
 
 /** A picture's RGBA (ImageData, opaque) -> size * size * 3: its shorter side made `resize` pixels, bilinear, and
- * the centre cut out. What images.py does, to the rounding of a byte. */
+ * the centre cut out. What packed/picture.py does, to the rounding of a byte. */
 function centralSquare({ data, width, height }, resize, size) {
   const longer = Math.floor((resize * Math.max(width, height)) / Math.min(width, height));
   const [w, h] = width >= height ? [longer, resize] : [resize, longer];

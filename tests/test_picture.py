@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from images import central_corner, read_rgb, resized_shape
+from packed import picture
+from packed.picture import central_corner, central_square, read_rgb, resized_shape
 
 
 def colour(mode: str):
@@ -74,3 +75,25 @@ def test_the_resize_rule_is_torchvisions(height, width, shorter):
     assert v2.functional.resize(image.float(), [shorter]).shape[1:] == resized_shape(height, width, shorter)
     top, left = central_corner(height, width, 5)
     assert v2.functional.center_crop(image, [5])[0, 0, 0] == image[0, top, left]
+
+
+def test_without_pillow_an_array_becomes_the_same_bytes(monkeypatch):
+    """Smaller and larger, high and wide, and what needs no resizing."""
+    rng = np.random.default_rng(0)
+    sizes = [(32, 32), (32, 47), (7, 5), (300, 41), (33, 500), *rng.integers(5, 200, (40, 2)).tolist()]
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    images += [255 * (image // 128) for image in images]  # black and white: sums at both ends
+    rules = [{"resize": 32, "size": 32}, {"resize": 36, "size": 32}]
+    expected = [central_square(image, **rule) for image in images for rule in rules]
+    monkeypatch.setattr(picture, "Image", None)
+    for i, image in enumerate(images):
+        for j, rule in enumerate(rules):
+            np.testing.assert_array_equal(central_square(image, **rule), expected[2 * i + j])
+    with pytest.raises(ImportError, match="needs Pillow"):
+        read_rgb(__file__)
+
+
+def test_what_has_no_centre():
+    for shape in ((0, 5, 3), (5, 0, 3), (1, 201, 3)):
+        with pytest.raises(ValueError, match="its sides are"):
+            central_square(np.zeros(shape, np.uint8), resize=8, size=8)

@@ -1,4 +1,7 @@
-"""One picture: from a file to RGB pixels, and where evaluation cuts it. No torch: infer.py uses it.
+"""One picture, as evaluation sees it: from a file to RGB pixels, resized, and its centre cut out.
+
+Training, infer.py and a copy of packed/ alone use this module: it needs NumPy, and Pillow to read files.
+Without Pillow arrays are resized by NumPy, to the same bytes.
 
 A picture of 8 bits a channel says what is black and what is white. One of 16 or 32 bits, or of floats, often
 does not: a camera of 12 bits writes 0 to 4095 into 16. See `value_range_of`.
@@ -6,14 +9,19 @@ does not: a camera of 12 bits writes 0 to 4095 into 16. See `value_range_of`.
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
 
-from utils import InputError
+try:
+    from PIL import ExifTags, Image, ImageOps
+except ImportError:  # where packed/ runs alone
+    Image = None
 
 LONGEST = 200
 """How many times its shorter side the longer side of a picture may be."""
@@ -21,16 +29,6 @@ LONGEST = 200
 
 ValueRange = tuple[float, float]
 """The values that are black and white."""
-
-
-def checked_range(values: Sequence[float] | None) -> ValueRange | None:
-    """--value_range. Raises InputError where white is not above black."""
-    if values is None:
-        return None
-    low, high = values
-    if low >= high:
-        raise InputError(f"--value_range {low:g} {high:g}: the second must be the larger")
-    return low, high
 
 
 def read_rgb(
@@ -47,8 +45,13 @@ def read_rgb(
     the file has to say so.
 
     Raises ValueError for what is not a regular file (a pipe would be waited for) and for a picture of more
-    than 8 bits of which nobody says how to read it, and what Pillow raises for a file that it cannot read.
+    than 8 bits of which nobody says how to read it, ImportError where Pillow is not installed, and what
+    Pillow raises for a file that it cannot read.
     """
+    if Image is None:
+        raise ImportError(
+            "reading files needs Pillow (pip install pillow); or give arrays of RGB, uint8 (h, w, 3)"
+        )
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
     with Image.open(path) as image:
@@ -179,8 +182,10 @@ def evaluation_resize(image_size: int, *, imagenet: bool) -> int:
 def resized_shape(height: int, width: int, shorter: int) -> tuple[int, int]:
     """(height, width) with the shorter side made `shorter` pixels, the longer in proportion, rounded down.
 
-    Raises ValueError on a picture so long that it would take gigabytes.
+    Raises ValueError on a picture without pixels, and on one so long that it would take gigabytes.
     """
+    if not min(height, width):
+        raise ValueError(f"its sides are {height} and {width}")
     if max(height, width) > LONGEST * min(height, width):
         raise ValueError(f"its sides are {height} and {width}; one is at most {LONGEST} times the other")
     longer = int(shorter * max(height, width) / min(height, width))
@@ -193,9 +198,43 @@ def central_corner(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def central_square(image: np.ndarray, *, resize: int, size: int) -> np.ndarray:
-    """The shorter side of uint8 (h, w, 3) made `resize` pixels, bilinear, and the centre: (size, size, 3)."""
+    """The shorter side of uint8 (h, w, channels) made `resize` pixels, bilinear, and the centre:
+    (size, size, channels). Raises ValueError: see resized_shape."""
     height, width = resized_shape(*image.shape[:2], resize)
-    if image.shape[:2] != (height, width):
-        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     top, left = central_corner(height, width, size)
-    return image[top : top + size, left : left + size]
+    if image.shape[:2] == (height, width):
+        return image[top : top + size, left : left + size]
+    if Image is None or image.shape[2] != 3:
+        narrow = resampled(image.swapaxes(0, 1), width, left, size).swapaxes(0, 1)
+        return resampled(narrow, height, top, size)
+    resized = Image.fromarray(image)
+    # columns first, as here without Pillow: newer versions choose by the sizes, and so round otherwise
+    for sides in ((width, resized.height), (width, height)):
+        resized = resized.resize(sides, Image.Resampling.BILINEAR)
+    return np.asarray(resized)[top : top + size, left : left + size]
+
+
+PRECISION = 22
+"""Bits behind the point of Pillow's weights for images of 8 bits."""
+
+
+def resampled(image: np.ndarray, length: int, first: int, count: int) -> np.ndarray:
+    """The rows `first` to `first + count` of uint8 (h, ...) resized to `length` rows: uint8 (count, ...).
+
+    To the bit what Pillow's bilinear filter gives (Resample.c): a triangle as wide as two rows of the smaller
+    of both images, its weights in whole numbers, and the sum rounded to a byte.
+    """
+    if length == len(image):
+        return image[first : first + count]
+    scale = len(image) / length
+    reach = max(scale, 1.0)
+    rows = np.empty((count, *image.shape[1:]), np.uint8)
+    for i in range(count):
+        centre = (first + i + 0.5) * scale
+        start, end = max(int(centre - reach + 0.5), 0), min(int(centre + reach + 0.5), len(image))
+        weights = [max(1 - abs((x - centre + 0.5) * (1 / reach)), 0.0) for x in range(start, end)]
+        total = functools.reduce(operator.add, weights)  # in order, and rounded each time, as C does
+        whole = [math.floor(weight / total * (1 << PRECISION) + 0.5) for weight in weights]
+        sums = np.tensordot(np.int64(whole), image[start:end].astype(np.int64), 1)
+        rows[i] = np.clip((sums + (1 << PRECISION - 1)) >> PRECISION, 0, 255)
+    return rows
