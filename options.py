@@ -175,7 +175,9 @@ class Parser(argparse.ArgumentParser):
         saved = {name: value for name, value in saved.items() if name in ours}
         words = []
         for name, value in saved.items():
-            if isinstance(value, list):
+            if isinstance(value, list) and all(isinstance(each, str) for each in value):  # as `operations`
+                words.append(f"--{name}={','.join(value)}")
+            elif isinstance(value, list):
                 words += [f"--{name}", *map(str, value)]
             elif value is not None and value is not False:
                 words.append(f"--{name}" if value is True else f"--{name}={value}")
