@@ -9,7 +9,8 @@
 
 enum { BYTES = sizeof(vec), JOINED = 4, MOST_SUMS = 127 / JOINED, MOST_AT_ONCE = 4 /* vectors */ };
 
-typedef int8_t bytes __attribute__((vector_size(sizeof(vec))));
+/* Unsigned, so that sums may wrap in lanes behind a line, which hold anything and which nobody reads. */
+typedef uint8_t bytes __attribute__((vector_size(sizeof(vec))));
 
 INLINE bytes load_bytes(const int8_t *p)
 {
