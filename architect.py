@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from data import Batch
 from distributed import World
 from engine import Precision, as_compiled, backward, parts_of, update
 from genotypes import NODES
+from images.loaders import Batch
 from model_search import Supernet, edge_weights
 
 

@@ -165,7 +165,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 import memory
-from augment import Augmentation, Normalize
 from baselines import make_config, settings_of
 from comparison import gpu
 from comparison.engines import Logits, float_network, make_runner
@@ -173,10 +172,12 @@ from comparison.measure import MEMORY, Case, measure
 from comparison.original_network import original_network
 from comparison.original_search import OriginalSupernet
 from comparison.steps import original_search_steps, random_batch, search_steps, step_of, until_it_fits
-from data import Batch, BatchLoader, ImageSet, Loader, imagenet_loaders
 from distributed import World, setup
 from engine import in_memory_format, parts_of, precision_of
 from genotypes import get_genotype
+from images.augment import Augmentation, Normalize
+from images.loaders import Batch, BatchLoader, Loader, imagenet_loaders
+from images.sets import ImageSet
 from kernels import Form, accelerate, choose_form
 from kernels.compilation import compile_regions
 from kernels.library import library, unavailable

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import Loader
 from engine import Precision
+from images.loaders import Loader
 from utils import printable, write_atomically
 
 SHOWN = 24

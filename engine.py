@@ -21,7 +21,7 @@ from distributed import World
 from utils import InputError, RunFailed
 
 if TYPE_CHECKING:  # data brings torchvision, which not every script needs
-    from data import Batch, Loader
+    from images.loaders import Batch, Loader
     from settings import StepSettings
 
 

@@ -75,14 +75,15 @@ from torch import nn
 from tqdm import tqdm
 
 import confusion
-from augment import Normalize
 from baselines import Config, label, make_config, trained_network
 from checkpoint import LAST, network_config
 from cost import Cost, measure_cost
-from data import BatchLoader, Loader, imagenet_val_loader, load_set
 from distributed import World, setup
 from engine import Precision, choose_precision, evaluate
 from figures import draw_confusion
+from images.augment import Normalize
+from images.loaders import BatchLoader, Loader, imagenet_val_loader
+from images.sets import load_set
 from kernels import accelerate, choose_form
 from model import build_model
 from originals import Said, find_file, load_as_said, named

@@ -53,7 +53,7 @@ import numpy as np
 
 from baselines import trained_network
 from board import BoardFiles, board_files
-from folders import readable_classes
+from images.files import readable_classes
 from originals import Said, find_file, load_as_said, named_by_its_images
 from packed import (
     NoCompiler,

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from baselines import Config
-from data import Batch
 from distributed import World
 from engine import Precision, Training, parts_of, training_loss
 from genotypes import GENOTYPES
+from images.loaders import Batch
 from kernels import accelerate
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet

@@ -22,8 +22,8 @@ from choices import (
     WEIGHT_BINARIZATIONS,
 )
 from genotypes import OPERATIONS
+from images.split import TEST_PART, is_unsplit
 from search_space import checked_operations
-from split import TEST_PART, is_unsplit
 from utils import InputError
 
 LARGE = 1e30

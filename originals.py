@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from baselines import Config, make_config
 from checkpoint import FORMAT, check_tensor, checked, is_own, read_file, resolve_checkpoint
 from choices import STAGE1_BITS
-from folders import class_names
 from genotypes import reduction_cells
+from images.files import class_names
 from model import build_model
 from rows import ROWS, USUAL_ROW
 from utils import InputError
@@ -258,7 +258,7 @@ def _data(config: Config, said: Said) -> dict[str, Any]:
             f"it tells {config.num_classes} classes apart, as neither CIFAR set does: say what its images "
             "were with --set folder --data DIR"
         )
-    from data import STATISTICS  # which export.py does not need for a file of ours
+    from images.sets import STATISTICS  # which export.py does not need for a file of ours
 
     statistics = STATISTICS[name if name in STATISTICS else "cifar10"]  # of a folder, in place of CIFAR-10
     return {
@@ -290,7 +290,8 @@ def named_by_its_images(data: dict[str, Any]) -> dict[str, Any]:
     name, root = data["set"], data["root"]
     if data["classes"] != numbered(len(data["classes"])):
         return data
-    from data import imagenet_folders, load_set
+    from images.files import imagenet_folders
+    from images.sets import load_set
 
     if name == "imagenet":
         classes = class_names(imagenet_folders(root)[0])

@@ -8,15 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from augment import Normalize
-from data import ImageSet, Share, channel_statistics, load_set
 from distributed import World
-from duplicates import near_duplicates
-from folders import list_images
+from images.augment import Normalize
+from images.duplicates import near_duplicates
+from images.files import list_images
+from images.loaders import Share
+from images.sets import ImageSet, channel_statistics, load_set
+from images.split import choose_test_files, is_unsplit, split_table
 from packed.picture import ValueRange
 from resume import Origin
 from settings import ImageSettings, SearchSettings, TrainSettings
-from split import choose_test_files, is_unsplit, split_table
 from utils import InputError, printable, write_atomically
 
 
@@ -58,7 +59,7 @@ def prepare_data(
 
 
 def test_files_of(name: str, root: str, test_part: float) -> tuple[str, ...] | None:
-    """What is to test on in a folder that is not split (see split.py); None for all other sets."""
+    """What is to test on in a folder that is not split (see images/split.py); None for all other sets."""
     if name != "folder" or not is_unsplit(root):
         return None
     return choose_test_files(list_images(Path(root)), test_part)

@@ -140,8 +140,8 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from data import channel_statistics, load_set
 from figures import draw_genotype
+from images.sets import channel_statistics, load_set
 from processes import PATIENCE, claimed, signals_to_interrupts
 from run_data import checked_range, describe_data, test_files_of
 from runs import LOCATION, RESULT, RUNS, Run, create_run, differing_flags, read_args

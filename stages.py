@@ -15,10 +15,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from baselines import label
 from checkpoint import LIVE, network_config
-from data import Loader
 from distributed import World
 from engine import Precision, Training, evaluate, in_memory_format, train_one_epoch
 from figures import draw_curves
+from images.loaders import Loader
 from kernels import Form, accelerate, choose_form
 from kernels.compilation import compile_regions
 from model import build_model

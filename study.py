@@ -68,7 +68,6 @@ def parser() -> options.Parser:
 if __name__ == "__main__":
     check_usage(parser)
 
-from data import load_set
 from evidence import strategies
 from evidence.analysis import scores_of, what_it_shows
 from evidence.cell_pictures import draw_cells
@@ -77,6 +76,7 @@ from evidence.pictures import draw_study
 from evidence.report import report
 from evidence.results import Results
 from evidence.runner import Runner
+from images.sets import load_set
 
 
 def main(flags: options.Flags) -> None:

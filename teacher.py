@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from baselines import trained_network
 from checkpoint import load_checkpoint
-from data import Batch
 from distributed import World
+from images.loaders import Batch
 from utils import InputError, one_line
 
 

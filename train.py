@@ -40,12 +40,13 @@ if __name__ == "__main__":
     check_usage(parser)
 
 import stages
-from augment import Augmentation
 from baselines import trained_network
 from checkpoint import BEST, load_checkpoint
-from data import BatchLoader, ImageSet, holdout_split
 from distributed import World, setup
 from engine import evaluate, precision_of
+from images.augment import Augmentation
+from images.loaders import BatchLoader
+from images.sets import ImageSet, holdout_split
 from kernels import accelerate
 from run_data import loader_settings, prepare_data, write_split
 from session import Session

@@ -44,9 +44,10 @@ if __name__ == "__main__":
     check_usage(parser)
 
 import stages
-from data import STATISTICS, Share, imagenet_loaders
 from distributed import setup
 from engine import precision_of
+from images.loaders import Share, imagenet_loaders
+from images.sets import STATISTICS
 from run_data import checked_range, describe_data
 from session import Session
 from settings import ImageNetSettings, settings_from

@@ -109,12 +109,13 @@ import torch
 from torch import nn
 
 from architect import Architect
-from augment import Augmentation
-from data import STATISTICS, Batch, BatchLoader, ImageSet, Loader, Share, search_file_loaders, split_halves
 from distributed import World, setup
 from engine import Training, evaluate, in_memory_format, precision_of, train_one_epoch
 from figures import draw_curves, draw_genotype
 from found import describe_found
+from images.augment import Augmentation
+from images.loaders import Batch, BatchLoader, Loader, Share, search_file_loaders
+from images.sets import STATISTICS, ImageSet, split_halves
 from kernels import Form, accelerate, choose_form, knows_operations
 from kernels.compilation import compile_regions
 from model_search import SearchConfig, Supernet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 import random
@@ -193,6 +194,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def mixed_seed(*key: int | str) -> int:
+    """A 64-bit seed of a key: near keys give unrelated seeds, on every platform."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
 def nearest_multiples(value: int, divisor: int) -> str:

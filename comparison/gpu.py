@@ -28,10 +28,11 @@ from comparison.steps import (
     step_of,
     until_it_fits,
 )
-from data import Batch
 from distributed import World
 from engine import choose_precision, has_bf16, in_memory_format
 from genotypes import GENOTYPES
+from images.loaders import Batch
+from images.shapes import draw_shapes
 from kernels import accelerate
 from kernels.compilation import compile_regions
 from memory import GB, PUBLISHED, StepMemory, count_bytes
@@ -39,7 +40,6 @@ from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
 from packed import PackedNetwork, load
 from runs import machine
-from shapes import draw_shapes
 from utils import RunFailed, one_line, write_atomically
 
 PROGRAM = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shapes import SHAPES, draw_shapes
+from images.shapes import SHAPES, draw_shapes
 from signals import StopSignal
 from utils import run_main
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from augment import (
+from images.augment import (
     LIGHTING_AXES,
     Augmentation,
     Normalize,
@@ -19,7 +19,8 @@ from augment import (
     random_crop,
     random_flip,
 )
-from data import BatchLoader, ImageSet
+from images.loaders import BatchLoader
+from images.sets import ImageSet
 
 NORMALIZE = Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 

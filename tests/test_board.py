@@ -14,10 +14,10 @@ from packed_programs import one_step, random_program
 
 from board import BoardFiles, board_bits, board_files
 from board.plan import BoardPlan
+from images.shapes import draw_shapes
 from packed import PackedNetwork, Program, read_program
 from packed.kernel import Plan, kernel_weights
 from packed.picture import central_square
-from shapes import draw_shapes
 
 TESTS = Path(__file__).parent
 SHAPES = ROOT / "models" / "shapes.ebnas"

@@ -15,9 +15,9 @@ from architect import Architect
 from baselines.bats import BatsConfig, BatsUnit
 from baselines.bnas import BnasUnit
 from baselines.dcp_nas import DcpConvolution
-from data import Batch
 from engine import Position, Precision, Training, evaluate, train_one_epoch, training_step
 from genotypes import GENOTYPES
+from images.loaders import Batch
 from kernels.compilation import compile_regions, regions
 from model import ModelConfig, Network, build_model
 from model_search import SearchConfig, Supernet

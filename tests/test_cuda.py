@@ -17,10 +17,10 @@ from torch import nn
 from architect import Architect
 from checkpoint import Checkpointer, load_checkpoint
 from choices import PRECISIONS
-from data import Batch
 from distributed import World, setup
 from engine import FiniteWatch, Precision, Sums, Training, training_step
 from genotypes import GENOTYPES
+from images.loaders import Batch
 from model import ModelConfig, Network, build_model
 from model_search import SearchConfig, Supernet
 from runs import read_metrics

@@ -24,23 +24,12 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_downloads
 from torchvision.transforms import v2
 
-import data
 import infer
-from augment import Augmentation, Normalize
-from data import (
-    Batch,
-    BatchLoader,
-    ImageSet,
-    Share,
-    _Reader,
-    _Upload,
-    channel_statistics,
-    holdout_split,
-    imagenet_loaders,
-    load_set,
-    split_halves,
-)
-from folders import ImageFiles
+from images.augment import Augmentation, Normalize
+from images.files import ImageFiles
+from images.loaders import Batch, BatchLoader, Share, _Upload, imagenet_loaders
+from images.reader import FileReader
+from images.sets import STATISTICS, ImageSet, channel_statistics, holdout_split, load_set, split_halves
 from packed.picture import read_rgb
 from utils import InputError, RunFailed
 
@@ -579,7 +568,7 @@ def test_imagenet_validation_is_the_usual_one(imagenet):
             v2.Resize(32, antialias=True),
             v2.CenterCrop(28),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(*data.STATISTICS["imagenet"]),
+            v2.Normalize(*STATISTICS["imagenet"]),
         ]
     )
     files = sorted((imagenet / "val").rglob("*.jpg"))
@@ -641,7 +630,7 @@ def test_a_corrupt_imagenet_file_is_named_in_one_line(imagenet, workers):
 
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_some_files_of_imagenet_are_tried_at_the_start(imagenet, monkeypatch, part):
-    monkeypatch.setattr(data, "TRIED", 3)  # of 21: the first of each class
+    monkeypatch.setattr("images.reader.TRIED", 3)  # of 21: the first of each class
     (imagenet / part / "b" / "001.jpg").write_text("not tried")
     open_imagenet(imagenet)
     (imagenet / part / "b" / "000.jpg").write_text("not an image")
@@ -693,8 +682,8 @@ def test_a_killed_worker_is_told_in_one_line(imagenet):
 
 def test_workers_do_not_outlive_a_script_that_ends_in_mid_epoch(imagenet):
     program = (
-        "import sys, data\n"
-        "loader, _ = data.imagenet_val_loader(sys.argv[1], 2, device='cpu', workers=1, image_size=28)\n"
+        "import sys\nfrom images.loaders import imagenet_val_loader\n"
+        "loader, _ = imagenet_val_loader(sys.argv[1], 2, device='cpu', workers=1, image_size=28)\n"
         "epoch = loader.epoch(0)\n"
         "next(epoch)\n"
         "sys.exit(3)"
@@ -725,7 +714,7 @@ def test_a_draft_shows_the_same_crop(tmp_path, size, nearest, orientation):
     for epoch in range(8):
         item = epoch, torch.tensor([0])
         whole, draft = (
-            _Reader(files, 64, seed=3, jpeg_draft=draft)[item][0].float() for draft in (False, True)
+            FileReader(files, 64, seed=3, jpeg_draft=draft)[item][0].float() for draft in (False, True)
         )
         assert (whole - draft).abs().mean() <= nearest < (whole.flip(-1) - draft).abs().mean()
 

@@ -9,9 +9,10 @@ import torch
 from conftest import TINY_STAGE
 from PIL import Image, TiffImagePlugin
 
-import data
 import infer
 from checkpoint import load_checkpoint
+from images.loaders import imagenet_loaders
+from images.sets import ImageSet, channel_statistics, load_set
 from packed import load
 from packed.exchange import metadata
 from packed.picture import eight_bits, read_rgb
@@ -190,9 +191,7 @@ def test_what_training_read_is_kept_for_all_that_reads_later(
         infer, "probabilities", lambda net, pictures: (seen.append(pictures), np.zeros((1, 2)))[1]
     )
     list(infer.classify(net, [path]))
-    expected = data.load_set("folder", twelve_bits, train=False, image_size=16, value_range=(0, 4095)).images[
-        6
-    ]
+    expected = load_set("folder", twelve_bits, train=False, image_size=16, value_range=(0, 4095)).images[6]
     assert (seen[0][0].transpose(2, 0, 1) == expected.numpy()).all() and expected.min() > 120
     scripts.run("train.py", "--resume", run, code=2)  # finished: and its flags are read without an error
 
@@ -211,12 +210,12 @@ def test_a_training_set_without_spread_is_refused(tmp_path):
         for name in ("a", "b"):
             (tmp_path / split / name).mkdir(parents=True)
             Image.new("RGB", (16, 16), (9, 8, 7)).save(tmp_path / split / name / "1.png")
-    train_set = data.load_set("folder", tmp_path, train=True, image_size=16, workers=0)
+    train_set = load_set("folder", tmp_path, train=True, image_size=16, workers=0)
     with pytest.raises(InputError, match=r"all 2 images to train on have the one colour \(9, 8, 7\)"):
-        data.channel_statistics("folder", train_set)
+        channel_statistics("folder", train_set)
     with pytest.raises(InputError, match=r"have the one colour \(9, 8, 7\)"):
-        data.imagenet_loaders(tmp_path, 2, device="cpu", workers=0, seed=0, image_size=16)
+        imagenet_loaders(tmp_path, 2, device="cpu", workers=0, seed=0, image_size=16)
     half = torch.cat(
         [train_set.images, train_set.images + torch.tensor([1, 0, 0], dtype=torch.uint8)[:, None, None]]
     )
-    data.channel_statistics("folder", data.ImageSet(half, torch.zeros(4, dtype=torch.int64), ("a", "b")))
+    channel_statistics("folder", ImageSet(half, torch.zeros(4, dtype=torch.int64), ("a", "b")))

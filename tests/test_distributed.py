@@ -22,11 +22,12 @@ from torch import Tensor, multiprocessing, nn
 
 import distributed
 from architect import Architect
-from augment import Normalize
 from checkpoint import load_checkpoint
-from data import BatchLoader, ImageSet, Share
 from distributed import World, setup
 from engine import Position, Precision, Training, evaluate, train_one_epoch
+from images.augment import Normalize
+from images.loaders import BatchLoader, Share
+from images.sets import ImageSet
 from model_search import SearchConfig, Supernet
 from teacher import DistillationLoss, Teacher
 from utils import InputError, RunFailed, one_line

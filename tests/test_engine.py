@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from data import Batch
 from distributed import World
 from engine import (
     FiniteWatch,
@@ -20,6 +19,7 @@ from engine import (
     train_one_epoch,
 )
 from genotypes import GENOTYPES
+from images.loaders import Batch
 from model import ModelConfig, Network, build_model
 from utils import RunFailed
 

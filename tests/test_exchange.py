@@ -11,11 +11,11 @@ import torch
 from conftest import ROOT
 from packed_programs import one_step, random_program
 
+from images.shapes import draw_shapes
 from packed import load
 from packed.bipolar import qonnx_bytes
 from packed.exchange import onnx_bytes, pt2_bytes
 from packed.float_form import FloatForm
-from shapes import draw_shapes
 
 SHAPES = ROOT / "models" / "shapes.ebnas"
 

@@ -7,7 +7,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from folders import SUFFIXES, class_names, list_images, readable_classes
+from images.files import SUFFIXES, class_names, list_images, readable_classes
 from utils import InputError
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from baselines import trained_network
 from checkpoint import load_checkpoint
-from data import STATISTICS
 from genotypes import genotype_from_dict, random_genotype, save_genotype
+from images.sets import STATISTICS
 from model import ModelConfig, build_model
 from originals import Said, load_any
 from packed import read_program

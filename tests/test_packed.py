@@ -27,11 +27,12 @@ from PIL import Image
 from torch import nn
 
 import checkpoint
-import data
 import export
 import infer
 from distributed import World
 from genotypes import GENOTYPES
+from images.sets import load_set
+from images.shapes import SHAPES, draw_shapes
 from model import ModelConfig, build_model
 from packed import (
     KERNELS,
@@ -44,7 +45,6 @@ from packed import (
 )
 from packed.kernel import Plan
 from packed.picture import central_square, read_rgb
-from shapes import SHAPES, draw_shapes
 from utils import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -391,7 +391,7 @@ def test_export_reads_what_it_writes(run_folder, monkeypatch):
 
 def test_export_needs_nothing_of_training():
     """`import export` takes no session, stages, engine, data sets or logger with it."""
-    training = ("session", "stages", "engine", "data", "runs", "logger", "architect", "torchvision")
+    training = ("session", "stages", "engine", "images.sets", "runs", "logger", "architect", "torchvision")
     code = f"import sys, export; print(sorted(sys.modules.keys() & {set(training)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
@@ -415,7 +415,7 @@ def pictures(tmp_path) -> Path:
 
 
 def test_pictures_are_prepared_as_in_training(pictures):
-    test_set = data.load_set("folder", pictures, train=False, image_size=24, workers=0)
+    test_set = load_set("folder", pictures, train=False, image_size=24, workers=0)
     expected = test_set.images[test_set.labels == 0]
     paths = sorted((pictures / "test" / "one").iterdir())
     ours = np.stack([central_square(read_rgb(path), resize=24, size=24) for path in paths])

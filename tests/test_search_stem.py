@@ -8,8 +8,8 @@ from conftest import TINY_SEARCH, receive
 from torch.nn import functional as F
 
 from checkpoint import load_checkpoint
-from data import search_file_loaders
 from genotypes import get_genotype
+from images.loaders import search_file_loaders
 from kernels import FORMS, accelerate
 from memory import CONTEXT, GB, PUBLISHED
 from model import ModelConfig, build_model

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from data import BatchLoader, channel_statistics, load_set
-from shapes import SHAPES, draw_shapes
+from images.loaders import BatchLoader
+from images.sets import channel_statistics, load_set
+from images.shapes import SHAPES, draw_shapes
 
 
 def test_shapes_are_balanced_shuffled_and_follow_the_seed():

@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from images.shapes import draw_shapes
 from packed import load, read_program
 from packed.exchange import onnx_bytes, pt2_bytes
-from shapes import draw_shapes
 
 SHAPES = ROOT / "models" / "shapes.ebnas"
 

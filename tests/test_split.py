@@ -10,11 +10,11 @@ from conftest import TINY_STAGE
 from PIL import Image
 
 from checkpoint import load_checkpoint
-from data import load_set
-from duplicates import near_duplicates
-from folders import list_images
-from shapes import SHAPES, draw_shapes
-from split import choose_test_files, digest, is_unsplit, part_of
+from images.duplicates import near_duplicates
+from images.files import list_images
+from images.sets import load_set
+from images.shapes import SHAPES, draw_shapes
+from images.split import choose_test_files, digest, is_unsplit, part_of
 from utils import InputError
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

@@ -11,10 +11,11 @@ from conftest import TINY_STAGE, receive
 from torch import nn
 
 from checkpoint import load_checkpoint
-from data import STATISTICS, Batch
 from distributed import World
 from engine import Precision, Training, training_loss, training_step
 from genotypes import GENOTYPES
+from images.loaders import Batch
+from images.sets import STATISTICS
 from model import ModelConfig, build_model
 from teacher import DistillationLoss, Taught, Teacher, find_teacher
 from utils import InputError

@@ -14,11 +14,11 @@ from test_snippets import expected_logits, photograph, snippet
 
 import web
 from baselines import make_config
+from images.shapes import draw_shapes
 from model import build_model
 from packed import PackedNetwork, load, program_bytes
 from packed.lowering import lower
 from packed.picture import central_square, read_rgb
-from shapes import draw_shapes
 
 SHAPES = ROOT / "models" / "shapes.ebnas"
 CLANG = "14"  # the kernel was compiled with it

@@ -14,11 +14,11 @@ from conftest import ROOT, TINY_STAGE, environment
 from test_layout import SCRIPTS
 
 import checkpoint
-import data
-import folders
 import options
 import processes
 import utils
+from images import files as folders
+from images import reader
 from packed import compiler
 from runs import Run
 
@@ -67,12 +67,14 @@ def test_workers_that_are_not_forked(images, method):
     before, others = multiprocessing.get_start_method(), multiprocessing.active_children()
     multiprocessing.set_start_method(method, force=True)
     try:
-        reader = data._Reader(folders.list_images(images / "test"), 16, resize=16)
-        items = data._read(data._data_loader(reader, [(0, torch.arange(9)), (0, torch.arange(9))], 1))
+        pictures = reader.FileReader(folders.list_images(images / "test"), 16, resize=16)
+        items = reader.read_blocks(
+            reader.block_loader(pictures, [(0, torch.arange(9)), (0, torch.arange(9))], 1)
+        )
         pixels, labels, _ = next(items)
     finally:
         multiprocessing.set_start_method(before, force=True)
-    expected = reader[0, torch.arange(9)]
+    expected = pictures[0, torch.arange(9)]
     assert torch.equal(pixels, expected[0]) and torch.equal(labels, expected[1])
     (worker,) = (child for child in multiprocessing.active_children() if child not in others)
     worker.terminate()
@@ -82,7 +84,7 @@ def test_workers_that_are_not_forked(images, method):
 
 def test_what_the_end_of_a_worker_would_signal_is_not_asked_for(monkeypatch):
     monkeypatch.delattr(signal, "SIGCHLD")
-    assert list(data._read([1, 2])) == [1, 2]
+    assert list(reader.read_blocks([1, 2])) == [1, 2]
 
 
 def test_a_file_that_is_being_read_is_replaced_a_moment_later(tmp_path, monkeypatch):

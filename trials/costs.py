@@ -11,8 +11,8 @@ from torch import nn
 
 from choices import COSTS
 from cost import measure_cost
-from folders import readable_classes
 from genotypes import Genotype
+from images.files import readable_classes
 from model import ModelConfig
 from packed import Program, program_bytes
 from packed.kernel import Plan

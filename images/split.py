@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from folders import ImageFiles, class_names
+from images.files import ImageFiles, class_names
 from utils import InputError
 
 TEST_PART = 0.2

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from utils import InputError
+from utils import InputError, printable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
@@ -153,3 +154,53 @@ def _identity(folder: Path) -> tuple[int, int | str]:
     """What two paths to one folder, which is `folder` resolved, have in common, be they links or mounts."""
     status = folder.stat()
     return status.st_dev, status.st_ino or str(folder)  # some file systems of Windows number no files
+
+
+def listed_images(folder: Path) -> ImageFiles:
+    """`list_images`, with a line of warning for what it leaves out."""
+    files = list_images(folder)
+    if files.left_out:
+        print(printable(f"warning: left out in {folder}: {files.left_out}"), file=sys.stderr)
+    return files
+
+
+def split_folders(roots: Sequence[Path], held_out: Sequence[str]) -> tuple[Path, Path]:
+    """`train` and the first of `held_out` that exists, in the first of `roots` that has a `train`.
+
+    Raises InputError where there is none, or their classes differ, or there is only one.
+    """
+    root = next((root for root in roots if (root / "train").is_dir()), None)
+    if root is None:
+        raise InputError(f"no folder 'train' in {' or '.join(map(str, roots))}")
+    name = next((name for name in held_out if (root / name).is_dir()), None)
+    if name is None:
+        raise InputError(
+            f"no folder {' or '.join(map(repr, held_out))} in {root}, beside 'train'; --set folder splits "
+            f"{root / 'train'} itself where --data names it"
+        )
+    train, test = root / "train", root / name
+    classes = {folder: set(class_names(folder)) for folder in (train, test)}
+    only = [
+        f"only in {folder}: {', '.join(extra[:5])}{', ...' if len(extra) > 5 else ''}"
+        for folder, other in ((train, test), (test, train))
+        if (extra := sorted(classes[folder] - classes[other]))
+    ]
+    if only:
+        raise InputError(f"the classes of {train} and {test} differ; {'; '.join(only)}")
+    refuse_one_class(train, sorted(classes[train]))
+    return train, test
+
+
+def refuse_one_class(folder: Path, classes: Sequence[str]) -> None:
+    if len(classes) == 1:
+        raise InputError(
+            f"{folder} has one class, {classes[0]}, and a network needs two to tell apart: each folder in "
+            f"{folder} is to be a class"
+        )
+
+
+def imagenet_folders(root: str | Path, held_out: Sequence[str] = ("val",)) -> tuple[Path, Path]:
+    """train/ and the first of `held_out`, in `root`, or in its ILSVRC2012 or ImageNet-ILSVRC2012. Raises
+    InputError: there are none."""
+    roots = [Path(root), Path(root, "ILSVRC2012"), Path(root, "ImageNet-ILSVRC2012")]
+    return split_folders(roots, held_out=held_out)

@@ -1,0 +1,1 @@
+"""Images in, batches out: the files of a folder, sets in memory, splits, augmentation, loaders."""
