@@ -32,8 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import options
-from choices import CLOCKS, COMPILE_MODES, FAMILIES, RIVALS, WEIGHT_BINARIZATIONS
+from flags import options
+from flags.choices import CLOCKS, COMPILE_MODES, FAMILIES, RIVALS, WEIGHT_BINARIZATIONS
 from utils import InputError, check_output, check_usage, one_line, run_main
 
 BITS = {"w1a1": (1, 1), "w1a32": (1, 32), "w32a1": (32, 1)}

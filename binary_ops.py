@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from choices import WEIGHT_BINARIZATIONS
+from flags.choices import WEIGHT_BINARIZATIONS
 from utils import InputError
 
 

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from choices import PRECISIONS
 from distributed import World
+from flags.choices import PRECISIONS
 from utils import InputError, RunFailed
 
 if TYPE_CHECKING:  # data brings torchvision, which not every script needs
+    from flags.settings import StepSettings
     from images.loaders import Batch, Loader
-    from settings import StepSettings
 
 
 class Precision:

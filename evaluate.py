@@ -19,8 +19,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import options
-from choices import STAGE1_BITS
+from flags import options
+from flags.choices import STAGE1_BITS
 from genotypes import describe
 from rows import CELL_SYSTEMS, NOT_PUBLIC, ROWS, Published
 from utils import InputError, check_usage, human, run_main

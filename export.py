@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import options
+from flags import options
 from utils import InputError, check_output, check_usage, run_main, write_atomically
 
 

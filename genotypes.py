@@ -13,7 +13,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from genotype_text import find_genotype, looks_like_genotype, read_text
+from flags.genotype_text import find_genotype, looks_like_genotype, read_text
 from search_space import ENTRIES, PRIMITIVES
 from utils import InputError, one_line, write_atomically
 
@@ -172,8 +172,8 @@ def canonical(genotype: Genotype) -> Genotype:
 def get_genotype(name: str, system: str | None = None, *, known: tuple[str, ...] | None = None) -> Genotype:
     """The genotype that `name` stands for, of the operations `known` (None: EBNAS's). It may be
 
-    a registered name; `random:SEED`; a genotype as text (see genotype_text.py); a file of JSON or text, of
-    which the last genotype counts; a search run's folder; or `FOLDER@EPOCH`, what that search had found at
+    a registered name; `random:SEED`; a genotype as text (see flags/genotype_text.py); a file of JSON or
+    text, of which the last genotype counts; a search run's folder; or `FOLDER@EPOCH`, what that search had found at
     the end of that epoch.
 
     For a `system` it may be any system's, and its convolutions are renamed to that system's.

@@ -48,7 +48,7 @@ def ebnas(source: str | Path | None = None, *, arch: str | Path | None = None, *
 
 def _untrained(arch: str, config: dict[str, Any]) -> nn.Module:
     from baselines import make_config, settings_of
-    from choices import FAMILIES
+    from flags.choices import FAMILIES
     from model import build_model
     from rows import system_of
     from utils import InputError

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-import options
+from flags import options
 from images.files import SUFFIXES, counted, of_system
 from packed import NoCompiler, PackedNetwork, load
 from utils import InputError, RunFailed, check_output, one_line, printable, run_main, write_atomically

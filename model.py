@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from choices import ACTIVATIONS, FAMILIES, WEIGHT_BINARIZATIONS
+from flags.choices import ACTIVATIONS, FAMILIES, WEIGHT_BINARIZATIONS
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict, reduction_cells
 from operations import (
     BinaryUnit,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from choices import FAMILIES
+from flags.choices import FAMILIES
 from genotypes import EDGES, NODES, Genotype, reduction_cells
 from operations import SearchPreprocess, SourceOperations, imagenet_convolutions
 from search_space import PRIMITIVES, checked_operations

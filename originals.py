@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from baselines import Config, make_config
 from checkpoint import FORMAT, check_tensor, checked, is_own, read_file, resolve_checkpoint
-from choices import STAGE1_BITS
+from flags.choices import STAGE1_BITS
 from genotypes import reduction_cells
 from images.files import class_names
 from model import build_model

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-import options
 from baselines import Config
 from checkpoint import is_own, network_config
-from choices import STAGE1_BITS
+from flags import options
+from flags.choices import STAGE1_BITS
+from flags.settings import StageSettings
 from originals import Said, find_file, load_any
 from recipes import get_recipe
 from runs import newest_checkpoint
-from settings import StageSettings
 from utils import InputError, command_text
 
 AUXILIARY = "auxiliary_head."

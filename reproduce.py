@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import options
-from options import command_line
+from flags import options
+from flags.options import command_line
 from recipes import EBNAS, OWN, get_recipe
 from rows import ROWS
 from utils import InputError, check_usage, command_text, run_main

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-import options
 from checkpoint import load_checkpoint
 from distributed import World, launch_name, restarted
+from flags import options
 from runs import find_launched, find_resumable
 from utils import InputError
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed import World
+from flags.settings import ImageSettings, SearchSettings, TrainSettings
 from images.augment import Normalize
 from images.duplicates import near_duplicates
 from images.files import list_images
@@ -17,7 +18,6 @@ from images.sets import ImageSet, channel_statistics, load_set
 from images.split import choose_test_files, is_unsplit, split_table
 from packed.picture import ValueRange
 from resume import Origin
-from settings import ImageSettings, SearchSettings, TrainSettings
 from utils import InputError, printable, write_atomically
 
 

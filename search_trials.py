@@ -23,8 +23,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import options
-from choices import COSTS
+from flags import options
+from flags.choices import COSTS
 from genotypes import describe, get_genotype, save_genotype
 from recipes import EBNAS
 from trials.cells import Space

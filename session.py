@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from checkpoint import Checkpointer
-from choices import CUDA_GRAPH_MODES
 from distributed import World, launch_name
 from engine import AfterStep, Position, Precision, Sums
+from flags.choices import CUDA_GRAPH_MODES
+from flags.settings import Settings, StepSettings, table
 from memory import GB, StepMemory, free_bytes
 from resume import Origin
 from runs import Run, create_run
-from settings import Settings, StepSettings, table
 from signals import Interrupted, StopSignal
 from utils import InputError, RunFailed, command_text, is_out_of_memory, one_line, os_error_message
 

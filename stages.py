@@ -18,6 +18,7 @@ from checkpoint import LIVE, network_config
 from distributed import World
 from engine import Precision, Training, evaluate, in_memory_format, train_one_epoch
 from figures import draw_curves
+from flags.settings import StageSettings
 from images.loaders import Loader
 from kernels import Form, accelerate, choose_form
 from kernels.compilation import compile_regions
@@ -29,7 +30,6 @@ from resume import Origin
 from rows import system_of
 from runs import Run, read_args, read_metrics
 from session import Session
-from settings import StageSettings
 from stage_flags import config_of, stage_of
 from teacher import DistillationLoss, Teacher, find_teacher
 from utils import InputError, command_text, human, one_line, seed_everything

@@ -24,10 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import options
-from choices import SETS
 from evidence.plan import Study
 from evidence.studies import INSTRUMENTS, SCALES, STUDIES, Scale
+from flags import options
+from flags.choices import SETS
 from genotypes import Genotype, get_genotype
 from utils import InputError, RunFailed, check_usage, run_main, write_atomically
 

@@ -10,7 +10,7 @@ torchrun --nproc_per_node=4 train.py --auxiliary --cutout  # 4 GPUs, batch_size 
 
 from __future__ import annotations
 
-import options
+from flags import options
 from recipes import EBNAS
 from rows import EBNAS_ROW
 from utils import check_usage, run_main
@@ -44,13 +44,13 @@ from baselines import trained_network
 from checkpoint import BEST, load_checkpoint
 from distributed import World, setup
 from engine import evaluate, precision_of
+from flags.settings import TrainSettings, settings_from
 from images.augment import Augmentation
 from images.loaders import BatchLoader
 from images.sets import ImageSet, holdout_split
 from kernels import accelerate
 from run_data import loader_settings, prepare_data, write_split
 from session import Session
-from settings import TrainSettings, settings_from
 from stage_flags import find_run
 
 

@@ -9,7 +9,7 @@ DIR, or its ILSVRC2012 or ImageNet-ILSVRC2012, holds train/<class>/* and val/<cl
 
 from __future__ import annotations
 
-import options
+from flags import options
 from recipes import EBNAS
 from rows import EBNAS_ROW
 from utils import InputError, check_usage, run_main
@@ -46,11 +46,11 @@ if __name__ == "__main__":
 import stages
 from distributed import setup
 from engine import precision_of
+from flags.settings import ImageNetSettings, settings_from
 from images.loaders import Share, imagenet_loaders
 from images.sets import STATISTICS
 from run_data import checked_range, describe_data
 from session import Session
-from settings import ImageNetSettings, settings_from
 from stage_flags import find_run
 
 

@@ -18,8 +18,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import options
-from choices import FAMILIES
+from flags import options
+from flags.choices import FAMILIES
 from genotypes import (
     Genotype,
     describe,
@@ -112,6 +112,7 @@ from architect import Architect
 from distributed import World, setup
 from engine import Training, evaluate, in_memory_format, precision_of, train_one_epoch
 from figures import draw_curves, draw_genotype
+from flags.settings import SearchSettings, settings_from
 from found import describe_found
 from images.augment import Augmentation
 from images.loaders import Batch, BatchLoader, Loader, Share, search_file_loaders
@@ -123,7 +124,6 @@ from resume import Origin, find_origin
 from run_data import checked_range, describe_data, loader_settings, prepare_data
 from runs import Run
 from session import Session
-from settings import SearchSettings, settings_from
 from stages import log_form
 
 

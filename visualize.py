@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import draw_curves, draw_genotype, draw_layers
+from flags.options import Flags, Parser, add_most_skips_flag
 from genotypes import (
     EVERY_OPERATION,
     GENOTYPES,
@@ -25,7 +26,6 @@ from genotypes import (
     is_path,
     save_genotype,
 )
-from options import Flags, Parser, add_most_skips_flag
 from search_space import ENTRIES
 from utils import InputError, check_output, run_main
 

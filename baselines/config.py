@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from choices import FAMILIES
+from flags.choices import FAMILIES
 from genotypes import OPERATIONS, Genotype, genotype_from_dict, genotype_to_dict, reduction_cells
 from utils import InputError, check_count
 

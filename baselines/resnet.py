@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from choices import FAMILIES
+from flags.choices import FAMILIES
 from utils import InputError, check_count
 
 

@@ -23,9 +23,9 @@ from checkpoint import load_checkpoint
 from cost import measure_cost
 from evidence.plan import BestOf, CellOf, FolderOf, Job, Study
 from evidence.results import Results, is_whole
+from flags.options import command_line
 from genotypes import Genotype, describe, genotype_from_dict, save_genotype
 from images.files import readable_classes
-from options import command_line
 from packed import program_bytes
 from packed.lowering import lower
 from processes import PROGRAM, Stopped, claimed, end, environment, last_word, signals_to_interrupts, start

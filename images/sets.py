@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from choices import SETS
+from flags.choices import SETS
 from images.augment import Normalize
 from images.files import ImageFiles, list_images, listed_images, refuse_one_class, split_folders
 from images.reader import FileReader, block_loader, check_spread, read_blocks, refuse_unreadable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from choices import CUDA_GRAPH_MODES
+from flags.choices import CUDA_GRAPH_MODES
 
 GRAPHS = 1024
 """How many compiled graphs one class of regions may have, one for each shape and setting. torch's default is

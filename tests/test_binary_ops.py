@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from binary_ops import BinaryConv2d, binarize_weight, binary_sign, sign
-from choices import WEIGHT_BINARIZATIONS
+from flags.choices import WEIGHT_BINARIZATIONS
 from utils import InputError
 
 INFINITY = math.inf

@@ -16,9 +16,9 @@ from torch import nn
 
 from architect import Architect
 from checkpoint import Checkpointer, load_checkpoint
-from choices import PRECISIONS
 from distributed import World, setup
 from engine import FiniteWatch, Precision, Sums, Training, training_step
+from flags.choices import PRECISIONS
 from genotypes import GENOTYPES
 from images.loaders import Batch
 from model import ModelConfig, Network, build_model

@@ -15,8 +15,8 @@ from evidence.report import report
 from evidence.results import Results
 from evidence.statistics import Summary, difference, rank_correlation, spread
 from evidence.studies import ONE_STAGE, SCALES, STUDIES
+from flags.options import command_line
 from genotypes import genotype_to_dict, get_genotype, random_genotype
-from options import command_line
 from runs import RUNS
 from stage_flags import settle
 from study import scale_of

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from baselines import make_config
 from binary_ops import BinaryConv2d
-from choices import WEIGHT_BINARIZATIONS
+from flags.choices import WEIGHT_BINARIZATIONS
 from genotypes import GENOTYPES, PRIMITIVES
 from kernels import accelerate, fused
 from kernels.fused import effective_weights

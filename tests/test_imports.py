@@ -6,10 +6,10 @@ import sys
 import pytest
 from conftest import ROOT, environment
 
-import choices
 from baselines import SYSTEMS
 from binary_ops import ACTIVATION_MODULES
 from comparison.measure import CLOCKS
+from flags import choices
 from kernels import FORMS
 from rows import CELL_SYSTEMS
 

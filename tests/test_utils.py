@@ -13,7 +13,7 @@ from utils import InputError, check_output, printable, write_atomically
 
 PROGRAM = """
 import sys
-from options import Parser
+from flags.options import Parser
 from utils import InputError, RunFailed, run_main
 
 def main(args):

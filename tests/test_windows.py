@@ -14,9 +14,9 @@ from conftest import ROOT, TINY_STAGE, environment
 from test_layout import SCRIPTS
 
 import checkpoint
-import options
 import processes
 import utils
+from flags import options
 from images import files as folders
 from images import reader
 from packed import compiler

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from choices import COSTS
 from cost import measure_cost
+from flags.choices import COSTS
 from genotypes import Genotype
 from images.files import readable_classes
 from model import ModelConfig

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flags.options import command_line
 from genotypes import save_genotype
-from options import command_line
 from processes import PROGRAM, claimed, end, environment, last_word, start
 from runs import LOCATION, RESULT, RUNS, read_metrics
 from trials.cells import Candidate

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from choices import (
+from flags.choices import (
     ACTIVATIONS,
     COMPILE_MODES,
     FORMS,
