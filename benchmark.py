@@ -165,7 +165,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 import memory
-from baselines import make_config, settings_of
 from comparison import gpu
 from comparison.engines import Logits, float_network, make_runner
 from comparison.measure import MEMORY, Case, measure
@@ -183,10 +182,11 @@ from kernels.compilation import compile_regions
 from kernels.library import library, unavailable
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
+from networks.lowering import lower
+from networks.registry import make_config, settings_of
+from networks.rows import system_of
 from operations import CONVOLUTIONS
 from packed import PackedNetwork, Program, available_kernels, load, program_bytes
-from packed.lowering import lower
-from rows import system_of
 from runs import machine
 
 IMAGES = {"cifar": (32, 10), "imagenet": (224, 1000)}

@@ -22,7 +22,7 @@ from pathlib import Path
 from flags import options
 from flags.choices import STAGE1_BITS
 from genotypes import describe
-from rows import CELL_SYSTEMS, NOT_PUBLIC, ROWS, Published
+from networks.rows import CELL_SYSTEMS, NOT_PUBLIC, ROWS, Published
 from utils import InputError, check_usage, human, run_main
 
 
@@ -75,9 +75,7 @@ from torch import nn
 from tqdm import tqdm
 
 import confusion
-from baselines import Config, label, make_config, trained_network
 from checkpoint import LAST, network_config
-from cost import Cost, measure_cost
 from distributed import World, setup
 from engine import Precision, choose_precision, evaluate
 from figures import draw_confusion
@@ -86,9 +84,11 @@ from images.loaders import BatchLoader, Loader, imagenet_val_loader
 from images.sets import load_set
 from kernels import accelerate, choose_form
 from model import build_model
+from networks.cost import Cost, measure_cost
+from networks.lowering import lower
+from networks.registry import Config, label, make_config, trained_network
 from originals import Said, find_file, load_as_said, named
 from packed import PackedNetwork
-from packed.lowering import lower
 from run_data import checked_range
 
 

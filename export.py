@@ -51,9 +51,10 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from baselines import trained_network
 from board import BoardFiles, board_files
 from images.files import readable_classes
+from networks.lowering import lower
+from networks.registry import trained_network
 from originals import Said, find_file, load_as_said, named_by_its_images
 from packed import (
     NoCompiler,
@@ -66,7 +67,6 @@ from packed import (
 )
 from packed.bipolar import qonnx_bytes
 from packed.exchange import onnx_bytes, pt2_bytes
-from packed.lowering import lower
 from web import page
 
 

@@ -173,8 +173,8 @@ def get_genotype(name: str, system: str | None = None, *, known: tuple[str, ...]
     """The genotype that `name` stands for, of the operations `known` (None: EBNAS's). It may be
 
     a registered name; `random:SEED`; a genotype as text (see flags/genotype_text.py); a file of JSON or
-    text, of which the last genotype counts; a search run's folder; or `FOLDER@EPOCH`, what that search had found at
-    the end of that epoch.
+    text, of which the last genotype counts; a search run's folder; or `FOLDER@EPOCH`, what that search had
+    found at the end of that epoch.
 
     For a `system` it may be any system's, and its convolutions are renamed to that system's.
     Raises InputError: unknown name (the known ones are listed), a file that holds no valid genotype, or an

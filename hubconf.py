@@ -23,8 +23,8 @@ def ebnas(source: str | Path | None = None, *, arch: str | Path | None = None, *
         latent weights and cannot be trained. Its `program` has classes, mean, std and image_size.
     Raises utils.InputError, or packed.PackedFileError, for what is no network.
     """
-    from baselines import trained_network
     from checkpoint import load_checkpoint
+    from networks.registry import trained_network
     from packed import read_program
     from packed.float_form import FloatForm
     from utils import InputError, os_error_message
@@ -47,10 +47,10 @@ def ebnas(source: str | Path | None = None, *, arch: str | Path | None = None, *
 
 
 def _untrained(arch: str, config: dict[str, Any]) -> nn.Module:
-    from baselines import make_config, settings_of
     from flags.choices import FAMILIES
     from model import build_model
-    from rows import system_of
+    from networks.registry import make_config, settings_of
+    from networks.rows import system_of
     from utils import InputError
 
     known = settings_of(system_of(arch)) - {"genotype"}

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from baselines import Config
 from distributed import World
 from engine import Precision, Training, parts_of, training_loss
 from genotypes import GENOTYPES
@@ -21,6 +20,7 @@ from images.loaders import Batch
 from kernels import accelerate
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
+from networks.registry import Config
 
 GB = 2**30
 

@@ -1,5 +1,5 @@
 """The derived networks of a genotype, for CIFAR-sized and ImageNet-sized images: what all systems share
-(`Cell`, `CellNetwork`), and EBNAS's own (`Network`). The other systems are in baselines/.
+(`Cell`, `CellNetwork`), and EBNAS's own (`Network`). The other systems are in networks/.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from baselines import Config
 from checkpoint import is_own, network_config
 from flags import options
 from flags.choices import STAGE1_BITS
 from flags.settings import StageSettings
+from networks.registry import Config
 from originals import Said, find_file, load_any
 from recipes import get_recipe
 from runs import newest_checkpoint

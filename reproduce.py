@@ -17,8 +17,8 @@ from typing import Any
 
 from flags import options
 from flags.options import command_line
+from networks.rows import ROWS
 from recipes import EBNAS, OWN, get_recipe
-from rows import ROWS
 from utils import InputError, check_usage, command_text, run_main
 
 HERE = Path(__file__).parent
@@ -50,8 +50,8 @@ if __name__ == "__main__":
     check_usage(parser)
 
 import stage_flags
-from baselines import Config, label, make_config
 from memory import CONTEXT, GB, StepMemory
+from networks.registry import Config, label, make_config
 from runs import RESULT, RUNS
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from baselines import label
 from checkpoint import LIVE, network_config
 from distributed import World
 from engine import Precision, Training, evaluate, in_memory_format, train_one_epoch
@@ -23,11 +22,12 @@ from images.loaders import Loader
 from kernels import Form, accelerate, choose_form
 from kernels.compilation import compile_regions
 from model import build_model
+from networks.registry import label
+from networks.rows import system_of
 from optimizers import OPTIMIZERS, SCHEDULES
 from pretrained import find_start, load_start, saw_holdout
 from recipes import Recipe, get_recipe
 from resume import Origin
-from rows import system_of
 from runs import Run, read_args, read_metrics
 from session import Session
 from stage_flags import config_of, stage_of

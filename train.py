@@ -11,8 +11,8 @@ torchrun --nproc_per_node=4 train.py --auxiliary --cutout  # 4 GPUs, batch_size 
 from __future__ import annotations
 
 from flags import options
+from networks.rows import EBNAS_ROW
 from recipes import EBNAS
-from rows import EBNAS_ROW
 from utils import check_usage, run_main
 
 
@@ -40,7 +40,6 @@ if __name__ == "__main__":
     check_usage(parser)
 
 import stages
-from baselines import trained_network
 from checkpoint import BEST, load_checkpoint
 from distributed import World, setup
 from engine import evaluate, precision_of
@@ -49,6 +48,7 @@ from images.augment import Augmentation
 from images.loaders import BatchLoader
 from images.sets import ImageSet, holdout_split
 from kernels import accelerate
+from networks.registry import trained_network
 from run_data import loader_settings, prepare_data, write_split
 from session import Session
 from stage_flags import find_run

@@ -10,8 +10,8 @@ DIR, or its ILSVRC2012 or ImageNet-ILSVRC2012, holds train/<class>/* and val/<cl
 from __future__ import annotations
 
 from flags import options
+from networks.rows import EBNAS_ROW
 from recipes import EBNAS
-from rows import EBNAS_ROW
 from utils import InputError, check_usage, run_main
 
 

@@ -113,13 +113,13 @@ from distributed import World, setup
 from engine import Training, evaluate, in_memory_format, precision_of, train_one_epoch
 from figures import draw_curves, draw_genotype
 from flags.settings import SearchSettings, settings_from
-from found import describe_found
 from images.augment import Augmentation
 from images.loaders import Batch, BatchLoader, Loader, Share, search_file_loaders
 from images.sets import STATISTICS, ImageSet, split_halves
 from kernels import Form, accelerate, choose_form, knows_operations
 from kernels.compilation import compile_regions
 from model_search import SearchConfig, Supernet
+from networks.found import describe_found
 from resume import Origin, find_origin
 from run_data import checked_range, describe_data, loader_settings, prepare_data
 from runs import Run

@@ -94,8 +94,8 @@ def derive_again(what: str, most_skips: int, output: Path | None, folder: str | 
     record, where = search_record(what)
     check_output(output, f"{where}/genotype.json", f"{where}/metrics.jsonl")
     arch = architecture(record, where)
-    from found import describe_found  # torch takes seconds to import
     from model_search import derive
+    from networks.found import describe_found  # torch takes seconds to import
     from runs import operations_of_run
 
     genotype = derive(arch, most_skips, operations_of_run(where))

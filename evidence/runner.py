@@ -18,16 +18,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from baselines import trained_network
 from checkpoint import load_checkpoint
-from cost import measure_cost
 from evidence.plan import BestOf, CellOf, FolderOf, Job, Study
 from evidence.results import Results, is_whole
 from flags.options import command_line
 from genotypes import Genotype, describe, genotype_from_dict, save_genotype
 from images.files import readable_classes
+from networks.cost import measure_cost
+from networks.lowering import lower
+from networks.registry import trained_network
 from packed import program_bytes
-from packed.lowering import lower
 from processes import PROGRAM, Stopped, claimed, end, environment, last_word, signals_to_interrupts, start
 from runs import RESULT, RUNS, read_args, read_metrics, read_result
 from utils import InputError, RunFailed, command_text

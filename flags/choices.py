@@ -26,4 +26,4 @@ RIVALS = ("channels_last", "compile", "onnxruntime", "onnxruntime_int8", "openvi
 CLOCKS = ("wall", "cpu")
 COSTS = ("kilobytes", "ram", "ops")
 """`kilobytes`: of the file that export.py writes, in 1,000 bytes. `ram`: in the same unit, of the memory that
-the packed network computes one image in. `ops`: as cost.py counts them."""
+the packed network computes one image in. `ops`: as networks/cost.py counts them."""

@@ -16,9 +16,9 @@ def regions() -> tuple[type, ...]:
     compile longer and run no faster (docs/performance.md)."""
     from torchvision.models.resnet import BasicBlock
 
-    from baselines.bats import BatsFactorizedReduce, BatsUnit
-    from baselines.bnas import BnasUnit
-    from baselines.dcp_nas import DcpConvolution, DcpFactorizedReduce, DcpUnit
+    from networks.bats import BatsFactorizedReduce, BatsUnit
+    from networks.bnas import BnasUnit
+    from networks.dcp_nas import DcpConvolution, DcpFactorizedReduce, DcpUnit
     from operations import BinaryUnit, FactorizedReduce, SearchPreprocess, SourceOperations
 
     ours = BinaryUnit, FactorizedReduce, SearchPreprocess, SourceOperations

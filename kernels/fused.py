@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from baselines.bnas import BnasCell
 from binary_ops import BinaryConv2d, RPReLU, binarize_weight, sign
 from model import Cell, Network
+from networks.bnas import BnasCell
 from operations import BinaryUnit, FactorizedReduce, Pool
 
 

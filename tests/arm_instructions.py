@@ -23,7 +23,8 @@ import kernel_process  # noqa: E402
 
 from genotypes import get_genotype  # noqa: E402
 from model import ModelConfig, build_model  # noqa: E402
-from packed import KERNELS, PackedNetwork, Program, lowering, read_program  # noqa: E402
+from networks import lowering  # noqa: E402
+from packed import KERNELS, PackedNetwork, Program, read_program  # noqa: E402
 from packed import kernel as packed_kernel  # noqa: E402
 from packed.kernel import _OPS, Plan  # noqa: E402
 

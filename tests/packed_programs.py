@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from baselines.bats import BatsConv2d, BatsFactorizedReduce, BatsUnit
-from baselines.bnas import BnasUnit
 from binary_ops import RPReLU
 from genotypes import Genotype
 from model import ModelConfig, Network, build_model
+from networks import lowering
+from networks.bats import BatsConv2d, BatsFactorizedReduce, BatsUnit
+from networks.bnas import BnasUnit
 from operations import BinaryUnit, FactorizedReduce
-from packed import KERNELS, PackedNetwork, Program, Step, View, available_kernels, lowering
+from packed import KERNELS, PackedNetwork, Program, Step, View, available_kernels
 
 UNITS = BinaryUnit | FactorizedReduce | BnasUnit | BatsUnit | BatsFactorizedReduce
 

@@ -10,11 +10,11 @@ from conftest import ROOT
 from reference_values import REFERENCE
 from torch.nn import functional as F
 
-from baselines import config_from_dict, label, make_config, trained_network
-from cost import measure_cost
 from genotypes import GENOTYPES
 from model import build_model
-from rows import ROWS
+from networks.cost import measure_cost
+from networks.registry import config_from_dict, label, make_config, trained_network
+from networks.rows import ROWS
 from utils import InputError
 
 COSTS = json.loads((REFERENCE / "baselines" / "costs.json").read_text())

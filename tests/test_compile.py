@@ -12,15 +12,15 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from architect import Architect
-from baselines.bats import BatsConfig, BatsUnit
-from baselines.bnas import BnasUnit
-from baselines.dcp_nas import DcpConvolution
 from engine import Position, Precision, Training, evaluate, train_one_epoch, training_step
 from genotypes import GENOTYPES
 from images.loaders import Batch
 from kernels.compilation import compile_regions, regions
 from model import ModelConfig, Network, build_model
 from model_search import SearchConfig, Supernet
+from networks.bats import BatsConfig, BatsUnit
+from networks.bnas import BnasUnit
+from networks.dcp_nas import DcpConvolution
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from cost import measure_cost
 from genotypes import GENOTYPES
 from model import ModelConfig, build_model
+from networks.cost import measure_cost
 
 COLUMNS = ("parameters", "binary_macs", "float_macs", "bn_elements", "prelu_elements", "avg_pool_elements")
 

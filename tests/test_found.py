@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import TINY_SEARCH
 
-from cost import measure_cost
-from found import describe_found, published_costs
 from genotypes import EDGES, GENOTYPES, PRIMITIVES, Genotype, get_genotype
 from model import ModelConfig, build_model
 from model_search import derive_cell
+from networks.cost import measure_cost
+from networks.found import describe_found, published_costs
 
 SKIP = PRIMITIVES.index("skip_connect")
 

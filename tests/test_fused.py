@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from baselines import make_config
 from binary_ops import BinaryConv2d
 from flags.choices import WEIGHT_BINARIZATIONS
 from genotypes import GENOTYPES, PRIMITIVES
 from kernels import accelerate, fused
 from kernels.fused import effective_weights
 from model import ModelConfig, build_model
+from networks.registry import make_config
 from operations import CONVOLUTIONS, BinaryUnit, FactorizedReduce, Pool, make_operation
 
 BITS = [(1, 1), (1, 32), (32, 1), (32, 32)]

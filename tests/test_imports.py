@@ -6,12 +6,12 @@ import sys
 import pytest
 from conftest import ROOT, environment
 
-from baselines import SYSTEMS
 from binary_ops import ACTIVATION_MODULES
 from comparison.measure import CLOCKS
 from flags import choices
 from kernels import FORMS
-from rows import CELL_SYSTEMS
+from networks.registry import SYSTEMS
+from networks.rows import CELL_SYSTEMS
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "\n    run_main(main," in path.read_text())
 

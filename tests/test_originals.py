@@ -10,11 +10,11 @@ from conftest import TINY_STAGE
 from reference_values import assert_close, load
 from torch import nn
 
-from baselines import trained_network
 from checkpoint import load_checkpoint
 from genotypes import genotype_from_dict, random_genotype, save_genotype
 from images.sets import STATISTICS
 from model import ModelConfig, build_model
+from networks.registry import trained_network
 from originals import Said, load_any
 from packed import read_program
 from utils import InputError

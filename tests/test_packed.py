@@ -34,12 +34,12 @@ from genotypes import GENOTYPES
 from images.sets import load_set
 from images.shapes import SHAPES, draw_shapes
 from model import ModelConfig, build_model
+from networks import lowering
 from packed import (
     KERNELS,
     PackedNetwork,
     kernel,
     load,
-    lowering,
     program_bytes,
     read_program,
 )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from packed_programs import SEVEN, data_entry, network, random_program, skip_without
 
+from networks import lowering
 from packed import (
     KERNELS,
     PackedFileError,
@@ -20,7 +21,6 @@ from packed import (
     Step,
     View,
     load,
-    lowering,
     parse_program,
     program_bytes,
     read_program,

@@ -5,11 +5,12 @@ import torch
 from packed_programs import KERNELS, assert_only_rounding, data_entry, float_logits, skip_without, spread
 from torch import nn
 
-from baselines import make_config
 from binary_ops import BinaryConv2d
 from genotypes import _genotype
 from model import build_model
-from packed import PackedNetwork, lowering, parse_program, program_bytes
+from networks import lowering
+from networks.registry import make_config
+from packed import PackedNetwork, parse_program, program_bytes
 from packed.program import Program
 from utils import InputError
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import TINY_STAGE
 
-from baselines import trained_network
 from checkpoint import load_checkpoint
 from model import build_model
+from networks.registry import trained_network
 from pretrained import Start, load_start
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -68,7 +68,7 @@ def test_of_other_classes_all_but_the_classifier_is_taken(
 
 def test_every_systems_classifier_is_known(stage2):
     """What a start leaves out are the tensors with a row a class, whatever a system calls them."""
-    from baselines import make_config
+    from networks.registry import make_config
     from pretrained import CLASSIFIERS
 
     for arch in ("EBNAS", "BNAS-A", "BATS", "DCP-NAS-L", "ResNet18"):

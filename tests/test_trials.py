@@ -12,9 +12,7 @@ from conftest import TINY_STAGE, Scripts
 
 import evidence.cells as cell_table
 import evidence.strategies
-from baselines import trained_network
 from checkpoint import load_checkpoint
-from cost import measure_cost
 from evidence.strategies import (
     Surrogate,
     Table,
@@ -26,6 +24,8 @@ from evidence.strategies import (
     simulate_beyond,
 )
 from genotypes import PRIMITIVES, genotype_from_dict, genotype_to_dict, get_genotype, random_genotype
+from networks.cost import measure_cost
+from networks.registry import trained_network
 from packed import load
 from trials import strategies
 from trials.cells import Candidate, Space

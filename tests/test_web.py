@@ -13,11 +13,11 @@ from PIL import Image
 from test_snippets import expected_logits, photograph, snippet
 
 import web
-from baselines import make_config
 from images.shapes import draw_shapes
 from model import build_model
+from networks.lowering import lower
+from networks.registry import make_config
 from packed import PackedNetwork, load, program_bytes
-from packed.lowering import lower
 from packed.picture import central_square, read_rgb
 
 SHAPES = ROOT / "models" / "shapes.ebnas"

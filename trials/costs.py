@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from cost import measure_cost
 from flags.choices import COSTS
 from genotypes import Genotype
 from images.files import readable_classes
 from model import ModelConfig
+from networks.cost import measure_cost
+from networks.lowering import lower
 from packed import Program, program_bytes
 from packed.kernel import Plan
-from packed.lowering import lower
 from trials.cells import Candidate
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from baselines.config import BaselineConfig
 from binary_ops import BinaryConv2d, clipped_sign, hard_sign
 from model import AuxiliaryHead, CellNetwork
+from networks.config import BaselineConfig
 from operations import Pool, Zero, conv_bn_relu, pad_to_half
 from utils import InputError, nearest_multiples
 

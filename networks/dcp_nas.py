@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from baselines.config import BaselineConfig
 from binary_ops import BinaryConv2d, smooth_sign
 from model import CellNetwork
+from networks.config import BaselineConfig
 from operations import Pool, conv_bn_relu, pad_to_half
 from utils import InputError
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from baselines.bats import BatsConfig
-from baselines.bnas import BnasConfig
-from baselines.dcp_nas import DcpNasConfig
-from baselines.resnet import ResNetConfig
 from genotypes import GENOTYPES, get_genotype
 from model import ModelConfig, build_model
-from rows import ROWS, Size, system_of, usual_size
+from networks.bats import BatsConfig
+from networks.bnas import BnasConfig
+from networks.dcp_nas import DcpNasConfig
+from networks.resnet import ResNetConfig
+from networks.rows import ROWS, Size, system_of, usual_size
 from utils import InputError
 
 SYSTEMS = {

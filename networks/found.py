@@ -7,11 +7,11 @@ from functools import cache
 
 import torch
 
-from baselines import make_config
-from cost import Cost, measure_cost
 from genotypes import GENOTYPES, Genotype
 from model import ModelConfig, build_model
-from rows import ROWS
+from networks.cost import Cost, measure_cost
+from networks.registry import make_config
+from networks.rows import ROWS
 
 SETS = {"CIFAR-10": ("cifar", 32, 10), "ImageNet": ("imagenet", 224, 1000)}
 """By name: the family, side and classes of its images."""

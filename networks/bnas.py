@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from baselines.config import BaselineConfig
 from binary_ops import BinaryConv2d, hard_sign
 from model import Cell, CellNetwork
+from networks.config import BaselineConfig
 from operations import CONVOLUTIONS, Pool, Zero, conv_bn_relu
 from utils import InputError
 

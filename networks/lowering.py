@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baselines.bats import SHUFFLE_GROUPS, BatsFactorizedReduce, BatsUnit
-from baselines.bnas import BnasUnit
 from binary_ops import BinaryConv2d, RPReLU
 from model import Cell, CellNetwork
+from networks.bats import SHUFFLE_GROUPS, BatsFactorizedReduce, BatsUnit
+from networks.bnas import BnasUnit
 from operations import BinaryUnit, FactorizedReduce, Zero
 from packed.picture import evaluation_resize
+from packed.program import Program, Step, View
 from utils import InputError
-
-from .program import Program, Step, View
 
 LARGEST_KERNEL = 7  # of a convolution of a program
 
