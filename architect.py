@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from distributed import World
-from engine import Precision, as_compiled, backward, parts_of, update
 from genotypes import NODES
 from images.loaders import Batch
 from model_search import Supernet, edge_weights
+from run.distributed import World
+from training.engine import Precision, as_compiled, backward, parts_of, update
 
 
 def path_regularizer(alpha: Tensor) -> Tensor:

@@ -164,15 +164,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import memory
 from comparison import gpu
 from comparison.engines import Logits, float_network, make_runner
 from comparison.measure import MEMORY, Case, measure
 from comparison.original_network import original_network
 from comparison.original_search import OriginalSupernet
 from comparison.steps import original_search_steps, random_batch, search_steps, step_of, until_it_fits
-from distributed import World, setup
-from engine import in_memory_format, parts_of, precision_of
 from genotypes import get_genotype
 from images.augment import Augmentation, Normalize
 from images.loaders import Batch, BatchLoader, Loader, imagenet_loaders
@@ -187,7 +184,10 @@ from networks.registry import make_config, settings_of
 from networks.rows import system_of
 from operations import CONVOLUTIONS
 from packed import PackedNetwork, Program, available_kernels, load, program_bytes
-from runs import machine
+from run.distributed import World, setup
+from run.runs import machine
+from training import memory
+from training.engine import in_memory_format, parts_of, precision_of
 
 IMAGES = {"cifar": (32, 10), "imagenet": (224, 1000)}
 """Usual size, and number of classes."""

@@ -74,10 +74,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import confusion
-from checkpoint import LAST, network_config
-from distributed import World, setup
-from engine import Precision, choose_precision, evaluate
 from figures import draw_confusion
 from images.augment import Normalize
 from images.loaders import BatchLoader, Loader, imagenet_val_loader
@@ -87,9 +83,13 @@ from model import build_model
 from networks.cost import Cost, measure_cost
 from networks.lowering import lower
 from networks.registry import Config, label, make_config, trained_network
-from originals import Said, find_file, load_as_said, named
 from packed import PackedNetwork
-from run_data import checked_range
+from run.checkpoint import LAST, network_config
+from run.distributed import World, setup
+from run.images import checked_range
+from run.originals import Said, find_file, load_as_said, named
+from training import confusion
+from training.engine import Precision, choose_precision, evaluate
 
 
 def main(flags: options.Flags) -> None:

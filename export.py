@@ -55,7 +55,6 @@ from board import BoardFiles, board_files
 from images.files import readable_classes
 from networks.lowering import lower
 from networks.registry import trained_network
-from originals import Said, find_file, load_as_said, named_by_its_images
 from packed import (
     NoCompiler,
     PackedFileError,
@@ -67,6 +66,7 @@ from packed import (
 )
 from packed.bipolar import qonnx_bytes
 from packed.exchange import onnx_bytes, pt2_bytes
+from run.originals import Said, find_file, load_as_said, named_by_its_images
 from web import page
 
 

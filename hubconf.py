@@ -23,10 +23,10 @@ def ebnas(source: str | Path | None = None, *, arch: str | Path | None = None, *
         latent weights and cannot be trained. Its `program` has classes, mean, std and image_size.
     Raises utils.InputError, or packed.PackedFileError, for what is no network.
     """
-    from checkpoint import load_checkpoint
     from networks.registry import trained_network
     from packed import read_program
     from packed.float_form import FloatForm
+    from run.checkpoint import load_checkpoint
     from utils import InputError, os_error_message
 
     for name, value in (("source", source), ("arch", arch)):

@@ -310,3 +310,9 @@ def build_model(config: Any) -> nn.Module:
 
     Its modules are the definitions; `kernels.accelerate` makes them fast."""
     return config.build()
+
+
+def float_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The BN statistics of `model`, by name: what changes in training without gradients, and is kept."""
+    held = model.state_dict()
+    return {name: b for name, b in model.named_buffers() if name in held and b.is_floating_point()}

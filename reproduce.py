@@ -18,7 +18,7 @@ from typing import Any
 from flags import options
 from flags.options import command_line
 from networks.rows import ROWS
-from recipes import EBNAS, OWN, get_recipe
+from training.recipes import EBNAS, OWN, get_recipe
 from utils import InputError, check_usage, command_text, run_main
 
 HERE = Path(__file__).parent
@@ -49,10 +49,10 @@ def parser() -> options.Parser:
 if __name__ == "__main__":
     check_usage(parser)
 
-import stage_flags
-from memory import CONTEXT, GB, StepMemory
 from networks.registry import Config, label, make_config
-from runs import RESULT, RUNS
+from run.runs import RESULT, RUNS
+from training import stage_flags
+from training.memory import CONTEXT, GB, StepMemory
 
 
 def main(flags: options.Flags) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 from flags import options
 from flags.choices import COSTS
 from genotypes import describe, get_genotype, save_genotype
-from recipes import EBNAS
+from training.recipes import EBNAS
 from trials.cells import Space
 from trials.strategies import FIGURES, STRATEGIES, Judge, Strategy, Trial, front
 from utils import InputError, RunFailed, check_usage, command_text, human, run_main
@@ -142,9 +142,9 @@ import torch
 
 from figures import draw_genotype
 from images.sets import channel_statistics, load_set
-from processes import PATIENCE, claimed, signals_to_interrupts
-from run_data import checked_range, describe_data, test_files_of
-from runs import LOCATION, RESULT, RUNS, Run, create_run, differing_flags, read_args
+from run.images import checked_range, describe_data, test_files_of
+from run.processes import PATIENCE, claimed, signals_to_interrupts
+from run.runs import LOCATION, RESULT, RUNS, Run, create_run, differing_flags, read_args
 from trials.costs import Costs
 from trials.pictures import draw_search
 from trials.storage import Ledger, Taken, own_lock, require_optuna

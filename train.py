@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from flags import options
 from networks.rows import EBNAS_ROW
-from recipes import EBNAS
+from training.recipes import EBNAS
 from utils import check_usage, run_main
 
 
@@ -39,19 +39,19 @@ def parser() -> options.Parser:
 if __name__ == "__main__":
     check_usage(parser)
 
-import stages
-from checkpoint import BEST, load_checkpoint
-from distributed import World, setup
-from engine import evaluate, precision_of
 from flags.settings import TrainSettings, settings_from
 from images.augment import Augmentation
 from images.loaders import BatchLoader
 from images.sets import ImageSet, holdout_split
 from kernels import accelerate
 from networks.registry import trained_network
-from run_data import loader_settings, prepare_data, write_split
-from session import Session
-from stage_flags import find_run
+from run.checkpoint import BEST, load_checkpoint
+from run.distributed import World, setup
+from run.images import loader_settings, prepare_data, write_split
+from training import stages
+from training.engine import evaluate, precision_of
+from training.session import Session
+from training.stage_flags import find_run
 
 
 def main(flags: options.Flags) -> None:

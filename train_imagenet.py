@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from flags import options
 from networks.rows import EBNAS_ROW
-from recipes import EBNAS
+from training.recipes import EBNAS
 from utils import InputError, check_usage, run_main
 
 
@@ -43,15 +43,15 @@ def parser() -> options.Parser:
 if __name__ == "__main__":
     check_usage(parser)
 
-import stages
-from distributed import setup
-from engine import precision_of
 from flags.settings import ImageNetSettings, settings_from
 from images.loaders import Share, imagenet_loaders
 from images.sets import STATISTICS
-from run_data import checked_range, describe_data
-from session import Session
-from stage_flags import find_run
+from run.distributed import setup
+from run.images import checked_range, describe_data
+from training import stages
+from training.engine import precision_of
+from training.session import Session
+from training.stage_flags import find_run
 
 
 def main(flags: options.Flags) -> None:

@@ -109,8 +109,6 @@ import torch
 from torch import nn
 
 from architect import Architect
-from distributed import World, setup
-from engine import Training, evaluate, in_memory_format, precision_of, train_one_epoch
 from figures import draw_curves, draw_genotype
 from flags.settings import SearchSettings, settings_from
 from images.augment import Augmentation
@@ -120,11 +118,13 @@ from kernels import Form, accelerate, choose_form, knows_operations
 from kernels.compilation import compile_regions
 from model_search import SearchConfig, Supernet
 from networks.found import describe_found
-from resume import Origin, find_origin
-from run_data import checked_range, describe_data, loader_settings, prepare_data
-from runs import Run
-from session import Session
-from stages import log_form
+from run.distributed import World, setup
+from run.images import checked_range, describe_data, loader_settings, prepare_data
+from run.resume import Origin, find_origin
+from run.runs import Run
+from training.engine import Training, evaluate, in_memory_format, precision_of, train_one_epoch
+from training.session import Session
+from training.stages import log_form
 
 
 def main(flags: options.Flags) -> None:

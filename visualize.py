@@ -96,7 +96,7 @@ def derive_again(what: str, most_skips: int, output: Path | None, folder: str | 
     arch = architecture(record, where)
     from model_search import derive
     from networks.found import describe_found  # torch takes seconds to import
-    from runs import operations_of_run
+    from run.runs import operations_of_run
 
     genotype = derive(arch, most_skips, operations_of_run(where))
     epoch = record["epoch"]
@@ -109,7 +109,7 @@ def derive_again(what: str, most_skips: int, output: Path | None, folder: str | 
 
 def search_record(what: str) -> tuple[dict[str, Any], Path]:
     """The last record of a search's metrics.jsonl, or that of the epoch in FOLDER@EPOCH; and the folder."""
-    from runs import read_metrics
+    from run.runs import read_metrics
 
     folder, _, epoch = what.rpartition("@")
     named = not is_path(what) and epoch.isdecimal()
@@ -129,7 +129,7 @@ def architecture(record: dict[str, Any], where: Path) -> dict[str, Any]:
 
     from genotypes import EDGES
     from model_search import ARCH_PARAMETERS
-    from runs import operations_of_run
+    from run.runs import operations_of_run
 
     shapes = {"alphas": (len(EDGES), len(operations_of_run(where))), "betas": (len(EDGES) - 2,)}
     try:

@@ -28,18 +28,18 @@ from comparison.steps import (
     step_of,
     until_it_fits,
 )
-from distributed import World
-from engine import choose_precision, has_bf16, in_memory_format
 from genotypes import GENOTYPES
 from images.loaders import Batch
 from images.shapes import draw_shapes
 from kernels import accelerate
 from kernels.compilation import compile_regions
-from memory import GB, PUBLISHED, StepMemory, count_bytes
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
 from packed import PackedNetwork, load
-from runs import machine
+from run.distributed import World
+from run.runs import machine
+from training.engine import choose_precision, has_bf16, in_memory_format
+from training.memory import GB, PUBLISHED, StepMemory, count_bytes
 from utils import RunFailed, one_line, write_atomically
 
 PROGRAM = Path(__file__).parent.parent
@@ -296,7 +296,7 @@ def time_call(card: Card, call: Callable[[], Any], seconds: float) -> float:
 
 
 def reserve(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What memory.py would have to set aside for the counts to cover all that was measured here."""
+    """What training/memory.py would have to set aside for the counts to cover all that was measured here."""
     counted = [row for row in rows if "counted_bytes" in row]
     if not counted:
         raise RunFailed("no step was timed")

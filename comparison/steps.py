@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from architect import Architect, edge_regularizer, path_regularizer
 from comparison.original_search import OriginalSupernet
-from distributed import World
-from engine import Precision, Training, backward, training_loss, training_step, update
 from images.loaders import Batch
 from model import CellNetwork
 from model_search import Supernet
+from run.distributed import World
+from training.engine import Precision, Training, backward, training_loss, training_step, update
 from utils import is_out_of_memory
 
 CRITERION = nn.CrossEntropyLoss()

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint
 from evidence.plan import BestOf, CellOf, FolderOf, Job, Study
 from evidence.results import Results, is_whole
 from flags.options import command_line
@@ -28,8 +27,9 @@ from networks.cost import measure_cost
 from networks.lowering import lower
 from networks.registry import trained_network
 from packed import program_bytes
-from processes import PROGRAM, Stopped, claimed, end, environment, last_word, signals_to_interrupts, start
-from runs import RESULT, RUNS, read_args, read_metrics, read_result
+from run.checkpoint import load_checkpoint
+from run.processes import PROGRAM, Stopped, claimed, end, environment, last_word, signals_to_interrupts, start
+from run.runs import RESULT, RUNS, read_args, read_metrics, read_result
 from utils import InputError, RunFailed, command_text
 
 CURVES = ("train_loss", "valid_loss", "valid_top1", "seconds", "cpu_seconds")

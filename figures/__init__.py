@@ -15,7 +15,7 @@ from utils import USERS_FAULT, InputError, os_error_message, write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from confusion import Confusion
+    from training.confusion import Confusion
 
 DPI = 200
 

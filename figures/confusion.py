@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from figures.canvas import GREY, INK, new_figure
 
 if TYPE_CHECKING:  # it brings torch
-    from confusion import Confusion, Mistake
+    from training.confusion import Confusion, Mistake
 
 MOST_CLASSES = 100
 LONGEST_NAME = 18

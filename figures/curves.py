@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from figures.canvas import GREY, INK, PALE, STATES, TITLES, color_of, label_of, new_figure
 from genotypes import EDGES, NODES, Genotype, genotype_from_dict
 from model_search import edge_weights
-from runs import operations_of_run, read_args, read_metrics
+from run.runs import operations_of_run, read_args, read_metrics
 from utils import InputError
 
 TRAINING_SHAPES = dict.fromkeys(("epoch", "train_loss", "train_top1", "valid_loss", "valid_top1"), ())

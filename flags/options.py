@@ -416,7 +416,7 @@ def add_most_skips_flag(parser: Parser, note: str = "") -> None:
 
 
 def add_original_flags(parser: Parser) -> None:
-    """What a checkpoint of another program does not say of itself (see originals.py)."""
+    """What a checkpoint of another program does not say of itself (see run/originals.py)."""
     flag = parser.add_argument_group("a checkpoint of the original EBNAS program, or of BNAS's").add_argument
     flag("--arch", help="its genotype, as train.py --arch takes it; default: the published one of its system")
     flag("--variant", help="of BNAS as_run or intended; default: as_run")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from binary_ops import BinaryConv2d
-from distributed import float_buffers
+from model import float_buffers
 
 BITS_PER_OP = 64
 """1-bit multiply-accumulates that count as one operation (Liu et al., Bi-Real Net, ECCV 2018)."""

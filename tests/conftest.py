@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from images.shapes import SHAPES, draw_shapes
-from signals import StopSignal
+from run.signals import StopSignal
 from utils import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +136,7 @@ def fails(scripts):
 def without_pictures(monkeypatch) -> None:
     """The scripts draw nothing and count nothing, which takes longer than a tiny run."""
     for module, name in (
-        ("stages", "draw_curves"),
+        ("training.stages", "draw_curves"),
         ("train_search", "draw_curves"),
         ("train_search", "draw_genotype"),
         ("train_search", "describe_found"),

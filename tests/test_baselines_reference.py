@@ -10,12 +10,12 @@ from reference_values import RELATIVE, float64, load
 from torch import Tensor
 from torch.nn import functional as F
 
-import originals
 from binary_ops import binary_sign
 from genotypes import GENOTYPES, OPERATIONS, genotype_from_dict
 from model import build_model
 from networks.bnas import BnasConv2d, latent_weight
 from networks.registry import SYSTEMS
+from run import originals
 
 FLOOR = 1e-3
 """Some gradients are 0 but for rounding: what is smaller than this is compared with it."""

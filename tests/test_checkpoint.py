@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from checkpoint import ENTRIES, Checkpointer, load_checkpoint, random_state, set_random_state
-from distributed import World
 from genotypes import GENOTYPES
 from model import ModelConfig, build_model
+from run.checkpoint import ENTRIES, Checkpointer, load_checkpoint, random_state, set_random_state
+from run.distributed import World
 from utils import InputError
 
 WORLD = World(torch.device("cpu"))

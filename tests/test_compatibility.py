@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoint import load_checkpoint
 from packed import load
+from run.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"

@@ -12,7 +12,6 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from architect import Architect
-from engine import Position, Precision, Training, evaluate, train_one_epoch, training_step
 from genotypes import GENOTYPES
 from images.loaders import Batch
 from kernels.compilation import compile_regions, regions
@@ -21,6 +20,7 @@ from model_search import SearchConfig, Supernet
 from networks.bats import BatsConfig, BatsUnit
 from networks.bnas import BnasUnit
 from networks.dcp_nas import DcpConvolution
+from training.engine import Position, Precision, Training, evaluate, train_one_epoch, training_step
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from confusion import SHOWN, Confusion, Mistake, measure_confusion, table, write_tables
-from engine import Precision
 from figures import draw_confusion
 from images.augment import Normalize
 from images.loaders import BatchLoader
 from images.sets import ImageSet
+from training.confusion import SHOWN, Confusion, Mistake, measure_confusion, table, write_tables
+from training.engine import Precision
 
 COUNTS = np.array([[8, 2, 0], [1, 4, 0], [3, 2, 0]])
 CLASSES = ("cat", "$dog_", "x" * 30)

@@ -15,15 +15,15 @@ from conftest import TINY_SEARCH, TINY_STAGE
 from torch import nn
 
 from architect import Architect
-from checkpoint import Checkpointer, load_checkpoint
-from distributed import World, setup
-from engine import FiniteWatch, Precision, Sums, Training, training_step
 from flags.choices import PRECISIONS
 from genotypes import GENOTYPES
 from images.loaders import Batch
 from model import ModelConfig, Network, build_model
 from model_search import SearchConfig, Supernet
-from runs import read_metrics
+from run.checkpoint import Checkpointer, load_checkpoint
+from run.distributed import World, setup
+from run.runs import read_metrics
+from training.engine import FiniteWatch, Precision, Sums, Training, training_step
 from utils import RunFailed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")

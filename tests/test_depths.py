@@ -10,12 +10,12 @@ from conftest import TINY_STAGE
 from PIL import Image, TiffImagePlugin
 
 import infer
-from checkpoint import load_checkpoint
 from images.loaders import imagenet_loaders
 from images.sets import ImageSet, channel_statistics, load_set
 from packed import load
 from packed.exchange import metadata
 from packed.picture import eight_bits, read_rgb
+from run.checkpoint import load_checkpoint
 from utils import InputError
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)

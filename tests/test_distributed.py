@@ -20,18 +20,18 @@ from conftest import ROOT, TINY_STAGE, environment
 from test_resume import assert_same, final_state, wait_for
 from torch import Tensor, multiprocessing, nn
 
-import distributed
 from architect import Architect
-from checkpoint import load_checkpoint
-from distributed import World, setup
-from engine import Position, Precision, Training, evaluate, train_one_epoch
 from images.augment import Normalize
 from images.loaders import BatchLoader, Share
 from images.sets import ImageSet
 from model_search import SearchConfig, Supernet
-from teacher import DistillationLoss, Teacher
+from run import distributed
+from run.checkpoint import load_checkpoint
+from run.distributed import World, setup
+from training.engine import Position, Precision, Training, evaluate, train_one_epoch
+from training.teacher import DistillationLoss, Teacher
+from training.weights import moving_average
 from utils import InputError, RunFailed, one_line
-from weights import moving_average
 
 PROCESSES = 2
 CRITERION = nn.CrossEntropyLoss()

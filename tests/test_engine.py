@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from distributed import World
-from engine import (
+from genotypes import GENOTYPES
+from images.loaders import Batch
+from model import ModelConfig, Network, build_model
+from run.distributed import World
+from training.engine import (
     FiniteWatch,
     Position,
     Precision,
@@ -18,9 +21,6 @@ from engine import (
     parts_of,
     train_one_epoch,
 )
-from genotypes import GENOTYPES
-from images.loaders import Batch
-from model import ModelConfig, Network, build_model
 from utils import RunFailed
 
 WORLD = World(torch.device("cpu"))

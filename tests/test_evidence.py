@@ -17,9 +17,9 @@ from evidence.statistics import Summary, difference, rank_correlation, spread
 from evidence.studies import ONE_STAGE, SCALES, STUDIES
 from flags.options import command_line
 from genotypes import genotype_to_dict, get_genotype, random_genotype
-from runs import RUNS
-from stage_flags import settle
+from run.runs import RUNS
 from study import scale_of
+from training.stage_flags import settle
 from utils import InputError
 
 FIRST = Job("train.py", {"seed": 0, "epochs": 1})

@@ -12,8 +12,8 @@ import benchmark
 from comparison import gpu
 from comparison.gpu import Card, Kind, Report, Variant
 from comparison.steps import until_it_fits
-from memory import GB, StepMemory
 from model_search import SearchConfig
+from training.memory import GB, StepMemory
 
 CPU = torch.device("cpu")
 SEARCH = StepMemory(SearchConfig(8, 3), 16, 8)

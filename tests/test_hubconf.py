@@ -5,11 +5,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from checkpoint import load_checkpoint
 from model import build_model
 from networks.registry import make_config
 from networks.rows import ROWS
 from packed import load
+from run.checkpoint import load_checkpoint
 from utils import InputError
 
 

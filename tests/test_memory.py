@@ -7,12 +7,11 @@ import pytest
 import torch
 from conftest import TINY_SEARCH, TINY_STAGE
 
-import memory
-import session
 from genotypes import GENOTYPES
-from memory import Allocations, StepMemory, count_bytes, table
 from model import ModelConfig
 from model_search import SearchConfig
+from training import memory, session
+from training.memory import Allocations, StepMemory, count_bytes, table
 
 NETWORK = StepMemory(
     ModelConfig(GENOTYPES["EBNAS"], init_channels=4, groups=2, layers=3, auxiliary=True), 32, images=16
@@ -80,7 +79,7 @@ def test_a_run_says_what_it_needs_and_what_would_fit(script, scripts, data_flags
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     flags = [*data_flags, *{"train.py": TINY_STAGE, "train_search.py": TINY_SEARCH}[script]]
-    module = {"train.py": "stages", "train_search.py": "train_search"}[script]
+    module = {"train.py": "training.stages", "train_search.py": "train_search"}[script]
     monkeypatch.setattr(f"{module}.train_one_epoch", out_of_memory)
     assert "give a smaller one, or a larger --accumulate" in scripts.run(script, *flags, code=1).stderr
 

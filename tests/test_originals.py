@@ -10,13 +10,13 @@ from conftest import TINY_STAGE
 from reference_values import assert_close, load
 from torch import nn
 
-from checkpoint import load_checkpoint
 from genotypes import genotype_from_dict, random_genotype, save_genotype
 from images.sets import STATISTICS
 from model import ModelConfig, build_model
 from networks.registry import trained_network
-from originals import Said, load_any
 from packed import read_program
+from run.checkpoint import load_checkpoint
+from run.originals import Said, load_any
 from utils import InputError
 
 REFERENCES = {  # file: system, and what the file of weights does not tell

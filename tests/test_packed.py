@@ -26,10 +26,8 @@ from packed_programs import (
 from PIL import Image
 from torch import nn
 
-import checkpoint
 import export
 import infer
-from distributed import World
 from genotypes import GENOTYPES
 from images.sets import load_set
 from images.shapes import SHAPES, draw_shapes
@@ -45,6 +43,8 @@ from packed import (
 )
 from packed.kernel import Plan
 from packed.picture import central_square, read_rgb
+from run import checkpoint
+from run.distributed import World
 from utils import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -391,7 +391,7 @@ def test_export_reads_what_it_writes(run_folder, monkeypatch):
 
 def test_export_needs_nothing_of_training():
     """`import export` takes no session, stages, engine, data sets or logger with it."""
-    training = ("session", "stages", "engine", "images.sets", "runs", "logger", "architect", "torchvision")
+    training = ("training", "run.runs", "images.sets", "architect", "torchvision")
     code = f"import sys, export; print(sorted(sys.modules.keys() & {set(training)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import TINY_STAGE
 
-from checkpoint import load_checkpoint
 from model import build_model
 from networks.registry import trained_network
-from pretrained import Start, load_start
+from run.checkpoint import load_checkpoint
+from training.pretrained import Start, load_start
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -28,7 +28,7 @@ def first_weights(monkeypatch) -> list[dict[str, torch.Tensor]]:
         load_start(model, start)
         loaded.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
-    monkeypatch.setattr("stages.load_start", load)
+    monkeypatch.setattr("training.stages.load_start", load)
     return loaded
 
 
@@ -69,7 +69,7 @@ def test_of_other_classes_all_but_the_classifier_is_taken(
 def test_every_systems_classifier_is_known(stage2):
     """What a start leaves out are the tensors with a row a class, whatever a system calls them."""
     from networks.registry import make_config
-    from pretrained import CLASSIFIERS
+    from training.pretrained import CLASSIFIERS
 
     for arch in ("EBNAS", "BNAS-A", "BATS", "DCP-NAS-L", "ResNet18"):
         with torch.device("meta"):

@@ -8,9 +8,9 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 import train
 import train_imagenet
-from optimizers import OPTIMIZERS, SCHEDULES, OneCycle
-from recipes import BEST, EBNAS, OWN, get_recipe
-from stage_flags import settle
+from training.optimizers import OPTIMIZERS, SCHEDULES, OneCycle
+from training.recipes import BEST, EBNAS, OWN, get_recipe
+from training.stage_flags import settle
 from utils import InputError
 
 

@@ -13,7 +13,7 @@ from comparison.original_network import original_network
 from genotypes import genotype_from_dict
 from kernels import FORMS, accelerate
 from model import ModelConfig, build_model
-from originals import our_name
+from run.originals import our_name
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import TINY_SEARCH, TINY_STAGE, Killed, Scripts, kill, receive
 
-import checkpoint as checkpoints
-import signals
 import train_search
-from checkpoint import load_checkpoint
-from runs import Run, read_metrics
+from run import checkpoint as checkpoints
+from run import signals
+from run.checkpoint import load_checkpoint
+from run.runs import Run, read_metrics
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

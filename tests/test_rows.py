@@ -6,8 +6,8 @@ import signal
 import pytest
 from conftest import TINY, receive
 
-from checkpoint import load_checkpoint
-from runs import read_metrics
+from run.checkpoint import load_checkpoint
+from run.runs import read_metrics
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

@@ -8,8 +8,8 @@ import torch
 from conftest import TINY_STAGE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import runs
-from runs import Run, create_run, find_launched, newest_checkpoint, read_args, read_metrics
+from run import runs
+from run.runs import Run, create_run, find_launched, newest_checkpoint, read_args, read_metrics
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import TINY_SEARCH, TINY_STAGE
 
-from checkpoint import load_checkpoint
 from genotypes import GENOTYPES, genotype_to_dict, get_genotype
-from runs import read_metrics, read_result
+from run.checkpoint import load_checkpoint
+from run.runs import read_metrics, read_result
 
 
 def test_a_search_leaves_its_genotype_metrics_and_pictures(pipeline):

@@ -7,13 +7,13 @@ import torch
 from conftest import TINY_SEARCH, receive
 from torch.nn import functional as F
 
-from checkpoint import load_checkpoint
 from genotypes import get_genotype
 from images.loaders import search_file_loaders
 from kernels import FORMS, accelerate
-from memory import CONTEXT, GB, PUBLISHED
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
+from run.checkpoint import load_checkpoint
+from training.memory import CONTEXT, GB, PUBLISHED
 from utils import InputError
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

@@ -10,10 +10,10 @@ import torch
 from conftest import ROOT, TINY_STAGE, environment
 from torch._inductor.exc import InvalidCxxCompiler
 
-import engine
-from checkpoint import load_checkpoint
-from distributed import World
-from signals import StopSignal
+from run.checkpoint import load_checkpoint
+from run.distributed import World
+from run.signals import StopSignal
+from training import engine
 
 
 def test_signals_are_noted_and_the_handlers_come_back():

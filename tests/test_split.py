@@ -9,12 +9,12 @@ import torch
 from conftest import TINY_STAGE
 from PIL import Image
 
-from checkpoint import load_checkpoint
 from images.duplicates import near_duplicates
 from images.files import list_images
 from images.sets import load_set
 from images.shapes import SHAPES, draw_shapes
 from images.split import choose_test_files, digest, is_unsplit, part_of
+from run.checkpoint import load_checkpoint
 from utils import InputError
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

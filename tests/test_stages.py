@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY_STAGE
 
-from optimizers import cosine
+from training.optimizers import cosine
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

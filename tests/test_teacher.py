@@ -10,14 +10,14 @@ import torchvision
 from conftest import TINY_STAGE, receive
 from torch import nn
 
-from checkpoint import load_checkpoint
-from distributed import World
-from engine import Precision, Training, training_loss, training_step
 from genotypes import GENOTYPES
 from images.loaders import Batch
 from images.sets import STATISTICS
 from model import ModelConfig, build_model
-from teacher import DistillationLoss, Taught, Teacher, find_teacher
+from run.checkpoint import load_checkpoint
+from run.distributed import World
+from training.engine import Precision, Training, training_loss, training_step
+from training.teacher import DistillationLoss, Taught, Teacher, find_teacher
 from utils import InputError
 
 WORLD = World(torch.device("cpu"))

@@ -12,7 +12,6 @@ from conftest import TINY_STAGE, Scripts
 
 import evidence.cells as cell_table
 import evidence.strategies
-from checkpoint import load_checkpoint
 from evidence.strategies import (
     Surrogate,
     Table,
@@ -27,6 +26,7 @@ from genotypes import PRIMITIVES, genotype_from_dict, genotype_to_dict, get_geno
 from networks.cost import measure_cost
 from networks.registry import trained_network
 from packed import load
+from run.checkpoint import load_checkpoint
 from trials import strategies
 from trials.cells import Candidate, Space
 from trials.costs import Costs

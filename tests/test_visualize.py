@@ -37,11 +37,11 @@ from genotypes import (
     save_genotype,
 )
 from model_search import SearchConfig, Supernet
-from runs import Run
+from run.runs import Run
 from search_space import ENTRIES
-from stages import epoch_record as training_record
 from train_search import epoch_record as search_record
 from train_search import finish as finish_search
+from training.stages import epoch_record as training_record
 from utils import InputError
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ import torch
 from binary_ops import BinaryConv2d
 from genotypes import GENOTYPES
 from model import ModelConfig, build_model
-from weights import clip_latent_weights, decaying_groups, moving_average
+from training.weights import clip_latent_weights, decaying_groups, moving_average
 
 
 @pytest.fixture

@@ -13,14 +13,13 @@ import torch
 from conftest import ROOT, TINY_STAGE, environment
 from test_layout import SCRIPTS
 
-import checkpoint
-import processes
 import utils
 from flags import options
 from images import files as folders
 from images import reader
 from packed import compiler
-from runs import Run
+from run import checkpoint, processes
+from run.runs import Run
 
 WITHOUT = """
 import importlib, os, signal, sys

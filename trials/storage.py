@@ -19,7 +19,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from processes import Stopped, claimed
+from run.processes import Stopped, claimed
 from trials.cells import Candidate, Space
 from trials.strategies import Epoch, Job, Trial
 from utils import InputError, one_line

@@ -15,8 +15,8 @@ from typing import Any
 
 from flags.options import command_line
 from genotypes import save_genotype
-from processes import PROGRAM, claimed, end, environment, last_word, start
-from runs import LOCATION, RESULT, RUNS, read_metrics
+from run.processes import PROGRAM, claimed, end, environment, last_word, start
+from run.runs import LOCATION, RESULT, RUNS, read_metrics
 from trials.cells import Candidate
 from trials.strategies import Epoch
 from utils import InputError, RunFailed

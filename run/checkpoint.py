@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distributed import World, float_buffers
-from model import build_model
+from model import build_model, float_buffers
 from model_search import SearchConfig, Supernet
 from networks.registry import Config, config_from_dict
+from run.distributed import World
 from utils import WINDOWS, InputError, RunFailed, one_line, write_atomically
 
 FORMAT = "ebnas-checkpoint-1"

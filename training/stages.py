@@ -13,9 +13,6 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from checkpoint import LIVE, network_config
-from distributed import World
-from engine import Precision, Training, evaluate, in_memory_format, train_one_epoch
 from figures import draw_curves
 from flags.settings import StageSettings
 from images.loaders import Loader
@@ -24,16 +21,19 @@ from kernels.compilation import compile_regions
 from model import build_model
 from networks.registry import label
 from networks.rows import system_of
-from optimizers import OPTIMIZERS, SCHEDULES
-from pretrained import find_start, load_start, saw_holdout
-from recipes import Recipe, get_recipe
-from resume import Origin
-from runs import Run, read_args, read_metrics
-from session import Session
-from stage_flags import config_of, stage_of
-from teacher import DistillationLoss, Teacher, find_teacher
+from run.checkpoint import LIVE, network_config
+from run.distributed import World
+from run.resume import Origin
+from run.runs import Run, read_args, read_metrics
+from training.engine import Precision, Training, evaluate, in_memory_format, train_one_epoch
+from training.optimizers import OPTIMIZERS, SCHEDULES
+from training.pretrained import find_start, load_start, saw_holdout
+from training.recipes import Recipe, get_recipe
+from training.session import Session
+from training.stage_flags import config_of, stage_of
+from training.teacher import DistillationLoss, Teacher, find_teacher
+from training.weights import clip_latent_weights, decaying_groups, moving_average
 from utils import InputError, command_text, human, one_line, seed_everything
-from weights import clip_latent_weights, decaying_groups, moving_average
 
 
 @dataclass(frozen=True)

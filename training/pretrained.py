@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoint import is_own, network_config
 from flags import options
 from flags.choices import STAGE1_BITS
 from flags.settings import StageSettings
 from networks.registry import Config
-from originals import Said, find_file, load_any
-from recipes import get_recipe
-from runs import newest_checkpoint
+from run.checkpoint import is_own, network_config
+from run.originals import Said, find_file, load_any
+from run.runs import newest_checkpoint
+from training.recipes import get_recipe
 from utils import InputError, command_text
 
 AUXILIARY = "auxiliary_head."

@@ -13,14 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distributed import World
-from engine import Precision, Training, parts_of, training_loss
 from genotypes import GENOTYPES
 from images.loaders import Batch
 from kernels import accelerate
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
 from networks.registry import Config
+from run.distributed import World
+from training.engine import Precision, Training, parts_of, training_loss
 
 GB = 2**30
 

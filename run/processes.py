@@ -15,10 +15,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from runs import LOCK, RUNS
+from run.runs import LOCK, RUNS
 from utils import WINDOWS
 
-PROGRAM = Path(__file__).parent
+PROGRAM = Path(__file__).parent.parent
 PATIENCE = 1.0
 """Seconds between looks at a lock that another process has."""
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distributed import World
 from flags.choices import PRECISIONS
+from run.distributed import World
 from utils import InputError, RunFailed
 
 if TYPE_CHECKING:  # data brings torchvision, which not every script needs

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from checkpoint import load_checkpoint
-from distributed import World
 from images.loaders import Batch
 from networks.registry import trained_network
+from run.checkpoint import load_checkpoint
+from run.distributed import World
 from utils import InputError, one_line
 
 

@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 
-from checkpoint import Checkpointer
-from distributed import World, launch_name
-from engine import AfterStep, Position, Precision, Sums
 from flags.choices import CUDA_GRAPH_MODES
 from flags.settings import Settings, StepSettings, table
-from memory import GB, StepMemory, free_bytes
-from resume import Origin
-from runs import Run, create_run
-from signals import Interrupted, StopSignal
+from run.checkpoint import Checkpointer
+from run.distributed import World, launch_name
+from run.resume import Origin
+from run.runs import Run, create_run
+from run.signals import Interrupted, StopSignal
+from training.engine import AfterStep, Position, Precision, Sums
+from training.memory import GB, StepMemory, free_bytes
 from utils import InputError, RunFailed, command_text, is_out_of_memory, one_line, os_error_message
 
 
@@ -58,7 +58,7 @@ class Session:
 
     @contextmanager
     def start(self, *, model: torch.nn.Module, stateful: dict[str, Any], **header: Any) -> Iterator[Run]:
-        """Make the run's folder or go on in it; `header` is kept in every checkpoint (see checkpoint.py).
+        """Make the run's folder or go on in it; `header` is kept in every checkpoint (see run/checkpoint.py).
 
         SIGINT and SIGTERM, noted from here on, end the run with a checkpoint and exit code 128 + signal.
         Whatever else ends it stands in log.txt.

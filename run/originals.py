@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint import FORMAT, check_tensor, checked, is_own, read_file, resolve_checkpoint
 from flags.choices import STAGE1_BITS
 from genotypes import reduction_cells
 from images.files import class_names
 from model import build_model
 from networks.registry import Config, make_config
 from networks.rows import ROWS, USUAL_ROW
+from run.checkpoint import FORMAT, check_tensor, checked, is_own, read_file, resolve_checkpoint
 from utils import InputError
 
 FILES = ("model_best.pth.tar", "checkpoint.pth.tar", "weights.pt")

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model import float_buffers
 from utils import InputError, RunFailed, one_line
 
 LONGEST_WAIT = timedelta(days=7)
@@ -172,12 +173,6 @@ class Vote:
         elif self.work is not None:
             self.work.wait()
         return bool(self.votes.item())
-
-
-def float_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The BN statistics of `model`, by name: what changes in training without gradients, and is kept."""
-    held = model.state_dict()
-    return {name: b for name, b in model.named_buffers() if name in held and b.is_floating_point()}
 
 
 def setup(device: str | None = None, gpu: int = 0) -> World:

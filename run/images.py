@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distributed import World
 from flags.settings import ImageSettings, SearchSettings, TrainSettings
 from images.augment import Normalize
 from images.duplicates import near_duplicates
@@ -17,7 +16,8 @@ from images.loaders import Share
 from images.sets import ImageSet, channel_statistics, load_set
 from images.split import choose_test_files, is_unsplit, split_table
 from packed.picture import ValueRange
-from resume import Origin
+from run.distributed import World
+from run.resume import Origin
 from utils import InputError, printable, write_atomically
 
 

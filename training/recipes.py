@@ -11,7 +11,7 @@ from utils import InputError
 
 @dataclass(frozen=True)
 class Recipe:
-    """`optimizer` and `schedule` are names of optimizers.py's. A schedule is stepped with each step
+    """`optimizer` and `schedule` are names of training/optimizers.py's. A schedule is stepped with each step
     (`by_step`), or with each epoch. `flags` are those of the training script where the user does not give
     them: epochs, batch, rate, decay, loss, and what else differs from EBNAS's. `color_jitter` takes the place
     of Lighting on ImageNet. `taught`: it is nothing without a --teacher.

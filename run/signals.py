@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 
-from distributed import Vote, World
+from run.distributed import Vote, World
 
 STOP_FREQ = 8
 """Steps after which several processes ask one another whether to stop, and after as many more each reads the

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint import load_checkpoint
-from distributed import World, launch_name, restarted
 from flags import options
-from runs import find_launched, find_resumable
+from run.checkpoint import load_checkpoint
+from run.distributed import World, launch_name, restarted
+from run.runs import find_launched, find_resumable
 from utils import InputError
 
 HERE = ("device", "gpu", "resume")
@@ -36,7 +36,7 @@ class Origin:
     checkpoint: dict | None = None
 
     def own_images(self, data: dict[str, Any]) -> dict[str, Any]:
-        """`data` (see run_data.describe_data), for a resumed run with its own statistics, whose last bits
+        """`data` (see images.describe_data), for a resumed run with its own statistics, whose last bits
         depend on the processor. Raises InputError where it was run on other images."""
         if self.checkpoint is None:
             return data

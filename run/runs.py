@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from checkpoint import LAST, load_checkpoint, resolve_checkpoint
+from run.checkpoint import LAST, load_checkpoint, resolve_checkpoint
 from search_space import PRIMITIVES, checked_operations
 from utils import InputError, command_text, os_error_message, printable, remove_asides, write_atomically
 
@@ -209,7 +209,7 @@ def code_commit() -> str | None:
     out; None outside git."""
 
     def git(*words: str) -> subprocess.CompletedProcess:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
+        command = ["git", "-C", str(Path(__file__).parent.parent), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=10)
 
     try:

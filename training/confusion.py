@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine import Precision
 from images.loaders import Loader
+from training.engine import Precision
 from utils import printable, write_atomically
 
 SHOWN = 24

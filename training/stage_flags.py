@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from distributed import World
 from flags import options
 from flags.choices import STAGE1_BITS
 from flags.settings import NetworkSettings, settings_from
 from networks.registry import Config, make_config, settings_of
 from networks.rows import EBNAS_ROW, system_of, usual_size
-from recipes import EBNAS, get_recipe
-from resume import Origin, find_origin
+from run.distributed import World
+from run.resume import Origin, find_origin
+from training.recipes import EBNAS, get_recipe
 from utils import InputError
 
 STAGE1 = {"ebnas": ("w1a32", "w32a1", "w32a32"), "bats": ("w32a1", "w1a32"), "dcp": ("w32a1",)}

@@ -1,0 +1,1 @@
+"""What trains: a step, recipes, the stages, and the session around them."""
