@@ -50,10 +50,10 @@ test-sanitizers: $(SETUP)
 # all tests in which a kernel computes; then those of memory
 test-arm: export OMP_NUM_THREADS = 1
 test-arm: export PYTHONPATH = tests
-test-arm: ARM := -m pytest -q -n auto --maxprocesses 8 --dist worksteal -p kernel_process
+test-arm: ARM := -m pytest -q -n auto --maxprocesses 8 --dist worksteal -p support.kernel_process
 test-arm: SANITIZE := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
 test-arm: CHOSEN := packed_kernel or random or damaged_bytes or wrong_fields or format_1
-test-arm: FILES := tests/test_packed_kernel.py tests/test_packed_fuzz.py tests/test_packed.py
+test-arm: FILES := tests/packed/test_packed_kernel.py tests/packed/test_packed_fuzz.py tests/packed/test_packed.py
 test-arm: $(SETUP)
 	$(PYTHON) $(ARM) $(FILES) -k "($(CHOSEN) or the_float_form or disturb or 2000) and not sanitizers"
 	EBNAS_CFLAGS="$(SANITIZE)" ASAN_OPTIONS=detect_leaks=0 \

@@ -194,8 +194,8 @@ def run(
 
 
 def run_tests(seconds: float) -> dict[str, Any]:
-    """tests/test_cuda.py, which only a GPU can run, in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", "tests/test_cuda.py"]
+    """tests/kernels/test_cuda.py, which only a GPU can run, in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "tests/kernels/test_cuda.py"]
     started = time.monotonic()
     try:
         done = subprocess.run(command, cwd=PROGRAM, capture_output=True, text=True, timeout=seconds)

@@ -1,6 +1,7 @@
 """A derived network as the original program computes it: its units, in the place of ours.
 
-Its cost is the original's (tests/test_comparison.py). Cells, stems and heads are ours: it has the same.
+Its cost is the original's (tests/comparison/test_comparison.py). It has the same cells, stems and heads as
+ours.
 """
 
 from __future__ import annotations

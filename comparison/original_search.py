@@ -1,5 +1,5 @@
 """The supernet as the original program computes it: every edge has its own seven operations, mixes and
-shuffles alone. Its cost is the original's (tests/test_comparison.py).
+shuffles alone. Its cost is the original's (tests/comparison/test_comparison.py).
 
 Sizes that do not halve evenly follow our supernet's conventions, for the original has none: halves are
 rounded up, a window over the border averages what it holds, and a factorised reduction is zero where its

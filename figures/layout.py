@@ -1,6 +1,7 @@
-"""The picture of this program's parts, and which imports which: `python -m figures.layout` draws docs/layout.png.
+"""The picture of this program's parts, and which imports which: `python -m figures.layout`.
 
-The parts are those of the table in docs/architecture.md, the imports those of the files.
+The parts are those of the table in docs/architecture.md, the imports those of the files. It draws
+docs/layout.png.
 """
 
 from __future__ import annotations

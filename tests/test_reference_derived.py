@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from reference_values import assert_close, assert_gradient, float64, load
+from support.reference_values import assert_close, assert_gradient, float64, load
 from torch.nn import functional as F
 
 from comparison.original_network import original_network

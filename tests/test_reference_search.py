@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from reference_values import REFERENCE, assert_close, assert_gradient, float64, load
+from support.reference_values import REFERENCE, assert_close, assert_gradient, float64, load
 from torch.nn import functional as F
 
 from architect import edge_regularizer, path_regularizer

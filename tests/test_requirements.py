@@ -2,7 +2,7 @@
 
 import re
 
-from conftest import ROOT
+from support.scripts import ROOT
 
 
 def pinned(name: str, sign: str) -> dict[str, str]:

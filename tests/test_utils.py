@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from support.scripts import ROOT
 
 from utils import InputError, check_output, printable, write_atomically
 
