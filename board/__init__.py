@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from packed.kernel import _taps, _Unit, kernel_weights
+from packed.kernel import _CStep, _taps, kernel_weights
 from packed.program import Program
 
 from .plan import SIGNS, BoardPlan, Task
@@ -30,8 +30,8 @@ _FILES = {  # template: the file it becomes; {} is the network's name
     "frame.ino": "examples/frame/frame.ino",
 }
 _OPS = ("BINARY", "FLOAT", "POOL", "LINEAR", "SIGNS")
-_INTEGERS = [name for name in _Unit._integers if name not in ("chunks", "op")]
-_POINTERS = {  # of struct unit, by operation; the others are made on the board or have no use there
+_INTEGERS = [name for name in _CStep._integers if name not in ("chunks", "op")]
+_POINTERS = {  # of struct step, by operation; the others are made on the board or have no use there
     "SIGNS": ("threshold",),
     "BINARY": ("term", "bits", "scale", "bias", "slope"),
     "FLOAT": ("weight", "bias"),
@@ -72,7 +72,7 @@ def board_files(program: Program, name: str, picture: np.ndarray, logits: np.nda
         "MEAN": ", ".join(_float(v) for v in program.mean),
         "STD": ", ".join(_float(v) for v in program.std),
         "IMAGE": plan.image.offset,
-        "LOGITS": plan.tasks[-1].unit.target,
+        "LOGITS": plan.tasks[-1].c_step.target,
         "PIXELS": _rows(str(v) for v in picture.ravel()),
         "EXPECTED": _rows(_float(v) for v in logits),
         "KERNEL": _kernel(),
@@ -86,7 +86,7 @@ def board_files(program: Program, name: str, picture: np.ndarray, logits: np.nda
     return BoardFiles(made, constants.bytes + len(plan.tasks) * TASK_BYTES, plan.arena, largest)
 
 
-TASK_BYTES = 4 * (len(_Unit._integers) + len(_Unit._pointers) + 4)
+TASK_BYTES = 4 * (len(_CStep._integers) + len(_CStep._pointers) + 4)
 """A task's on a processor of 32 bits."""
 
 
@@ -114,10 +114,10 @@ class _Constants:
 
 
 def _task(task: Task, constants: _Constants) -> str:
-    unit, step = task.unit, task.step
-    op = _OPS[unit.op]
+    c_step, step = task.c_step, task.step
+    op = _OPS[c_step.op]
     fields = [f".op = {op}"]
-    fields += [f".{name} = {getattr(unit, name)}" for name in _INTEGERS if getattr(unit, name)]
+    fields += [f".{name} = {getattr(c_step, name)}" for name in _INTEGERS if getattr(c_step, name)]
     arrays = _arrays(task)
     for name in _POINTERS[op]:
         fields.append(f".{name} = {constants.name(name, arrays[name])}")
@@ -128,15 +128,15 @@ def _task(task: Task, constants: _Constants) -> str:
 
 
 def _arrays(task: Task) -> dict[str, np.ndarray]:
-    """The constants of a task, by the names of `struct unit`."""
-    step, unit = task.step, task.unit
+    """The constants of a task, by the names of `struct step`."""
+    step, c_step = task.step, task.c_step
     if step.op != "binary":
         return kernel_weights(step, 0)
-    if unit.op == SIGNS:
+    if c_step.op == SIGNS:
         return {"threshold": step.tensors["threshold"]}
     scale, bias, slope = step.tensors["affine"]
     shape = (step.kernel, step.stride, step.dilation, step.padding, step.source.channels // step.groups)
-    terms = _taps(*shape, unit.height_in, unit.width_in)["term"]
+    terms = _taps(*shape, c_step.height_in, c_step.width_in)["term"]
     return {"term": terms, "bits": board_bits(step), "scale": scale, "bias": bias, "slope": slope}
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from packed.kernel import _OPS, Plan, _padded, _Unit
+from packed.kernel import _OPS, Plan, _CStep, _padded
 from packed.program import Program, Step, View
 
 SIGNS = len(_OPS)  # board.c's operation beyond those of binary_cpu.c
@@ -42,7 +42,7 @@ class Memory:
 
 @dataclass(eq=False)
 class Signs(Memory):
-    """Byte planes of the signs of a view at one set of thresholds; `slack` as in `struct unit`, in bytes."""
+    """Byte planes of the signs of a view at one set of thresholds; `slack` as in `struct step`, in bytes."""
 
     slack: int = 0
 
@@ -52,11 +52,11 @@ class Task:
     """One entry of the table that board.c runs: a step, a part of it, or the packing of signs for it."""
 
     step: Step
-    unit: _Unit
+    c_step: _CStep
     first: int = 0  # SIGNS: the bytes (of 8 channels) from first to end
     end: int = 0
     tables: int = 0  # where the arena holds the masks or borders that board.c makes, in floats
-    shift: int = 0  # from the views' places to the unit's, see Plan._spread
+    shift: int = 0  # from the views' places to the C step's, see Plan._spread
     uses: dict[str, Memory] = field(default_factory=dict)
 
 
@@ -120,7 +120,7 @@ class BoardPlan:
                 for block in (block for block in self.blocks if _overlap(step.source, block)):
                     places, when = (early, needed[block]) if needed[block] < i else (late, i)
                     places.setdefault(when, []).append((known, block, i))
-            known.slack = max(known.slack, self._unit(step)[0].slack)
+            known.slack = max(known.slack, self._c_step(step)[0].slack)
             signs[i] = known
             shared[key] = known, i
         for i in range(-1, len(steps)):
@@ -131,30 +131,30 @@ class BoardPlan:
             for each in early.get(i, []):
                 self._pack(*each)
 
-    def _unit(self, step: Step, part: int = 0) -> tuple[_Unit, int]:
-        """The unit of a step (or of a part of a shuffle) and the floats of scratch memory that it needs."""
-        unit = _Unit()
+    def _c_step(self, step: Step, part: int = 0) -> tuple[_CStep, int]:
+        """The C step of a step (or of a part of a shuffle) and the floats of scratch memory that it needs."""
+        c_step = _CStep()
         index = next(i for i, each in enumerate(self.program.steps) if each is step)
-        scratch, _ = self._plan._fill(unit, step, self._weights[index])
+        scratch, _ = self._plan._fill(c_step, step, self._weights[index])
         if step.shuffle > 1:
-            self._plan._spread(unit, step.shuffle, part)
-        return unit, scratch
+            self._plan._spread(c_step, step.shuffle, part)
+        return c_step, scratch
 
     def _pack(self, signs: Signs, block: Block, reader: int) -> None:
         step = self.program.steps[reader]
-        unit, _ = self._unit(step)
+        c_step, _ = self._c_step(step)
         first = max(block.first, step.source.first) - step.source.first
         end = min(block.end, step.source.first + step.source.channels) - step.source.first
-        unit.op = SIGNS
-        task = Task(step, unit, _byte(first, step), _byte(end, step, up=True))
+        c_step.op = SIGNS
+        task = Task(step, c_step, _byte(first, step), _byte(end, step, up=True))
         self._use(task, source=self._floats[block], signs=signs)
 
     def _step(self, index: int, signs: Signs | None) -> None:
         step = self.program.steps[index]
         for part in range(step.shuffle):
-            unit, scratch = self._unit(step, part)
-            task = Task(step, unit)
-            tables = _table_floats(unit)
+            c_step, scratch = self._c_step(step, part)
+            task = Task(step, c_step)
+            tables = _table_floats(c_step)
             uses = {"source": None if step.op == "binary" else step.source}
             uses |= {"residual": step.residual, "target": step.target}
             memories = {name: self._floats[self._block_of(view)] for name, view in uses.items() if view}
@@ -165,7 +165,7 @@ class BoardPlan:
             if tables:
                 memories["tables"] = Memory(f"masks of {step.name or step.op}", tables)
             if step.op == "linear":
-                memories["target"] = Memory("logits", _padded(unit.channels_out))
+                memories["target"] = Memory("logits", _padded(c_step.channels_out))
             self._use(task, **memories)
 
     def _use(self, task: Task, **memories: Memory) -> None:
@@ -192,30 +192,30 @@ class BoardPlan:
         return list(used.values())
 
     def _sign_floats(self, signs: Signs) -> int:
-        unit = next(task.unit for task in self.tasks if task.uses.get("signs") is signs)
-        per_group = -(-(unit.channels_in // unit.groups) // 8)
-        plane = _padded(unit.height_out * unit.width_out)
-        size = unit.groups * (per_group * unit.stride**2 * plane + signs.slack) + signs.slack
-        whole = _padded(unit.height_in * unit.width_in) if unit.stride == 2 else 0
+        c_step = next(task.c_step for task in self.tasks if task.uses.get("signs") is signs)
+        per_group = -(-(c_step.channels_in // c_step.groups) // 8)
+        plane = _padded(c_step.height_out * c_step.width_out)
+        size = c_step.groups * (per_group * c_step.stride**2 * plane + signs.slack) + signs.slack
+        whole = _padded(c_step.height_in * c_step.width_in) if c_step.stride == 2 else 0
         return (size + whole) // 4
 
     def _set_addresses(self, task: Task) -> None:
         """From the plan's addresses, of all buffers as floats, to the board's."""
-        unit, step, uses = task.unit, task.step, task.uses
+        c_step, step, uses = task.c_step, task.step, task.uses
         views = {"source": step.source, "residual": step.residual, "target": step.target}
         for name, view in views.items():
             if view is not None and name in uses:
                 block = next(block for block in self.blocks if self._floats[block] is uses[name])
                 ours = uses[name].offset + (view.first - block.first) * self._plane(view.buffer)
-                setattr(unit, name, getattr(unit, name) - self._plan._address(view) + ours)
+                setattr(c_step, name, getattr(c_step, name) - self._plan._address(view) + ours)
         if "residual" not in uses:
-            unit.residual = -1
+            c_step.residual = -1
         if step.op == "linear":
-            unit.target = uses["target"].offset
+            c_step.target = uses["target"].offset
         if "signs" in uses:
-            unit.slack = uses["signs"].slack
+            c_step.slack = uses["signs"].slack
         if held := uses.get("signs") or uses.get("scratch"):
-            unit.scratch = held.offset
+            c_step.scratch = held.offset
         if "tables" in uses:
             task.tables = uses["tables"].offset
 
@@ -287,12 +287,12 @@ def _byte(channel: int, step: Step, *, up: bool = False) -> int:
     return group * -(-per_group // 8) + (-(-within // 8) if up else within // 8)
 
 
-def _table_floats(unit: _Unit) -> int:
-    """How many floats board.c makes for a unit: masks and weight counts of 1 bit, borders of a pool."""
-    if unit.op == _OPS.index("binary"):
-        return (unit.kernel**2 + 2) * _padded(unit.height_out * unit.width_out) // 4
-    if unit.op == _OPS.index("pool"):
-        return (unit.kernel + unit.flag) * _padded(unit.height_in * unit.width_in)
+def _table_floats(c_step: _CStep) -> int:
+    """How many floats board.c makes for a step: masks and weight counts of 1 bit, borders of a pool."""
+    if c_step.op == _OPS.index("binary"):
+        return (c_step.kernel**2 + 2) * _padded(c_step.height_out * c_step.width_out) // 4
+    if c_step.op == _OPS.index("pool"):
+        return (c_step.kernel + c_step.average) * _padded(c_step.height_in * c_step.width_in)
     return 0
 
 

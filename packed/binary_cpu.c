@@ -1,6 +1,23 @@
 /* 1-bit convolutions with XOR and popcount, and the few float layers around them: a whole network, one call.
 
-   kernel.py compiles this file at first use, fills an array of `struct unit`, and calls run_network().
+   kernel.py compiles this file at first use, fills an array of `struct step`, and calls run_network().
+
+   What the step BINARY computes, without any of what follows, of a filter f at the pixel (y, x):
+
+       int count = 0;
+       for (int c = 0; c < channels_in / groups; c++)
+           for (int i = 0; i < kernel; i++)
+               for (int j = 0; j < kernel; j++) {
+                   int row = y * stride + i * dilation - padding;
+                   int column = x * stride + j * dilation - padding;
+                   if (row >= 0 && row < height_in && column >= 0 && column < width_in) {
+                       int channel = f / (channels_out / groups) * (channels_in / groups) + c;
+                       int sign = source[channel][row][column] >= threshold[channel] ? 1 : -1;
+                       count += sign * (weight[f][c][i][j] ? 1 : -1);
+                   }
+               }
+       float value = scale[f] * count + bias[f] + residual[f][y][x];
+       target[f][y][x] = value > 0 ? value : slope[f] * value;
 
    Floats.  A tensor is channel planes of height * width floats, each plane padded to a multiple of 64 floats,
    so that no loop over pixels has a tail. What a plane holds past its pixels has no meaning and is never
@@ -14,8 +31,8 @@
    Zero padding.  A bit has two values and the padding is a third. Each tap has a mask plane, 0xff where it
    lies inside the image: dot = valid - 2 * popcount((x ^ w) & mask), valid = the number of weights inside.
 
-   Threads.  Those that share an image all walk through its units. A unit is cut into chunks; who is free
-   takes the next one from a counter, and waits at the unit's end until all are done. Nobody is waited for
+   Threads.  Those that share an image all walk through its steps. A step is cut into chunks; who is free
+   takes the next one from a counter, and waits at the step's end until all are done. Nobody is waited for
    who has not begun: threads that come late, or never, cost nothing but their help.
 
    All below the line "one path" is compiled once per instruction set, by this file including itself with
@@ -63,14 +80,15 @@ struct term {
     int32_t input, mask;
 };
 
-/* One step of the network; kernel.py's _Unit is the same structure. Tensors are offsets into the arena, in
+/* One step of the network; kernel.py's _CStep is the same structure. Tensors are offsets into the arena, in
    floats. BINARY: sign, convolve, scale and shift, add the residual, PReLU. FLOAT: convolve, shift, ReLU. */
-struct unit {
+struct step {
     int64_t op, source, target, residual /* < 0: none */, scratch;
     int64_t channels_in, channels_out, groups, kernel, stride, padding;
     int64_t height_in, width_in, height_out, width_out;
     int64_t add;              /* add to the target instead of writing it */
-    int64_t flag;             /* POOL: average instead of maximum; FLOAT: ReLU */
+    int64_t average;          /* POOL: instead of the maximum */
+    int64_t relu;             /* FLOAT */
     int64_t chunks;           /* in how many parts threads share the work; 1: it is not worth it */
     int64_t terms;            /* BINARY: bytes of weights per filter */
     int64_t slack;            /* BINARY: how far a tap may read outside the planes, in bytes */
@@ -87,7 +105,7 @@ struct unit {
 
 /* board: to here */
 
-/* Of one phase of a unit, of which it has up to two: the chunks that have been taken, from the first on in
+/* Of one phase of a step, of which it has up to two: the chunks that have been taken, from the first on in
    the lower 16 bits and from the last on in the upper ones; and the chunks that are done. */
 struct counter {
     uint32_t taken;
@@ -99,13 +117,17 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t padded(int64_t n) { return (n + 63) & ~(int64_t)63; }
 
 /* Of a group's channels at a pixel. */
-static inline int64_t group_bytes(const struct unit *u) { return (u->channels_in / u->groups + 7) / 8; }
+static inline int64_t group_bytes(const struct step *step)
+{
+    return (step->channels_in / step->groups + 7) / 8;
+}
 
 /* From a group's byte planes to the next one's. The slack between them keeps taps that reach out of a group
    from what another thread writes. */
-static inline int64_t group_stride(const struct unit *u)
+static inline int64_t group_stride(const struct step *step)
 {
-    return group_bytes(u) * u->stride * u->stride * padded(u->height_out * u->width_out) + u->slack;
+    const int64_t phases = step->stride * step->stride;
+    return group_bytes(step) * phases * padded(step->height_out * step->width_out) + step->slack;
 }
 
 /* How many of a group's filters are convolved at once, where `left` are left. */
@@ -252,40 +274,40 @@ EXPORT void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64
         }
 }
 
-/* One thread's part of n units on what the arena holds. The threads share units, arena and counters, 2 * n
+/* One thread's part of n steps on what the arena holds. The threads share steps, arena and counters, 2 * n
    zeros; `own` is how far in the arena, in floats, a thread's scratch memory lies behind that of the first.
    Returns how often it slept to wait for another thread. */
-EXPORT int64_t share_units(int path, const struct unit *units, int64_t n, float *arena, int64_t own,
+EXPORT int64_t share_steps(int path, const struct step *steps, int64_t n, float *arena, int64_t own,
                            struct counter *counters)
 {
     (void)path; /* where there is but one */
 #if defined(__x86_64__)
     if (path == PATH_AVX512)
-        return run_avx512(units, n, arena, own, counters);
+        return run_avx512(steps, n, arena, own, counters);
     if (path == PATH_AVX2)
-        return run_avx2(units, n, arena, own, counters);
+        return run_avx2(steps, n, arena, own, counters);
 #elif defined(V128_FILTERS)
     if (path == PATH_V128)
-        return run_v128(units, n, arena, own, counters);
+        return run_v128(steps, n, arena, own, counters);
 #endif
-    return run_c(units, n, arena, own, counters);
+    return run_c(steps, n, arena, own, counters);
 }
 
-/* Runs n units on what the arena holds. */
-EXPORT void run_units(int path, const struct unit *units, int64_t n, float *arena)
+/* Runs n steps on what the arena holds. */
+EXPORT void run_steps(int path, const struct step *steps, int64_t n, float *arena)
 {
-    share_units(path, units, n, arena, 0, 0);
+    share_steps(path, steps, n, arena, 0, 0);
 }
 
-/* images [count][channels][pixels] -> logits [count][channels_out of the last unit]. */
-EXPORT void run_network(int path, const struct unit *units, int64_t n, float *arena, const float *images,
+/* images [count][channels][pixels] -> logits [count][channels_out of the last step]. */
+EXPORT void run_network(int path, const struct step *steps, int64_t n, float *arena, const float *images,
                         int64_t count, int64_t channels, int64_t pixels, float *logits)
 {
-    const struct unit *last = units + n - 1;
+    const struct step *last = steps + n - 1;
     for (int64_t i = 0; i < count; i++) {
         for (int64_t c = 0; c < channels; c++, images += pixels)
             memcpy(arena + c * padded(pixels), images, pixels * sizeof(float));
-        run_units(path, units, n, arena);
+        run_steps(path, steps, n, arena);
         memcpy(logits + i * last->channels_out, arena + last->target, last->channels_out * sizeof(float));
     }
 }
@@ -526,37 +548,37 @@ typedef float FN(floats) __attribute__((vector_size(4 * FLOATS), aligned(4), may
 /* board: to here */
 
 /* Does items first to end of a phase; `own` is where this thread's scratch memory is. */
-typedef void FN(part)(const struct unit *u, float *arena, float *own, int64_t first, int64_t end);
+typedef void FN(part)(const struct step *step, float *arena, float *own, int64_t first, int64_t end);
 
 /* Does what other threads leave of a phase, and waits until all of it is done. The first thread begins at
    the first chunk and the others at the last: they mostly find in their caches what they wrote before. */
-static int64_t FN(share)(FN(part) *part, int64_t items, const struct unit *u, float *arena, float *own,
+static int64_t FN(share)(FN(part) *part, int64_t items, const struct step *step, float *arena, float *own,
                          struct counter *counter)
 {
     if (counter == 0) {
-        part(u, arena, own, 0, items);
+        part(step, arena, own, 0, items);
         return 0;
     }
-    const int from_last = own != arena + u->scratch;
+    const int from_last = own != arena + step->scratch;
     for (;;) {
         const uint32_t taken = __atomic_fetch_add(&counter->taken, from_last ? 1 << 16 : 1, __ATOMIC_RELAXED);
         const int64_t lower = taken & 0xffff, upper = taken >> 16;
-        if (lower + upper >= u->chunks)
+        if (lower + upper >= step->chunks)
             break;
-        const int64_t i = from_last ? u->chunks - 1 - upper : lower;
-        part(u, arena, own, items * i / u->chunks, items * (i + 1) / u->chunks);
+        const int64_t i = from_last ? step->chunks - 1 - upper : lower;
+        part(step, arena, own, items * i / step->chunks, items * (i + 1) / step->chunks);
         __atomic_fetch_add(&counter->done, 1, __ATOMIC_RELEASE);
     }
-    return wait_for(&counter->done, u->chunks);
+    return wait_for(&counter->done, step->chunks);
 }
 
 /* board: from here */
-static void FN(split_bytes)(const struct unit *u, const uint8_t *restrict whole, uint8_t *restrict phases,
+static void FN(split_bytes)(const struct step *step, const uint8_t *restrict whole, uint8_t *restrict phases,
                             int64_t plane_out)
 {
-    for (int64_t y = 0, width = u->width_in; y < u->height_in; y++, whole += width)
+    for (int64_t y = 0, width = step->width_in; y < step->height_in; y++, whole += width)
         for (int64_t phase = 0; phase < 2; phase++) {
-            uint8_t *restrict row = phases + (y % 2 * 2 + phase) * plane_out + y / 2 * u->width_out;
+            uint8_t *restrict row = phases + (y % 2 * 2 + phase) * plane_out + y / 2 * step->width_out;
             for (int64_t i = 0; i < (width + 1 - phase) / 2; i++)
                 row[i] = whole[2 * i + phase];
         }
@@ -564,42 +586,42 @@ static void FN(split_bytes)(const struct unit *u, const uint8_t *restrict whole,
 
 /* Signs of the source as byte planes, [group][byte of 8 channels][phase][pixel]: bit = (x >= threshold).
    An item is such a byte. */
-static void FN(pack_signs)(const struct unit *u, float *arena, float *own, int64_t first, int64_t end)
+static void FN(pack_signs)(const struct step *step, float *arena, float *own, int64_t first, int64_t end)
 {
-    const int64_t plane_in = padded(u->height_in * u->width_in);
-    const int64_t plane_out = padded(u->height_out * u->width_out);
-    const int64_t channels = u->channels_in / u->groups, bytes = group_bytes(u);
-    const int64_t size = u->stride * u->stride * plane_out;
-    uint8_t *planes = (uint8_t *)(arena + u->scratch) + u->slack;
-    uint8_t *whole = (uint8_t *)own + u->slack + u->groups * group_stride(u);
+    const int64_t plane_in = padded(step->height_in * step->width_in);
+    const int64_t plane_out = padded(step->height_out * step->width_out);
+    const int64_t channels = step->channels_in / step->groups, bytes = group_bytes(step);
+    const int64_t size = step->stride * step->stride * plane_out;
+    uint8_t *planes = (uint8_t *)(arena + step->scratch) + step->slack;
+    uint8_t *whole = (uint8_t *)own + step->slack + step->groups * group_stride(step);
     for (; first < end; first++) {
         const int64_t g = first / bytes, byte = first % bytes, left = channels - 8 * byte;
-        const float *x = arena + u->source + (g * channels + 8 * byte) * plane_in;
-        const float *threshold = u->threshold + g * channels + 8 * byte;
-        uint8_t *plane = planes + g * group_stride(u) + byte * size;
-        uint8_t *to = u->stride == 1 ? plane : whole;
+        const float *x = arena + step->source + (g * channels + 8 * byte) * plane_in;
+        const float *threshold = step->threshold + g * channels + 8 * byte;
+        uint8_t *plane = planes + g * group_stride(step) + byte * size;
+        uint8_t *to = step->stride == 1 ? plane : whole;
         if (left >= 8)
             for (int64_t p = 0; p < plane_in; p += LANES)
                 FN(store)(to + p, FN(pack)(x + p, plane_in, threshold, 8));
         else
             for (int64_t p = 0; p < plane_in; p += LANES)
                 FN(store)(to + p, FN(pack)(x + p, plane_in, threshold, (int)left));
-        if (u->stride == 2)
-            FN(split_bytes)(u, whole, plane, plane_out);
+        if (step->stride == 2)
+            FN(split_bytes)(step, whole, plane, plane_out);
     }
 }
 
 /* For LANES pixels and `filters` filters: how many bits differ under the masks. */
-INLINE void FN(count_differing)(const int filters, const struct unit *u, const uint8_t *x,
+INLINE void FN(count_differing)(const int filters, const struct step *step, const uint8_t *x,
                                 const uint8_t *masks, const encoded *w, uint16_t count[FILTERS][LANES])
 {
-    for (int64_t start = 0; start < u->terms; start += 31) { /* 31 * 8 fits into the byte of a lane */
-        const int64_t end = least(start + 31, u->terms);
+    for (int64_t start = 0; start < step->terms; start += 31) { /* 31 * 8 fits into the byte of a lane */
+        const int64_t end = least(start + 31, step->terms);
         FN(bytes) sum[FILTERS];
         for (int f = 0; f < filters; f++)
             sum[f] = FN(zero)();
         for (int64_t t = start; t < end; t++, w += filters) {
-            const FN(tap) tap = FN(load_tap)(x + u->term[t].input, masks + u->term[t].mask);
+            const FN(tap) tap = FN(load_tap)(x + step->term[t].input, masks + step->term[t].mask);
             for (int f = 0; f < filters; f++)
                 sum[f] = FN(add_differing)(sum[f], tap, SPREAD(w[f]));
         }
@@ -626,55 +648,57 @@ INLINE void FN(finish)(const uint16_t *restrict count, const int16_t *restrict v
 }
 
 /* From the counts of LANES pixels, p and on, and of `filters` filters, c and on, to their outputs. */
-static NOINLINE void FN(finish_filters)(int filters, const struct unit *u, int64_t c, int64_t p,
+static NOINLINE void FN(finish_filters)(int filters, const struct step *step, int64_t c, int64_t p,
                                         const uint16_t count[FILTERS][LANES], float *arena)
 {
-    const int64_t plane = padded(u->height_out * u->width_out);
+    const int64_t plane = padded(step->height_out * step->width_out);
     for (int f = 0; f < filters; f++, c++) {
-        const float *residual = arena + u->residual + c * plane + p;
-        float *target = arena + u->target + c * plane + p;
-        if (u->residual < 0)
-            FN(finish)(count[f], u->valid + p, u->scale[c], u->bias[c], u->slope[c], 0, 0, target);
-        else if (u->add)
-            FN(finish)(count[f], u->valid + p, u->scale[c], u->bias[c], u->slope[c], residual, 1, target);
+        const float *residual = arena + step->residual + c * plane + p;
+        float *target = arena + step->target + c * plane + p;
+        const int16_t *valid = step->valid + p;
+        const float scale = step->scale[c], bias = step->bias[c], slope = step->slope[c];
+        if (step->residual < 0)
+            FN(finish)(count[f], valid, scale, bias, slope, 0, 0, target);
+        else if (step->add)
+            FN(finish)(count[f], valid, scale, bias, slope, residual, 1, target);
         else
-            FN(finish)(count[f], u->valid + p, u->scale[c], u->bias[c], u->slope[c], residual, 0, target);
+            FN(finish)(count[f], valid, scale, bias, slope, residual, 0, target);
     }
 }
 
-INLINE void FN(convolve_filters)(const int filters, const struct unit *u, const uint8_t *planes,
+INLINE void FN(convolve_filters)(const int filters, const struct step *step, const uint8_t *planes,
                                  const encoded *w, int64_t first, int64_t p, int64_t end, float *arena)
 {
     for (; p < end; p += LANES) {
         uint16_t count[FILTERS][LANES];
-        FN(count_differing)(filters, u, planes + p, u->masks + p, w, count);
-        FN(finish_filters)(filters, u, first, p, (const uint16_t(*)[LANES])count, arena);
+        FN(count_differing)(filters, step, planes + p, step->masks + p, w, count);
+        FN(finish_filters)(filters, step, first, p, (const uint16_t(*)[LANES])count, arena);
     }
 }
 
 /* The signs are packed. An item is LANES pixels of a block of filters, in the order [group][block][pixel]. */
-static void FN(convolve_packed)(const struct unit *u, float *arena, float *own, int64_t begin, int64_t end)
+static void FN(convolve_packed)(const struct step *step, float *arena, float *own, int64_t begin, int64_t end)
 {
     (void)own;
-    const int64_t plane = padded(u->height_out * u->width_out), items = plane / LANES;
-    const int64_t filters = u->channels_out / u->groups;
-    const uint8_t *planes = (uint8_t *)(arena + u->scratch) + u->slack;
-    const encoded *w = u->bits;
+    const int64_t plane = padded(step->height_out * step->width_out), items = plane / LANES;
+    const int64_t filters = step->channels_out / step->groups;
+    const uint8_t *planes = (uint8_t *)(arena + step->scratch) + step->slack;
+    const encoded *w = step->bits;
     int64_t c = 0;
-    for (int64_t g = 0; g < u->groups; g++, planes += group_stride(u))
-        for (int64_t first = 0, size; first < filters; first += size, c += size, w += size * u->terms) {
+    for (int64_t g = 0; g < step->groups; g++, planes += group_stride(step))
+        for (int64_t first = 0, size; first < filters; first += size, c += size, w += size * step->terms) {
             size = block_size(filters - first, FILTERS);
             const int64_t from = begin > 0 ? begin * LANES : 0, to = least(end, items) * LANES;
             begin -= items, end -= items;
             switch (from < to ? size : 0) {
-            case 1: FN(convolve_filters)(1, u, planes, w, c, from, to, arena); break;
-            case 2: FN(convolve_filters)(2, u, planes, w, c, from, to, arena); break;
-            case 4: FN(convolve_filters)(4, u, planes, w, c, from, to, arena); break;
+            case 1: FN(convolve_filters)(1, step, planes, w, c, from, to, arena); break;
+            case 2: FN(convolve_filters)(2, step, planes, w, c, from, to, arena); break;
+            case 4: FN(convolve_filters)(4, step, planes, w, c, from, to, arena); break;
 #if FILTERS >= 6
-            case 6: FN(convolve_filters)(6, u, planes, w, c, from, to, arena); break;
+            case 6: FN(convolve_filters)(6, step, planes, w, c, from, to, arena); break;
 #endif
 #if FILTERS == 8
-            case 8: FN(convolve_filters)(8, u, planes, w, c, from, to, arena); break;
+            case 8: FN(convolve_filters)(8, step, planes, w, c, from, to, arena); break;
 #endif
             }
         }
@@ -683,64 +707,66 @@ static void FN(convolve_packed)(const struct unit *u, float *arena, float *own, 
 /* board: to here */
 
 /* Of a group, the items of convolve_packed. */
-static int64_t FN(group_items)(const struct unit *u)
+static int64_t FN(group_items)(const struct step *step)
 {
-    int64_t blocks = 0, left = u->channels_out / u->groups;
+    int64_t blocks = 0, left = step->channels_out / step->groups;
     for (; left > 0; blocks++)
         left -= block_size(left, FILTERS);
-    return blocks * padded(u->height_out * u->width_out) / LANES;
+    return blocks * padded(step->height_out * step->width_out) / LANES;
 }
 
 /* An item is a group. */
-static void FN(convolve_groups)(const struct unit *u, float *arena, float *own, int64_t first, int64_t end)
+static void FN(convolve_groups)(const struct step *step, float *arena, float *own, int64_t first, int64_t end)
 {
-    const int64_t items = FN(group_items)(u);
-    FN(pack_signs)(u, arena, own, first * group_bytes(u), end * group_bytes(u));
-    FN(convolve_packed)(u, arena, own, first * items, end * items);
+    const int64_t items = FN(group_items)(step);
+    FN(pack_signs)(step, arena, own, first * group_bytes(step), end * group_bytes(step));
+    FN(convolve_packed)(step, arena, own, first * items, end * items);
 }
 
-static int64_t FN(convolve_binary)(const struct unit *u, float *arena, float *own, struct counter *counters)
+static int64_t FN(convolve_binary)(const struct step *step, float *arena, float *own,
+                                   struct counter *counters)
 {
-    if (counters == 0 || u->groups >= least(u->chunks, 8))
-        return FN(share)(FN(convolve_groups), u->groups, u, arena, own, counters);
+    if (counters == 0 || step->groups >= least(step->chunks, 8))
+        return FN(share)(FN(convolve_groups), step->groups, step, arena, own, counters);
     /* too few groups to share: all signs first, then blocks of filters */
-    return FN(share)(FN(pack_signs), u->groups * group_bytes(u), u, arena, own, counters) +
-           FN(share)(FN(convolve_packed), u->groups * FN(group_items)(u), u, arena, own, counters + 1);
+    return FN(share)(FN(pack_signs), step->groups * group_bytes(step), step, arena, own, counters) +
+           FN(share)(FN(convolve_packed), step->groups * FN(group_items)(step), step, arena, own, counters + 1);
 }
 
 /* board: from here */
 /* The padded source of one group, each channel split into stride * stride phases of height * width floats. */
-static void FN(split_phases)(const struct unit *u, const float *source, float *phases, int64_t height,
+static void FN(split_phases)(const struct step *step, const float *source, float *phases, int64_t height,
                              int64_t width)
 {
-    const int64_t channels = u->channels_in / u->groups, s = u->stride, pad = u->padding;
-    const int64_t plane = padded(u->height_in * u->width_in);
-    memset(phases, 0, (size_t)(channels * s * s * height * width) * sizeof(float));
-    for (int64_t c = 0; c < channels; c++, source += plane, phases += s * s * height * width)
-        for (int64_t y = 0; y < u->height_in; y++)
-            for (int64_t phase = 0; phase < s; phase++) {
-                const int64_t first = (phase + s * pad - pad) % s; /* the first column of this phase */
-                float *row = phases + (((y + pad) % s * s + phase) * height + (y + pad) / s) * width;
-                row += (first + pad) / s;
-                for (int64_t x = first; x < u->width_in; x += s)
-                    *row++ = source[y * u->width_in + x];
+    const int64_t channels = step->channels_in / step->groups, stride = step->stride, pad = step->padding;
+    const int64_t plane = padded(step->height_in * step->width_in);
+    memset(phases, 0, (size_t)(channels * stride * stride * height * width) * sizeof(float));
+    for (int64_t c = 0; c < channels; c++, source += plane, phases += stride * stride * height * width)
+        for (int64_t y = 0; y < step->height_in; y++)
+            for (int64_t phase = 0; phase < stride; phase++) {
+                const int64_t first = (phase + stride * pad - pad) % stride; /* this phase's first column */
+                const int64_t of_phase = (y + pad) % stride * stride + phase;
+                float *row = phases + (of_phase * height + (y + pad) / stride) * width;
+                row += (first + pad) / stride;
+                for (int64_t x = first; x < step->width_in; x += stride)
+                    *row++ = source[y * step->width_in + x];
             }
 }
 
 /* Four filters at a time over vectors of pixels. Rows of output are as long as the phases' rows; what lies
    past the image is dropped as the result is copied out. An item is four filters of one group. */
-static void FN(convolve_float)(const struct unit *u, float *arena, float *own, int64_t item, int64_t end)
+static void FN(convolve_float)(const struct step *step, float *arena, float *own, int64_t item, int64_t end)
 {
     enum { VECTORS = FLOATS == 16 ? 4 : 2, WIDTH = VECTORS * FLOATS };
-    const int64_t s = u->stride, k = u->kernel, channels = u->channels_in / u->groups;
-    const int64_t filters = u->channels_out / u->groups;
-    const int64_t height = u->height_out + (k - 1) / s, width = u->width_out + (k - 1) / s;
-    const int64_t plane_in = padded(u->height_in * u->width_in);
-    const int64_t plane_out = padded(u->height_out * u->width_out);
-    const int64_t row_length = padded(u->height_out * width);
+    const int64_t s = step->stride, k = step->kernel, channels = step->channels_in / step->groups;
+    const int64_t filters = step->channels_out / step->groups;
+    const int64_t height = step->height_out + (k - 1) / s, width = step->width_out + (k - 1) / s;
+    const int64_t plane_in = padded(step->height_in * step->width_in);
+    const int64_t plane_out = padded(step->height_out * step->width_out);
+    const int64_t row_length = padded(step->height_out * width);
     const int64_t channel = s * s * height * width, taps = k * k;
     float *phases = own, *rows = phases + padded(channels * channel) + 128;
-    const float *weight = u->weight + item * 4 * channels * taps;
+    const float *weight = step->weight + item * 4 * channels * taps;
     int64_t offset[LARGEST_KERNEL * LARGEST_KERNEL]; /* of the taps: no division in the inner loop */
     for (int64_t t = 0; t < taps; t++) {
         const int64_t dy = t / k, dx = t % k, phase = dy % s * s + dx % s;
@@ -749,7 +775,7 @@ static void FN(convolve_float)(const struct unit *u, float *arena, float *own, i
 
     for (const int64_t blocks = (filters + 3) / 4; item < end;) {
         const int64_t g = item / blocks;
-        FN(split_phases)(u, arena + u->source + g * channels * plane_in, phases, height, width);
+        FN(split_phases)(step, arena + step->source + g * channels * plane_in, phases, height, width);
         for (; item < least(end, (g + 1) * blocks); item++, weight += 4 * channels * taps) {
             const int64_t first = item % blocks * 4;
             for (int64_t q = 0; q < row_length; q += WIDTH) {
@@ -765,11 +791,11 @@ static void FN(convolve_float)(const struct unit *u, float *arena, float *own, i
             }
             for (int64_t f = 0; f < least(4, filters - first); f++) {
                 const int64_t c = g * filters + first + f;
-                const float bias = u->bias[c], floor = u->flag ? 0 : -INFINITY;
-                for (int64_t y = 0; y < u->height_out; y++) {
+                const float bias = step->bias[c], floor = step->relu ? 0 : -INFINITY;
+                for (int64_t y = 0; y < step->height_out; y++) {
                     const float *restrict row = rows + f * row_length + y * width;
-                    float *restrict to = arena + u->target + c * plane_out + y * u->width_out;
-                    for (int64_t x = 0; x < u->width_out; x++) {
+                    float *restrict to = arena + step->target + c * plane_out + y * step->width_out;
+                    for (int64_t x = 0; x < step->width_out; x++) {
                         const float y = row[x] + bias;
                         to[x] = y < floor ? floor : y;
                     }
@@ -785,11 +811,11 @@ INLINE float FN(combine)(const int average, float a, float b) { return average ?
    the identity. Every pixel's window is combined, in flat loops over the plane, and stride 2 keeps every
    other one. Above and below a plane lie margins; a neighbour across the left or right border is overruled
    by its entry in weight [kernel][pixel]: a limit of -inf for a maximum, a factor of 0 for an average. */
-INLINE void FN(pool_windows)(const int k, const int average, const int add, const struct unit *u,
+INLINE void FN(pool_windows)(const int k, const int average, const int add, const struct step *step,
                              float *arena, float *own, int64_t first, int64_t end)
 {
-    const int64_t pixels = u->height_in * u->width_in, plane = padded(pixels), width = u->width_in;
-    const int64_t margin = padded(width) + 64, before = u->padding;
+    const int64_t pixels = step->height_in * step->width_in, plane = padded(pixels), width = step->width_in;
+    const int64_t margin = padded(width) + 64, before = step->padding;
     float *restrict x = own + margin, *restrict rows = x + plane + 2 * margin;
     float *restrict pooled = rows + plane + margin;
     const float outside = average ? 0 : -INFINITY;
@@ -799,44 +825,50 @@ INLINE void FN(pool_windows)(const int k, const int average, const int add, cons
         x[p] = outside;
 
     for (int64_t c = first; c < end; c++) {
-        memcpy(x, arena + u->source + c * plane, (size_t)pixels * sizeof(float));
+        memcpy(x, arena + step->source + c * plane, (size_t)pixels * sizeof(float));
         for (int64_t p = 0; p < plane; p++) {
             float y = x[p - before * width];
             for (int i = 1; i < k; i++)
                 y = FN(combine)(average, y, x[p + (i - before) * width]);
             rows[p] = y;
         }
-        float *restrict target = arena + u->target + c * padded(u->height_out * u->width_out);
-        float *restrict to = u->stride == 1 ? target : pooled;
+        float *restrict target = arena + step->target + c * padded(step->height_out * step->width_out);
+        float *restrict to = step->stride == 1 ? target : pooled;
         for (int64_t p = 0; p < plane; p++) {
             float y = outside;
             for (int i = 0; i < k; i++) {
-                const float next = rows[p + i - before], inside = u->weight[i * plane + p];
+                const float next = rows[p + i - before], inside = step->weight[i * plane + p];
                 y = FN(combine)(average, y, average ? next * inside : next < inside ? next : inside);
             }
             if (average)
-                y *= u->scale[p];
-            to[p] = add && u->stride == 1 ? to[p] + y : y;
+                y *= step->scale[p];
+            to[p] = add && step->stride == 1 ? to[p] + y : y;
         }
-        if (u->stride == 2)
-            for (int64_t y = 0; y < u->height_out; y++, target += u->width_out)
-                for (int64_t i = 0; i < u->width_out; i++)
+        if (step->stride == 2)
+            for (int64_t y = 0; y < step->height_out; y++, target += step->width_out)
+                for (int64_t i = 0; i < step->width_out; i++)
                     target[i] = pooled[2 * (y * width + i)] + (add ? target[i] : 0);
     }
 }
 
 /* An item is a channel. */
-static void FN(pool)(const struct unit *u, float *arena, float *own, int64_t c, int64_t end)
+static void FN(pool)(const struct step *step, float *arena, float *own, int64_t c, int64_t end)
 {
-    switch (u->kernel * 4 + u->flag * 2 + u->add) {
-    case 4: FN(pool_windows)(1, 0, 0, u, arena, own, c, end); break;
-    case 5: FN(pool_windows)(1, 0, 1, u, arena, own, c, end); break;
-    case 10: FN(pool_windows)(2, 1, 0, u, arena, own, c, end); break;
-    case 12: FN(pool_windows)(3, 0, 0, u, arena, own, c, end); break;
-    case 13: FN(pool_windows)(3, 0, 1, u, arena, own, c, end); break;
-    case 14: FN(pool_windows)(3, 1, 0, u, arena, own, c, end); break;
-    case 15: FN(pool_windows)(3, 1, 1, u, arena, own, c, end); break;
-    }
+    const int average = step->average != 0, add = step->add != 0;
+    if (step->kernel == 1 && !add)
+        FN(pool_windows)(1, 0, 0, step, arena, own, c, end);
+    else if (step->kernel == 1)
+        FN(pool_windows)(1, 0, 1, step, arena, own, c, end);
+    else if (step->kernel == 2)
+        FN(pool_windows)(2, 1, 0, step, arena, own, c, end);
+    else if (average && add)
+        FN(pool_windows)(3, 1, 1, step, arena, own, c, end);
+    else if (average)
+        FN(pool_windows)(3, 1, 0, step, arena, own, c, end);
+    else if (add)
+        FN(pool_windows)(3, 0, 1, step, arena, own, c, end);
+    else
+        FN(pool_windows)(3, 0, 0, step, arena, own, c, end);
 }
 
 INLINE float FN(total)(FN(floats) v)
@@ -848,16 +880,16 @@ INLINE float FN(total)(FN(floats) v)
 }
 
 /* Mean over space, then a matrix; its rows are padded with zeros to a multiple of 64. All is one item. */
-static void FN(classify)(const struct unit *u, float *arena, float *own, int64_t item, int64_t end)
+static void FN(classify)(const struct step *step, float *arena, float *own, int64_t item, int64_t end)
 {
     if (item == end)
         return;
-    const int64_t pixels = u->height_in * u->width_in, plane = padded(pixels);
-    const int64_t length = padded(u->channels_in);
+    const int64_t pixels = step->height_in * step->width_in, plane = padded(pixels);
+    const int64_t length = padded(step->channels_in);
     float *means = own;
     memset(means, 0, (size_t)length * sizeof(float));
-    for (int64_t c = 0; c < u->channels_in; c++) {
-        const float *x = arena + u->source + c * plane;
+    for (int64_t c = 0; c < step->channels_in; c++) {
+        const float *x = arena + step->source + c * plane;
         FN(floats) sums = {0};
         int64_t p = 0;
         for (; p + FLOATS <= pixels; p += FLOATS)
@@ -867,32 +899,33 @@ static void FN(classify)(const struct unit *u, float *arena, float *own, int64_t
             sum += x[p];
         means[c] = sum / (float)pixels;
     }
-    for (int64_t f = 0; f < u->channels_out; f++) {
-        const float *w = u->weight + f * length;
+    for (int64_t f = 0; f < step->channels_out; f++) {
+        const float *w = step->weight + f * length;
         FN(floats) sums[4] = {{0}};
         for (int64_t c = 0; c < length; c += 4 * FLOATS)
             for (int i = 0; i < 4; i++)
                 sums[i] += *(const FN(floats) *)(means + c + i * FLOATS) *
                            *(const FN(floats) *)(w + c + i * FLOATS);
-        arena[u->target + f] = u->bias[f] + FN(total)((sums[0] + sums[1]) + (sums[2] + sums[3]));
+        arena[step->target + f] = step->bias[f] + FN(total)((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
 }
 
 /* board: to here */
 
-static int64_t FN(run)(const struct unit *units, int64_t n, float *arena, int64_t own,
+static int64_t FN(run)(const struct step *steps, int64_t n, float *arena, int64_t own,
                        struct counter *counters)
 {
     int64_t slept = 0;
-    for (const struct unit *u = units; u < units + n; u++) {
-        float *scratch = arena + u->scratch + own;
-        struct counter *counter = counters ? counters + 2 * (u - units) : 0;
-        const int64_t blocks = u->op == FLOAT ? u->groups * ((u->channels_out / u->groups + 3) / 4) : 0;
-        switch (u->op) {
-        case BINARY: slept += FN(convolve_binary)(u, arena, scratch, counter); break;
-        case FLOAT: slept += FN(share)(FN(convolve_float), blocks, u, arena, scratch, counter); break;
-        case POOL: slept += FN(share)(FN(pool), u->channels_in, u, arena, scratch, counter); break;
-        case LINEAR: slept += FN(share)(FN(classify), 1, u, arena, scratch, counter); break;
+    for (const struct step *step = steps; step < steps + n; step++) {
+        float *scratch = arena + step->scratch + own;
+        struct counter *counter = counters ? counters + 2 * (step - steps) : 0;
+        const int64_t blocks = /* of four filters */
+            step->op == FLOAT ? step->groups * ((step->channels_out / step->groups + 3) / 4) : 0;
+        switch (step->op) {
+        case BINARY: slept += FN(convolve_binary)(step, arena, scratch, counter); break;
+        case FLOAT: slept += FN(share)(FN(convolve_float), blocks, step, arena, scratch, counter); break;
+        case POOL: slept += FN(share)(FN(pool), step->channels_in, step, arena, scratch, counter); break;
+        case LINEAR: slept += FN(share)(FN(classify), 1, step, arena, scratch, counter); break;
         }
     }
     return slept;

@@ -26,14 +26,14 @@ _SOURCE = Path(__file__).with_name("binary_cpu.c")
 _FLAGS = ("-O3", "-fno-trapping-math", *shared_library_flags())
 
 
-class _Unit(ctypes.Structure):
-    """`struct unit` of binary_cpu.c."""
+class _CStep(ctypes.Structure):
+    """`struct step` of binary_cpu.c."""
 
     _integers = (
         *("op", "source", "target", "residual", "scratch"),
         *("channels_in", "channels_out", "groups", "kernel", "stride", "padding"),
         *("height_in", "width_in", "height_out", "width_out"),
-        *("add", "flag", "chunks", "terms", "slack"),
+        *("add", "average", "relu", "chunks", "terms", "slack"),
     )
     _pointers = ("term", "masks", "valid", "threshold", "bits", "weight", "scale", "bias", "slope")
     _fields_ = [(name, ctypes.c_int64) for name in _integers]
@@ -58,11 +58,11 @@ def library() -> ctypes.CDLL:
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     library.encode_weights.argtypes = [ctypes.c_int, pointer, number, number, number, pointer]
     library.encode_weights.restype = None
-    library.run_units.argtypes = [ctypes.c_int, pointer, number, pointer]
-    library.run_units.restype = None
-    library.share_units.argtypes = [*library.run_units.argtypes, number, pointer]
-    library.share_units.restype = number
-    library.run_network.argtypes = [*library.run_units.argtypes, pointer, number, number, number, pointer]
+    library.run_steps.argtypes = [ctypes.c_int, pointer, number, pointer]
+    library.run_steps.restype = None
+    library.share_steps.argtypes = [*library.run_steps.argtypes, number, pointer]
+    library.share_steps.restype = number
+    library.run_network.argtypes = [*library.run_steps.argtypes, pointer, number, number, number, pointer]
     library.run_network.restype = None
     return library
 
@@ -165,19 +165,19 @@ def _borders(kernel: int, padding: int, average: bool, height: int, width: int):
     return {"weight": inside, "scale": scale}
 
 
-def _work(unit: _Unit) -> int:
-    """About how many nanoseconds a unit takes a core with AVX2."""
-    vectors = _padded(unit.height_out * unit.width_out) // 64
-    if unit.op == _OPS.index("binary"):
-        packing = unit.channels_in * unit.stride**2 * 6
-        return vectors * (unit.channels_out * (unit.terms + 16) + packing)
-    if unit.op == _OPS.index("float"):
-        return vectors * unit.channels_out * unit.channels_in // unit.groups * unit.kernel**2 * 3
-    return _padded(unit.height_in * unit.width_in) // 64 * unit.channels_in * 40
+def _work(c_step: _CStep) -> int:
+    """About how many nanoseconds a step takes a core with AVX2."""
+    vectors = _padded(c_step.height_out * c_step.width_out) // 64
+    if c_step.op == _OPS.index("binary"):
+        packing = c_step.channels_in * c_step.stride**2 * 6
+        return vectors * (c_step.channels_out * (c_step.terms + 16) + packing)
+    if c_step.op == _OPS.index("float"):
+        return vectors * c_step.channels_out * c_step.channels_in // c_step.groups * c_step.kernel**2 * 3
+    return _padded(c_step.height_in * c_step.width_in) // 64 * c_step.channels_in * 40
 
 
 class Plan:
-    """A program laid out for one image size: the C file's units and the size of their arena (in floats).
+    """A program laid out for one image size: the C file's steps and the size of their arena (in floats).
 
     `shared`: whether threads gain by sharing one image.
     """
@@ -187,25 +187,25 @@ class Plan:
         for channels, level in program.buffers:
             self.sizes.append((channels, -(-height // 2**level), -(-width // 2**level)))
         self.offsets, scratch = self._place(program)
-        self.units = (_Unit * sum(step.shuffle for step in program.steps))()
-        self.units_of: list[slice] = []  # of each step
+        self.c_steps = (_CStep * sum(step.shuffle for step in program.steps))()
+        self.c_steps_of: list[slice] = []  # of each step
         floats, constants = [], []
         for step, tensors in zip(program.steps, weights, strict=True):
             first = len(floats)
-            self.units_of.append(slice(first, first + step.shuffle))
+            self.c_steps_of.append(slice(first, first + step.shuffle))
             for part in range(step.shuffle):
-                unit = self.units[first + part]
-                unit.scratch = scratch
-                needs = self._fill(unit, step, tensors)
+                c_step = self.c_steps[first + part]
+                c_step.scratch = scratch
+                needs = self._fill(c_step, step, tensors)
                 if step.shuffle > 1:
-                    self._spread(unit, step.shuffle, part)
+                    self._spread(c_step, step.shuffle, part)
                 floats.append(needs[0])
                 constants.append(needs[1])
         self.scratch = _padded(max(floats))
-        self.result = self.units[-1].target = scratch + self.scratch
-        work = [_work(unit) for unit in self.units[:-1]]
-        for unit, each in zip(self.units, [*work, 0], strict=True):
-            unit.chunks = min(max(each // CHUNK, 1), 16)
+        self.result = self.c_steps[-1].target = scratch + self.scratch
+        work = [_work(c_step) for c_step in self.c_steps[:-1]]
+        for c_step, each in zip(self.c_steps, [*work, 0], strict=True):
+            c_step.chunks = min(max(each // CHUNK, 1), 16)
         self.shared = sum(each for each in work if each >= 2 * CHUNK) >= LEAST_SHARED
         self.floats = self.result + _padded(len(program.classes)) + 64
         size = 4 * self.floats + sum(each.bytes for each in set(constants) if each)
@@ -213,9 +213,9 @@ class Plan:
             raise ValueError(f"images of {height} x {width} are too large for this network")
 
         made = {each: each.make(*each.arguments) for each in set(constants) if each}
-        for unit, each in zip(self.units, constants, strict=True):
-            _point(unit, made[each] if each else {})
-        self._kept = weights, made  # the units point into these
+        for c_step, each in zip(self.c_steps, constants, strict=True):
+            _point(c_step, made[each] if each else {})
+        self._kept = weights, made  # the c_steps point into these
 
     def _place(self, program: Program) -> tuple[list[int], int]:
         """Offsets of the buffers, two of which share memory if no step needs both; and the end of them."""
@@ -248,67 +248,69 @@ class Plan:
 
     def scratch_of(self, thread: int) -> int:
         """Where the scratch memory of a thread lies in an arena, in floats after that of thread 0."""
-        behind = self.floats - self.units[0].scratch
+        behind = self.floats - self.c_steps[0].scratch
         return behind + (thread - 1) * self.scratch if thread else 0
 
     def _address(self, view: View) -> int:
         _, height, width = self.sizes[view.buffer]
         return self.offsets[view.buffer] + view.first * _padded(height * width)
 
-    def _spread(self, unit: _Unit, parts: int, part: int) -> None:
-        """Let a unit that copies take part `part` of its channels, to every `parts`-th of the target's.
+    def _spread(self, c_step: _CStep, parts: int, part: int) -> None:
+        """Let a step that copies take part `part` of its channels, to every `parts`-th of the target's.
 
-        A unit's result advances from channel to channel by its padded height_out * width_out.
+        A c_step's result advances from channel to channel by its padded height_out * width_out.
         """
-        plane = _padded(unit.height_in * unit.width_in)
-        unit.channels_in = unit.channels_out = unit.channels_in // parts
-        unit.source += part * unit.channels_in * plane
-        unit.target += part * plane
-        unit.height_out, unit.width_out = parts, plane
+        plane = _padded(c_step.height_in * c_step.width_in)
+        c_step.channels_in = c_step.channels_out = c_step.channels_in // parts
+        c_step.source += part * c_step.channels_in * plane
+        c_step.target += part * plane
+        c_step.height_out, c_step.width_out = parts, plane
 
-    def _fill(self, unit: _Unit, step: Step, tensors: dict[str, np.ndarray]) -> tuple[int, _Constants | None]:
+    def _fill(
+        self, c_step: _CStep, step: Step, tensors: dict[str, np.ndarray]
+    ) -> tuple[int, _Constants | None]:
         """Describe a step to the C file. Returns the floats of scratch memory and the constants it needs."""
-        unit.op = _OPS.index(step.op)
-        unit.source, unit.channels_in = self._address(step.source), step.source.channels
-        _, unit.height_in, unit.width_in = self.sizes[step.source.buffer]
-        _point(unit, tensors)
+        c_step.op = _OPS.index(step.op)
+        c_step.source, c_step.channels_in = self._address(step.source), step.source.channels
+        _, c_step.height_in, c_step.width_in = self.sizes[step.source.buffer]
+        _point(c_step, tensors)
         if step.op == "linear":
-            unit.channels_out = len(tensors["bias"])
-            return _padded(unit.channels_in), None
-        unit.target, unit.channels_out = self._address(step.target), step.target.channels
-        unit.residual = -1 if step.residual is None else self._address(step.residual)
-        _, unit.height_out, unit.width_out = self.sizes[step.target.buffer]
+            c_step.channels_out = len(tensors["bias"])
+            return _padded(c_step.channels_in), None
+        c_step.target, c_step.channels_out = self._address(step.target), step.target.channels
+        c_step.residual = -1 if step.residual is None else self._address(step.residual)
+        _, c_step.height_out, c_step.width_out = self.sizes[step.target.buffer]
         for name in ("groups", "kernel", "stride", "padding", "add"):
-            setattr(unit, name, getattr(step, name))
-        unit.flag = step.average or step.relu
-        size, plane = (unit.height_in, unit.width_in), _padded(unit.height_in * unit.width_in)
+            setattr(c_step, name, getattr(step, name))
+        c_step.average, c_step.relu = step.average, step.relu
+        size, plane = (c_step.height_in, c_step.width_in), _padded(c_step.height_in * c_step.width_in)
         if step.op == "pool":
             arguments = (step.kernel, step.padding, step.average, *size)
             borders = _Constants(_borders, arguments, 4 * (step.kernel + 1) * plane)
-            return 3 * plane + 4 * (_padded(unit.width_in) + 64), borders
-        channels = unit.channels_in // step.groups
+            return 3 * plane + 4 * (_padded(c_step.width_in) + 64), borders
+        channels = c_step.channels_in // step.groups
         if step.op == "float":
             border = (step.kernel - 1) // step.stride
-            height, width = unit.height_out + border, unit.width_out + border
+            height, width = c_step.height_out + border, c_step.width_out + border
             phases = _padded(channels * step.stride**2 * height * width) + 128
-            return phases + 4 * _padded(unit.height_out * width), None
-        unit.slack = _slack(step, unit.width_out)
-        unit.terms = step.kernel**2 * -(-channels // 8)
-        plane_out = _padded(unit.height_out * unit.width_out)
+            return phases + 4 * _padded(c_step.height_out * width), None
+        c_step.slack = _slack(step, c_step.width_out)
+        c_step.terms = step.kernel**2 * -(-channels // 8)
+        plane_out = _padded(c_step.height_out * c_step.width_out)
         arguments = (step.kernel, step.stride, step.dilation, step.padding, channels, *size)
-        taps = _Constants(_taps, arguments, (step.kernel**2 + 2) * plane_out + 8 * unit.terms)
-        planes = step.groups * (-(-channels // 8) * step.stride**2 * plane_out + unit.slack)
-        return (planes + unit.slack + plane) // 4, taps
+        taps = _Constants(_taps, arguments, (step.kernel**2 + 2) * plane_out + 8 * c_step.terms)
+        planes = step.groups * (-(-channels // 8) * step.stride**2 * plane_out + c_step.slack)
+        return (planes + c_step.slack + plane) // 4, taps
 
 
-def _point(unit: _Unit, arrays: dict[str, np.ndarray]) -> None:
-    """Let the unit's pointers of these names point to the arrays."""
+def _point(c_step: _CStep, arrays: dict[str, np.ndarray]) -> None:
+    """Let the step's pointers of these names point to the arrays."""
     for name, array in arrays.items():
-        setattr(unit, name, array.ctypes.data)
+        setattr(c_step, name, array.ctypes.data)
 
 
 def kernel_weights(step: Step, path: int) -> dict[str, np.ndarray]:
-    """The tensors of a step as the C file wants them, by the names of its `struct unit`."""
+    """The tensors of a step as the C file wants them, by the names of its `struct step`."""
     tensors = step.tensors
     if step.op == "binary":
         bits = tensors["bits"]

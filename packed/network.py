@@ -141,7 +141,7 @@ class PackedNetwork:
         """Fill `logits` in one call of the kernel, with an arena that no other call has meanwhile."""
         arena = self._arena(plan, arenas)
         count, channels, height, width = images.shape
-        program = (self._path, plan.units, len(plan.units), arena.ctypes.data)
+        program = (self._path, plan.c_steps, len(plan.c_steps), arena.ctypes.data)
         sizes = (count, channels, height * width)
         library().run_network(*program, images.ctypes.data, *sizes, logits.ctypes.data)
         arenas.append(arena)
@@ -150,12 +150,12 @@ class PackedNetwork:
         """The same for one image and its logits, by all threads: this one, and the helpers as they come."""
         arena = self._arena(plan, arenas)
         plan.channels_of(arena, View(0, 0, len(image)))[:] = image.reshape(len(image), -1)
-        counters = np.zeros(4 * len(plan.units), np.int32)
+        counters = np.zeros(4 * len(plan.c_steps), np.int32)
 
         def share(thread: int) -> int:
             # a helper that is late may find all done, and another image in the arena: it touches neither
-            program = (self._path, plan.units, len(plan.units), arena.ctypes.data)
-            return library().share_units(*program, plan.scratch_of(thread), counters.ctypes.data)
+            program = (self._path, plan.c_steps, len(plan.c_steps), arena.ctypes.data)
+            return library().share_steps(*program, plan.scratch_of(thread), counters.ctypes.data)
 
         self._helpers.run(share)
         logits[:] = arena[plan.result :][: len(logits)]
@@ -176,8 +176,8 @@ class PackedNetwork:
         arena, outputs = plan.new_arena(), []
         plan.channels_of(arena, View(0, 0, len(image)))[:] = image.reshape(len(image), -1)
         for i, step in enumerate(self.program.steps):
-            for unit in plan.units[plan.units_of[i]]:
-                library().run_units(self._path, ctypes.addressof(unit), 1, arena.ctypes.data)
+            for c_step in plan.c_steps[plan.c_steps_of[i]]:
+                library().run_steps(self._path, ctypes.addressof(c_step), 1, arena.ctypes.data)
             if step.target is None:
                 outputs.append(arena[plan.result :][: len(self.classes), None, None].copy())
             else:

@@ -5,10 +5,10 @@ const INTEGERS = [
   "op", "source", "target", "residual", "scratch",
   "channels_in", "channels_out", "groups", "kernel", "stride", "padding",
   "height_in", "width_in", "height_out", "width_out",
-  "add", "flag", "chunks", "terms", "slack",
-]; // of `struct unit`, 8 bytes each; then come its pointers, 4 bytes each
+  "add", "average", "relu", "chunks", "terms", "slack",
+]; // of `struct step`, 8 bytes each; then come its pointers, 4 bytes each
 const POINTERS = ["term", "masks", "valid", "threshold", "bits", "weight", "scale", "bias", "slope"];
-const UNIT_BYTES = 200;
+const STEP_BYTES = 8 * (INTEGERS.length + Math.ceil(POINTERS.length / 2));
 
 const padded = (n) => Math.ceil(n / 64) * 64;
 const modulo = (a, n) => ((a % n) + n) % n;
@@ -133,8 +133,8 @@ class PackedNetwork {
         const scaled = fround(fround(pixels[3 * p + c] / 255) - this.mean[c]);
         image[c * area + p] = fround(scaled / this.std[c]);
       }
-    const [units, one, channels] = [BigInt(this.steps), 1n, 3n];
-    this.kernel.run_network(this.path, this.units, units, this.arena, this.image, one, channels, BigInt(area), this.logits);
+    const [cSteps, one, channels] = [BigInt(this.steps), 1n, 3n];
+    this.kernel.run_network(this.path, this.cSteps, cSteps, this.arena, this.image, one, channels, BigInt(area), this.logits);
     return new Float32Array(this.kernel.memory.buffer, this.logits, this.classes.length).slice();
   }
 
@@ -155,7 +155,7 @@ class PackedNetwork {
     return address;
   }
 
-  /** Put units, constants, weights and the arena into memory: Plan of packed/kernel.py, for one image size. */
+  /** Put steps, constants, weights and the arena into memory: Plan of packed/kernel.py, for one image size. */
   lay({ buffers, steps }) {
     const sizes = buffers.map(([, level]) => Math.ceil(this.size / 2 ** level));
     const planes = sizes.map((size) => padded(size * size));
@@ -168,54 +168,55 @@ class PackedNetwork {
     };
 
     let largest = 0;
-    const units = steps.flatMap((step) => {
-      const unit = { op: OPS.indexOf(step.op), source: address(step.source), channels_in: step.source.channels, scratch };
-      unit.height_in = unit.width_in = sizes[step.source.buffer];
+    const cSteps = steps.flatMap((step) => {
+      const cStep = { op: OPS.indexOf(step.op), source: address(step.source), channels_in: step.source.channels, scratch };
+      cStep.height_in = cStep.width_in = sizes[step.source.buffer];
       const plane = planes[step.source.buffer];
-      Object.assign(unit, this.weights(step));
-      let needs = padded(unit.channels_in);
+      Object.assign(cStep, this.weights(step));
+      let needs = padded(cStep.channels_in);
       if (step.op === "linear") {
-        unit.channels_out = step.tensors.bias.data.length;
+        cStep.channels_out = step.tensors.bias.data.length;
       } else {
         const size = sizes[step.target.buffer];
-        unit.target = address(step.target);
-        unit.channels_out = step.target.channels;
-        unit.residual = step.residual ? address(step.residual) : -1;
-        unit.height_out = unit.width_out = size;
-        for (const name of ["groups", "kernel", "stride", "padding", "add"]) unit[name] = Number(step[name] ?? 1);
-        unit.flag = Number(Boolean(step.average || step.relu));
-        const channels = unit.channels_in / unit.groups;
+        cStep.target = address(step.target);
+        cStep.channels_out = step.target.channels;
+        cStep.residual = step.residual ? address(step.residual) : -1;
+        cStep.height_out = cStep.width_out = size;
+        for (const name of ["groups", "kernel", "stride", "padding", "add"]) cStep[name] = Number(step[name] ?? 1);
+        cStep.average = Number(Boolean(step.average));
+        cStep.relu = Number(Boolean(step.relu));
+        const channels = cStep.channels_in / cStep.groups;
         if (step.op === "pool") {
-          Object.assign(unit, constant(borders, step.kernel, step.padding, step.average, unit.width_in));
-          needs = 3 * plane + 4 * (padded(unit.width_in) + 64);
+          Object.assign(cStep, constant(borders, step.kernel, step.padding, step.average, cStep.width_in));
+          needs = 3 * plane + 4 * (padded(cStep.width_in) + 64);
         } else if (step.op === "float") {
           const width = size + Math.floor((step.kernel - 1) / step.stride);
           needs = padded(channels * step.stride ** 2 * width * width) + 128 + 4 * padded(size * width);
         } else {
           const ends = [-step.padding, (step.kernel - 1) * step.dilation - step.padding];
           const reach = Math.max(...ends.map((end) => Math.abs(Math.floor(end / step.stride))));
-          unit.slack = padded(reach * (size + 1)) + 64;
-          unit.terms = step.kernel ** 2 * Math.ceil(channels / 8);
+          cStep.slack = padded(reach * (size + 1)) + 64;
+          cStep.terms = step.kernel ** 2 * Math.ceil(channels / 8);
           const { kernel, stride, dilation, padding } = step;
-          Object.assign(unit, constant(taps, kernel, stride, dilation, padding, channels, unit.width_in));
-          const bytes = Math.ceil(channels / 8) * stride ** 2 * planes[step.target.buffer] + unit.slack;
-          needs = (unit.groups * bytes + unit.slack + plane) / 4;
+          Object.assign(cStep, constant(taps, kernel, stride, dilation, padding, channels, cStep.width_in));
+          const bytes = Math.ceil(channels / 8) * stride ** 2 * planes[step.target.buffer] + cStep.slack;
+          needs = (cStep.groups * bytes + cStep.slack + plane) / 4;
         }
       }
       largest = Math.max(largest, needs);
-      return step.shuffle ? spread(unit, step.shuffle, plane) : [unit];
+      return step.shuffle ? spread(cStep, step.shuffle, plane) : [cStep];
     });
-    const result = (units[units.length - 1].target = scratch + padded(largest));
+    const result = (cSteps[cSteps.length - 1].target = scratch + padded(largest));
     this.arena = this.allocate(4 * (result + padded(this.classes.length) + 64));
     this.image = this.allocate(4 * 3 * this.size ** 2);
     this.logits = this.allocate(4 * this.classes.length);
-    this.steps = units.length;
-    this.units = this.allocate(UNIT_BYTES * units.length);
-    const view = new DataView(this.kernel.memory.buffer, this.units);
-    units.forEach((unit, i) => {
-      INTEGERS.forEach((name, j) => view.setBigInt64(UNIT_BYTES * i + 8 * j, BigInt(unit[name] ?? 0), true));
-      const start = UNIT_BYTES * i + 8 * INTEGERS.length;
-      POINTERS.forEach((name, j) => view.setUint32(start + 4 * j, unit[name] ?? 0, true));
+    this.steps = cSteps.length;
+    this.cSteps = this.allocate(STEP_BYTES * cSteps.length);
+    const view = new DataView(this.kernel.memory.buffer, this.cSteps);
+    cSteps.forEach((cStep, i) => {
+      INTEGERS.forEach((name, j) => view.setBigInt64(STEP_BYTES * i + 8 * j, BigInt(cStep[name] ?? 0), true));
+      const start = STEP_BYTES * i + 8 * INTEGERS.length;
+      POINTERS.forEach((name, j) => view.setUint32(start + 4 * j, cStep[name] ?? 0, true));
     });
   }
 
@@ -253,15 +254,15 @@ class PackedNetwork {
   }
 }
 
-/** A copy's unit as one for each of the parts that its channels are shuffled by: Plan._spread of packed/kernel.py. */
-function spread(unit, parts, plane) {
-  const channels = unit.channels_in / parts;
+/** A copy's step as one for each of the parts that its channels are shuffled by: Plan._spread of packed/kernel.py. */
+function spread(cStep, parts, plane) {
+  const channels = cStep.channels_in / parts;
   return [...Array(parts).keys()].map((part) => ({
-    ...unit,
+    ...cStep,
     channels_in: channels,
     channels_out: channels,
-    source: unit.source + part * channels * plane,
-    target: unit.target + part * plane,
+    source: cStep.source + part * channels * plane,
+    target: cStep.target + part * plane,
     height_out: parts,
     width_out: plane,
   }));

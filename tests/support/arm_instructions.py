@@ -70,8 +70,8 @@ def packed_count(program: Program, driver: Path, plugin: Path, kernel: str, ops:
     size = program.image_size
     plan = Plan(program, net._weights, size, size)
     arena = plan.new_arena()
-    chosen = [unit for unit in plan.units if _OPS[unit.op] in ops]
-    units = (type(plan.units[0]) * len(chosen))(*chosen)
+    chosen = [unit for unit in plan.c_steps if _OPS[unit.op] in ops]
+    units = (type(plan.c_steps[0]) * len(chosen))(*chosen)
     images, logits = np.zeros((2, 3, size, size), np.float32), np.zeros((2, len(program.classes)), np.float32)
     totals = []
     for n in (1, 2):

@@ -1,5 +1,5 @@
 /* The packed kernel, called through pipes by kernel_process.py. A request on the standard input is a head,
-   the units, the bytes of each array that they point to, the arena and the images; the answer is the arena
+   the steps, the bytes of each array that they point to, the arena and the images; the answer is the arena
    and the logits. It ends at the end of its input. */
 
 #include <pthread.h>
@@ -9,16 +9,15 @@
 #include <string.h>
 
 struct counter;
-struct unit; /* WORDS words, of which those from FIRST_POINTER on are pointers */
-enum { WORDS = 29, FIRST_POINTER = 20 };
+struct step; /* WORDS words, of which those from FIRST_POINTER on are pointers: kernel_process.py says how many */
 
 int best_path(void);
 void encode_weights(int path, const uint8_t *bytes, int64_t groups, int64_t filters, int64_t terms,
                     uint32_t *encoded);
-void run_units(int path, const struct unit *units, int64_t n, float *arena);
-int64_t share_units(int path, const struct unit *units, int64_t n, float *arena, int64_t own,
+void run_steps(int path, const struct step *steps, int64_t n, float *arena);
+int64_t share_steps(int path, const struct step *steps, int64_t n, float *arena, int64_t own,
                     struct counter *counters);
-void run_network(int path, const struct unit *units, int64_t n, float *arena, const float *images,
+void run_network(int path, const struct step *steps, int64_t n, float *arena, const float *images,
                  int64_t count, int64_t channels, int64_t pixels, float *logits);
 
 enum { BEST_PATH, ENCODE_WEIGHTS, RUN_UNITS, RUN_NETWORK, SHARE_UNITS };
@@ -54,7 +53,7 @@ static void encode(const struct head *head)
 enum { THREADS = 3 };
 struct share {
     const struct head *head;
-    const int64_t *units;
+    const int64_t *steps;
     float *arena;
     struct counter *counters;
     int64_t own;
@@ -63,18 +62,18 @@ struct share {
 static void *share_of(void *argument)
 {
     const struct share *s = argument;
-    share_units((int)s->head->path, (const struct unit *)s->units, s->head->n, s->arena, s->own, s->counters);
+    share_steps((int)s->head->path, (const struct step *)s->steps, s->head->n, s->arena, s->own, s->counters);
     return NULL;
 }
 
 /* The scratch memory of thread i lies i arenas behind that of the first. */
-static void share(const struct head *head, const int64_t *units, float *arena)
+static void share(const struct head *head, const int64_t *steps, float *arena)
 {
     struct counter *counters = calloc(head->n, 4 * sizeof(int32_t));
     struct share shares[THREADS];
     pthread_t threads[THREADS];
     for (int64_t i = 0; i < THREADS; i++) {
-        shares[i] = (struct share){head, units, arena, counters, i * head->arena / (int64_t)sizeof *arena};
+        shares[i] = (struct share){head, steps, arena, counters, i * head->arena / (int64_t)sizeof *arena};
         pthread_create(threads + i, NULL, share_of, shares + i);
     }
     for (int i = 0; i < THREADS; i++)
@@ -84,10 +83,10 @@ static void share(const struct head *head, const int64_t *units, float *arena)
 
 static void run(const struct head *head)
 {
-    int64_t *units = received(head->n * WORDS * sizeof *units);
+    int64_t *steps = received(head->n * WORDS * sizeof *steps);
     for (int64_t i = 0; i < head->n; i++)
         for (int64_t j = FIRST_POINTER; j < WORDS; j++) {
-            int64_t *pointer = units + i * WORDS + j; /* so far, how many bytes it points to */
+            int64_t *pointer = steps + i * WORDS + j; /* so far, how many bytes it points to */
             *pointer = *pointer ? (int64_t)received(*pointer) : 0;
         }
     float *arena = received(head->arena);
@@ -96,18 +95,18 @@ static void run(const struct head *head)
     if (head->function == SHARE_UNITS) {
         arena = realloc(arena, THREADS * head->arena);
         memset((char *)arena + head->arena, 0, (THREADS - 1) * head->arena);
-        share(head, units, arena);
+        share(head, steps, arena);
     } else if (head->function == RUN_UNITS)
-        run_units((int)head->path, (struct unit *)units, head->n, arena);
+        run_steps((int)head->path, (struct step *)steps, head->n, arena);
     else
-        run_network((int)head->path, (struct unit *)units, head->n, arena, images, head->count,
+        run_network((int)head->path, (struct step *)steps, head->n, arena, images, head->count,
                     head->channels, head->pixels, logits);
     send(arena, head->arena);
     send(logits, head->count * head->classes * sizeof *logits);
     for (int64_t i = 0; i < head->n; i++)
         for (int64_t j = FIRST_POINTER; j < WORDS; j++)
-            free((void *)units[i * WORDS + j]);
-    free(units);
+            free((void *)steps[i * WORDS + j]);
+    free(steps);
     free(arena);
     free(images);
     free(logits);

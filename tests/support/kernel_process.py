@@ -22,7 +22,7 @@ import numpy as np
 
 import packed.kernel
 import packed.network
-from packed.kernel import _FLAGS, _SOURCE, Plan, _Unit, available_kernels
+from packed.kernel import _FLAGS, _SOURCE, Plan, _CStep, available_kernels
 
 NATIVE = os.environ.get("EBNAS_MACHINE") == "native"
 COMPILER = "gcc" if NATIVE else "aarch64-linux-gnu-gcc"
@@ -39,7 +39,9 @@ def missing() -> str | None:
 
 def build(program: Path, *sources: Path) -> None:
     """A program, with the kernel's flags and $EBNAS_CFLAGS."""
+    integers, words = len(_CStep._integers), len(_CStep._fields_)
     flags = [*(flag for flag in _FLAGS if flag != "-shared"), "-Wall", "-Wextra", "-Werror"]
+    flags += [f"-DWORDS={words}", f"-DFIRST_POINTER={integers}"]
     flags += shlex.split(os.environ.get("EBNAS_CFLAGS", ""))
     subprocess.run([COMPILER, *flags, *sources, "-o", program, "-lpthread"], check=True)
 
@@ -51,7 +53,7 @@ class Library:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen([*EMULATOR, *flags, program], stdin=pipe, stdout=pipe, stderr=stderr)
         self._lock = threading.Lock()
-        self.sizes: dict[int, int] = {}  # bytes of the arrays that units point to, and of arenas, by address
+        self.sizes: dict[int, int] = {}  # bytes of the arrays that steps point to, and of arenas, by address
 
     def _ask(self, head: tuple[int, ...], *contents: bytes, answers: list[tuple[int, int]]) -> None:
         """Send a request, and write the answer to `answers`, (address, bytes) each."""
@@ -78,29 +80,29 @@ class Library:
         content = ctypes.string_at(bits, size)
         self._ask((1, path, 0, 0, groups, filters, terms, 0), content, answers=[(encoded, 4 * size)])
 
-    def run_units(self, path, units, n, arena) -> None:
-        self._run(2, path, units, n, arena)
+    def run_steps(self, path, steps, n, arena) -> None:
+        self._run(2, path, steps, n, arena)
 
-    def share_units(self, path, units, n, arena, own, counters) -> int:
+    def share_steps(self, path, steps, n, arena, own, counters) -> int:
         """The threads are those of the process: a thread of this one that helps has nothing to do."""
         if own == 0:
-            self._run(4, path, units, n, arena)
+            self._run(4, path, steps, n, arena)
         return 0
 
-    def run_network(self, path, units, n, arena, images, count, channels, pixels, logits) -> None:
-        self._run(3, path, units, n, arena, images, count, channels, pixels, logits)
+    def run_network(self, path, steps, n, arena, images, count, channels, pixels, logits) -> None:
+        self._run(3, path, steps, n, arena, images, count, channels, pixels, logits)
 
-    def _run(self, function, path, units, n, arena, images=None, count=0, channels=0, pixels=0, logits=None):
-        units = (_Unit * n).from_address(units if isinstance(units, int) else ctypes.addressof(units))
-        copies, contents = (_Unit * n).from_buffer_copy(units), []
-        for unit in copies:
-            for name in _Unit._pointers:
-                if address := getattr(unit, name):
+    def _run(self, function, path, steps, n, arena, images=None, count=0, channels=0, pixels=0, logits=None):
+        steps = (_CStep * n).from_address(steps if isinstance(steps, int) else ctypes.addressof(steps))
+        copies, contents = (_CStep * n).from_buffer_copy(steps), []
+        for step in copies:
+            for name in _CStep._pointers:
+                if address := getattr(step, name):
                     contents.append(ctypes.string_at(address, self.sizes[address]))
-                    setattr(unit, name, self.sizes[address])
+                    setattr(step, name, self.sizes[address])
         contents.append(ctypes.string_at(arena, self.sizes[arena]))
         contents.append(ctypes.string_at(images, 4 * count * channels * pixels) if images else b"")
-        classes = units[n - 1].channels_out
+        classes = steps[n - 1].channels_out
         head = (function, path, n, self.sizes[arena], count, channels, pixels, classes)
         answers = [(arena, self.sizes[arena]), (logits, 4 * count * classes)]
         self._ask(head, bytes(copies), *contents, answers=answers if count else answers[:1])
@@ -120,9 +122,9 @@ def install(library: Library) -> None:
     """Replace this machine's library, and note the sizes of what is handed to it."""
     point, new_arena = packed.kernel._point, Plan.new_arena
 
-    def noted_point(unit: _Unit, arrays: dict[str, np.ndarray]) -> None:
+    def noted_point(step: _CStep, arrays: dict[str, np.ndarray]) -> None:
         library.sizes |= {array.ctypes.data: array.nbytes for array in arrays.values()}
-        point(unit, arrays)
+        point(step, arrays)
 
     def noted_arena(plan: Plan, threads: int = 1) -> np.ndarray:
         arena = new_arena(plan)
