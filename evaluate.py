@@ -38,7 +38,8 @@ def parser() -> options.Parser:
         "--costs", action="store_true", help="count the published networks, or those of the genotypes given"
     )
     parser.add_argument(
-        "--family",
+        *options.SYSTEM_FLAG,
+        dest="family",
         choices=CELL_SYSTEMS,
         help="whose blocks --costs builds the genotypes in; default: their own",
     )

@@ -334,7 +334,7 @@ def genotype_from_dict(
 
 def _unknown_operations(unknown: list[str], used: tuple[str, ...], system: str) -> str:
     """What to say of a genotype of the operations `used`, some of which are `unknown`: the nearest that the
-    `system` has, and the --family whose blocks have all of them."""
+    `system` has, and the --system whose blocks have all of them."""
     words = []
     for name in unknown:
         nearest = nearest_operation(name, operations_of(system))
@@ -342,9 +342,9 @@ def _unknown_operations(unknown: list[str], used: tuple[str, ...], system: str) 
     text = f"unknown operation{'s' if len(words) > 1 else ''} {', '.join(words)}"
     ways = []
     if system == "ebnas" and all(_renamed(name, system) in PRIMITIVES for name in used):
-        ways.append("--family ebnas takes the nearest")
+        ways.append("--system ebnas takes the nearest")
     if fitting := [name for name, operations in OPERATIONS.items() if set(used) <= set(operations)]:
-        ways.append(f"--family {' or '.join(fitting)} has all of these operations")
+        ways.append(f"--system {' or '.join(fitting)} has all of these operations")
     return f"{text}; {', '.join(ways) or f'choose from {operations_of(system)}'}"
 
 

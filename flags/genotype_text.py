@@ -1,4 +1,4 @@
-"""A genotype in a text, as programs of this family print it: found and read without running any of it.
+"""A genotype in a text, as programs of this kind print it: found and read without running any of it.
 
     Genotype(normal=[('bin_conv_3x3', 1), ...], normal_concat=range(2, 6), reduce=[...], reduce_concat=[2])
     {"normal": [["bin_conv_3x3", 1], ...], "normal_concat": [2, 3, 4, 5], ...}

@@ -438,6 +438,10 @@ def add_value_range_flag(flag: Callable[..., Any]) -> None:
     )
 
 
+SYSTEM_FLAG = ("--system", "--family")
+"""The flag for one of CELL_SYSTEMS, and the name that it had first."""
+
+
 def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping[str, Any]) -> None:
     """Flags of a derived network and of its two stages. `defaults`: of EBNAS's recipe; `size`: of its row."""
     flag = parser.add_argument_group("network").add_argument
@@ -448,7 +452,10 @@ def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping
         "run's folder, or FOLDER@EPOCH: its genotype at the end of that epoch",
     )
     flag(
-        "--family", choices=tuple(OPERATIONS), help="whose blocks to build the genotype in; default: its own"
+        *SYSTEM_FLAG,
+        dest="family",  # its first name, which runs have saved
+        choices=tuple(OPERATIONS),
+        help="whose blocks to build the genotype in; default: its own",
     )
     flag("--variant", help="of BNAS as_run or intended, of BATS learned or mean; default: the first")
 

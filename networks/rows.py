@@ -116,12 +116,12 @@ USUAL_ROW = {
 
 
 def system_of(arch: str, system: str | None = None) -> str:
-    """The system that `--arch` and, where it is given, `--family` ask for."""
+    """The system that `--arch` and, where it is given, `--system` ask for."""
     own = ROWS[arch].system if arch in ROWS else "ebnas"
     if system is None or system == own:
         return own
     if own == "resnet":
-        raise InputError(f"{arch} is made of no cells: leave --family out")
+        raise InputError(f"{arch} is made of no cells: leave --system out")
     return system
 
 

@@ -121,7 +121,7 @@ def test_operations_of_another_program_are_named_with_the_nearest_of_ours():
         get_genotype(DARTS)
     assert str(error.value) == (
         "the genotype given: unknown operations 'sep_conv_3x3' (nearest: bin_conv_3x3), 'dil_conv_3x3' "
-        "(nearest: bin_dil_conv_3x3); --family ebnas takes the nearest, --family bats or dcp has all "
+        "(nearest: bin_dil_conv_3x3); --system ebnas takes the nearest, --system bats or dcp has all "
         "of these operations"
     )
     taken = get_genotype(DARTS, "ebnas")
@@ -200,7 +200,7 @@ def test_a_name_that_is_none_is_not_repeated_at_length():
 
 
 def test_costs_of_a_genotype(scripts):
-    lines = scripts.run("evaluate.py", "--costs", DARTS, "--family", "dcp").stdout.splitlines()[2:]
+    lines = scripts.run("evaluate.py", "--costs", DARTS, "--system", "dcp").stdout.splitlines()[2:]
     assert [line.split(" | ")[:2] for line in lines] == [
         ["| CIFAR-10", "a cell of its own in the blocks of dcp, C 108"],
         ["| ImageNet", "a cell of its own in the blocks of dcp, C 108"],
