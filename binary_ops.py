@@ -20,72 +20,46 @@ def sign(x: Tensor, *, negative_zeros: bool = True) -> Tensor:
     return x.clamp(1, 1).copysign_(x + 0.0 if negative_zeros else x)
 
 
-class _BinarySign(Function):
+class _QuadraticSign(Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, zeros):
         ctx.save_for_backward(x)
-        return sign(x)
+        return x.sign() if zeros else sign(x)
 
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        return grad * torch.rsub(x.abs(), 2, alpha=2).relu_()
+        return grad * torch.rsub(x.abs(), 2, alpha=2).relu_(), None
 
 
-def binary_sign(x: Tensor) -> Tensor:
+def binary_sign(x: Tensor, *, zeros: bool = False) -> Tensor:
     """Sign of an activation, any shape.
 
-    Forward: +1 where x >= 0, else -1; never 0. NaN stays NaN.
+    Forward: +1 where x >= 0, else -1, never 0; with `zeros`, as in DCP-NAS, 0 where x is 0. NaN stays NaN.
     Backward: grad * max(0, 2 - 2|x|) (Liu et al., Bi-Real Net, ECCV 2018, eq. 5).
     """
-    return _BinarySign.apply(x)
-
-
-class _SmoothSign(_BinarySign):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sign()
-
-
-def smooth_sign(x: Tensor) -> Tensor:
-    """`binary_sign`, except that it gives 0 where x is 0: the sign of DCP-NAS's activations."""
-    return _SmoothSign.apply(x)
-
-
-class _HardSign(Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x.abs() < 1)  # a byte an element
-        return x.sign()
-
-    @staticmethod
-    def backward(ctx, grad):
-        (passed,) = ctx.saved_tensors
-        return grad * passed
-
-
-def hard_sign(x: Tensor) -> Tensor:
-    """Sign of an activation, as BNAS and BATS compute it. Forward: +1, -1, and 0 where x is 0.
-    Backward: grad where |x| < 1, else 0 (Hubara et al., Binarized Neural Networks, 2016)."""
-    return _HardSign.apply(x)
+    return _QuadraticSign.apply(x, zeros)
 
 
 class _ClippedSign(Function):
     @staticmethod
-    def forward(ctx, w):
-        ctx.save_for_backward(w.abs() < 1)  # a byte a weight
-        return sign(w)
+    def forward(ctx, x, zeros):
+        ctx.save_for_backward(x.abs() < 1)  # a byte an element
+        return x.sign() if zeros else sign(x)
 
     @staticmethod
     def backward(ctx, grad):
         (passed,) = ctx.saved_tensors
-        return grad * passed
+        return grad * passed, None
 
 
-def clipped_sign(weight: Tensor) -> Tensor:
-    """Sign of a weight: +1 where it is >= 0, else -1. Backward: grad where |weight| < 1, else 0."""
-    return _ClippedSign.apply(weight)
+def clipped_sign(x: Tensor, *, zeros: bool = False) -> Tensor:
+    """Sign of a weight, or of an activation of BNAS and BATS, any shape.
+
+    Forward: +1 where x >= 0, else -1; with `zeros`, as in the activations of BNAS and BATS, 0 where x is 0.
+    Backward: grad where |x| < 1, else 0 (Hubara et al., Binarized Neural Networks, 2016).
+    """
+    return _ClippedSign.apply(x, zeros)
 
 
 def binarize_weight(weight: Tensor, method: str = "plain") -> Tensor:
@@ -105,7 +79,7 @@ def binarize_weight(weight: Tensor, method: str = "plain") -> Tensor:
         latent = latent.float()
     dims = tuple(range(1, weight.dim()))
     if latent[0].numel() == 1:
-        return _ClippedSign.apply(weight)
+        return clipped_sign(weight)
     # std of the centred weight, in this order, as the original: the scale is then the same to the last bit.
     # It decides ties: a 1-bit convolution gives many pixels one value up to rounding, and which of them a
     # max pool picks, and so routes the gradient to, is that rounding's choice.
@@ -120,7 +94,7 @@ def binarize_weight(weight: Tensor, method: str = "plain") -> Tensor:
         spread = std > torch.finfo(latent.dtype).eps * latent.abs().amax(dims, keepdim=True)
         signed = torch.where(spread, centred, weight) / torch.where(spread, std, 1)
         scale = torch.where(spread, signed.detach().abs().mean(dims, keepdim=True), 1)
-    return (_ClippedSign.apply(signed) * scale).to(weight.dtype)
+    return (clipped_sign(signed) * scale).to(weight.dtype)
 
 
 class BinaryConv2d(nn.Conv2d):

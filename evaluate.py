@@ -75,7 +75,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from figures import draw_confusion
 from images.augment import Normalize
 from images.loaders import BatchLoader, Loader, imagenet_val_loader
 from images.sets import load_set
@@ -85,6 +84,7 @@ from networks.cost import Cost, measure_cost
 from networks.lowering import lower
 from networks.registry import Config, label, make_config, trained_network
 from packed import PackedNetwork
+from pictures import draw_confusion
 from run.checkpoint import LAST, network_config
 from run.distributed import World, setup
 from run.images import checked_range
@@ -237,7 +237,7 @@ def described(config: Config) -> str:
     return "\n".join([label(config), *lines])
 
 
-SETS = {"cifar10": ("CIFAR-10", "cifar", 32, 10), "imagenet": ("ImageNet", "imagenet", 224, 1000)}
+TABLES = {"cifar10": ("CIFAR-10", "cifar", 32, 10), "imagenet": ("ImageNet", "imagenet", 224, 1000)}
 
 
 def cost_table(genotypes: Sequence[str] = (), system: str | None = None) -> Iterator[str]:
@@ -252,7 +252,7 @@ def cost_table(genotypes: Sequence[str] = (), system: str | None = None) -> Iter
     )
     yield "| " + " | ".join(columns.split(",")) + " |"
     yield "|---|---|" + "---:|" * (columns.count(",") - 1)
-    for name, (title, family, size, classes) in SETS.items():
+    for name, (title, family, size, classes) in TABLES.items():
         for arch in genotypes:
             with torch.device("meta"):
                 config = make_config(arch, system, family=family, num_classes=classes)

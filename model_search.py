@@ -269,7 +269,7 @@ def derive_cell(
     edges' next best operations (Chen et al., Progressive DARTS, ICCV 2019, keep 2). A node's edges are listed
     by the softmax weight of their operation, the largest first (the lower input first, on a tie).
     """
-    shares = alpha.softmax(1).tolist()
+    strengths = alpha.softmax(1).tolist()
     scores = [0.0, 0.0, *beta.tolist()]
     kept = []
     for node in range(NODES):
@@ -279,10 +279,10 @@ def derive_cell(
     chosen = {e: order[0] for e, order in ranked.items()}
     if most_skips is not None:
         skips = [e for e, index in chosen.items() if operations[index] == "skip_connect"]
-        skips.sort(key=lambda e: (-shares[e][chosen[e]], e))
+        skips.sort(key=lambda e: (-strengths[e][chosen[e]], e))
         chosen |= {e: ranked[e][1] for e in skips[most_skips:]}
     return tuple(
         (operations[chosen[e]], EDGES[e][1])
         for edges in kept
-        for e in sorted(edges, key=lambda e: (-shares[e][chosen[e]], e))
+        for e in sorted(edges, key=lambda e: (-strengths[e][chosen[e]], e))
     )

@@ -22,7 +22,7 @@ from training.recipes import EBNAS, OWN, get_recipe
 from utils import InputError, check_usage, command_text, run_main
 
 HERE = Path(__file__).parent
-SETS = {"cifar10": ("cifar", 10, 32), "cifar100": ("cifar", 100, 32), "imagenet": ("imagenet", 1000, 224)}
+IMAGES = {"cifar10": ("cifar", 10, 32), "cifar100": ("cifar", 100, 32), "imagenet": ("imagenet", 1000, 224)}
 """Family of images, number of classes, size."""
 
 TINY = {"set": "shapes", "image_size": 16, "train_images": 200, "batch_size": 50, "epochs": 1}
@@ -39,7 +39,7 @@ def parser() -> options.Parser:
     parser = options.Parser(__doc__)
     flag = parser.add_argument
     flag("row", metavar="ROW", choices=tuple(ROWS), help=", ".join(ROWS))
-    flag("set", metavar="SET", choices=tuple(SETS), help=", ".join(SETS))
+    flag("set", metavar="SET", choices=tuple(IMAGES), help=", ".join(IMAGES))
     flag("--scale", choices=("full", "tiny"), default="full")
     flag("--data", help="where the images are")
     flag("--run", action="store_true", help="run the commands, too")
@@ -63,7 +63,7 @@ def main(flags: options.Flags) -> None:
     per = " a stage, two stages" if config.system in stage_flags.STAGE1 else ""
     print(f"# {label(config)} on {words.get('set', args.set)}")
     print(f"# {recipe['epochs']} epoch{'s' * (recipe['epochs'] > 1)}{per}, batch {recipe['batch_size']}")
-    print(f"# published: {figures(args.row, args.set, tiny=tiny)}")
+    print(f"# published: {published_words(args.row, args.set, tiny=tiny)}")
     save, typed = words["save"], command_line(words)
     chain = ["stage1", "stage2"] if config.system in stage_flags.STAGE1 else ["single"]
     for stage in chain:
@@ -71,7 +71,7 @@ def main(flags: options.Flags) -> None:
         print(command_text(["python", script, *typed, *start, "--resume", "auto"]))
     print(f"python evaluate.py runs/eval-{save}-{chain[-1]}-*", flush=True)
     print("counting the GPU memory of a step ...", file=sys.stderr, flush=True)
-    size = words.get("image_size", SETS[args.set][2])
+    size = words.get("image_size", IMAGES[args.set][2])
     print(f"# GPU memory, counted: {memory(config, size, recipe['batch_size'])}", flush=True)
     if not args.run:
         return
@@ -80,7 +80,7 @@ def main(flags: options.Flags) -> None:
         if finished(save, stage) is None:
             run(script, *typed, *start, "--resume", "auto")
     run("evaluate.py", finished(save, chain[-1]))
-    print(f"published: {figures(args.row, args.set, tiny=tiny)}")
+    print(f"published: {published_words(args.row, args.set, tiny=tiny)}")
 
 
 def training_command(name: str, images: str, data: str | None, *, tiny: bool) -> tuple[str, dict[str, Any]]:
@@ -88,9 +88,9 @@ def training_command(name: str, images: str, data: str | None, *, tiny: bool) ->
 
     Raises InputError where the row has no network for such images, and on --data that nothing reads.
     """
-    row, family = ROWS[name], SETS[images][0]
+    row, family = ROWS[name], IMAGES[images][0]
     if family not in row.sizes:
-        sets = ", ".join(each for each, (other, _, _) in SETS.items() if other in row.sizes)
+        sets = ", ".join(each for each, (other, _, _) in IMAGES.items() if other in row.sizes)
         raise InputError(f"{name} is no network for {images}; its sets are {sets}")
     if tiny and data is not None:
         raise InputError("--scale tiny draws its images and reads none; leave --data out")
@@ -109,7 +109,7 @@ def training_command(name: str, images: str, data: str | None, *, tiny: bool) ->
 
 def trained(name: str, images: str, flags: Mapping[str, Any], *, tiny: bool) -> tuple[Config, dict[str, Any]]:
     """The network that these flags train last, and the flags with those of its recipe."""
-    system, (family, classes, _) = ROWS[name].system, SETS["cifar10" if tiny else images]
+    system, (family, classes, _) = ROWS[name].system, IMAGES["cifar10" if tiny else images]
     bits = {} if system == "resnet" else {"weight_bits": 1, "activation_bits": 1}
     network = {each: flags[each] for each in stage_flags.NETWORK_FLAGS if each in flags}
     config = make_config(name, family=family, num_classes=classes, **bits, **network)
@@ -123,7 +123,7 @@ def memory(config: Config, image_size: int, batch_size: int) -> str:
     return " or ".join(f"{(step.needs() + CONTEXT) / GB:.1f} GB in {step.precision}" for step in steps)
 
 
-def figures(name: str, images: str, *, tiny: bool) -> str:
+def published_words(name: str, images: str, *, tiny: bool) -> str:
     """What the published table of a set says of the row."""
     published = ROWS[name].published.get(images)
     if tiny:

@@ -140,8 +140,8 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from figures import draw_genotype
 from images.sets import channel_statistics, load_set
+from pictures import draw_genotype
 from run.images import checked_range, describe_data, test_files_of
 from run.processes import PATIENCE, claimed, signals_to_interrupts
 from run.runs import LOCATION, RESULT, RUNS, Run, create_run, differing_flags, read_args

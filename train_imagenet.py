@@ -44,7 +44,7 @@ if __name__ == "__main__":
     check_usage(parser)
 
 from flags.settings import ImageNetSettings, settings_from
-from images.loaders import Share, imagenet_loaders
+from images.loaders import Shard, imagenet_loaders
 from images.sets import STATISTICS
 from run.distributed import setup
 from run.images import checked_range, describe_data
@@ -72,7 +72,7 @@ def main(flags: options.Flags) -> None:
         seed=settings.run.seed,
         image_size=images.image_size,
         jpeg_draft=images.jpeg_draft,
-        share=Share(world.rank, world.size),
+        shard=Shard(world.rank, world.size),
         color_jitter=stages.recipe_of(settings).color_jitter,
         value_range=value_range,
     )

@@ -109,15 +109,15 @@ import torch
 from torch import nn
 
 from architect import Architect
-from figures import draw_curves, draw_genotype
 from flags.settings import SearchSettings, settings_from
 from images.augment import Augmentation
-from images.loaders import Batch, BatchLoader, Loader, Share, search_file_loaders
+from images.loaders import Batch, BatchLoader, Loader, Shard, search_file_loaders
 from images.sets import STATISTICS, ImageSet, split_halves
 from kernels import Form, accelerate, choose_form, knows_operations
 from kernels.compilation import compile_regions
 from model_search import SearchConfig, Supernet
 from networks.found import describe_found
+from pictures import draw_curves, draw_genotype
 from run.distributed import World, setup
 from run.images import checked_range, describe_data, loader_settings, prepare_data
 from run.resume import Origin, find_origin
@@ -301,7 +301,7 @@ def file_loaders(
         seed=settings.run.seed,
         image_size=images.image_size,
         count=images.train_images,
-        share=Share(world.rank, world.size),
+        shard=Shard(world.rank, world.size),
         value_range=value_range,
     )
     statistics = STATISTICS["imagenet"]

@@ -15,7 +15,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from figures import draw_curves, draw_genotype, draw_layers
 from flags.options import Flags, Parser, add_most_skips_flag
 from genotypes import (
     EVERY_OPERATION,
@@ -26,6 +25,7 @@ from genotypes import (
     is_path,
     save_genotype,
 )
+from pictures import draw_curves, draw_genotype, draw_layers
 from search_space import ENTRIES
 from utils import InputError, check_output, run_main
 

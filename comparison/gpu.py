@@ -237,10 +237,10 @@ def make_step(kind: Kind, variant: Variant, images: int, device: torch.device) -
 
 
 def time_steps(
-    card: Card, kinds: Sequence[Kind], variants: Sequence[Variant], report: Report, *, share: float = 0.75
+    card: Card, kinds: Sequence[Kind], variants: Sequence[Variant], report: Report, *, portion: float = 0.75
 ) -> None:
-    """A row for each kind in each variant, while `share` of what is left of the time lasts."""
-    ends = report.left() * (1 - share)
+    """A row for each kind in each variant, while `portion` of what is left of the time lasts."""
+    ends = report.left() * (1 - portion)
     for variant in variants:
         for kind in kinds:
             row = {"step": kind.name, "variant": variant.name}

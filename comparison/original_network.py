@@ -18,7 +18,7 @@ from model import Network
 from operations import BinaryUnit, FactorizedReduce, Pool, pad_to_half
 
 
-class Convolution(nn.Module):
+class OriginalConvolution(nn.Module):
     """A convolution of signs, or of what it is given at 32 bits; its weights binary, or real at 32 bits."""
 
     def __init__(self, ours: BinaryConv2d):
@@ -41,7 +41,7 @@ class Unit(nn.Module):
     def __init__(self, ours: BinaryUnit):
         super().__init__()
         self.bn1, self.bn2, self.prelu, self.shortcut = ours.bn1, ours.bn2, ours.prelu, ours.shortcut
-        self.sign, self.conv = sign_before(ours.conv), Convolution(ours.conv)
+        self.sign, self.conv = sign_before(ours.conv), OriginalConvolution(ours.conv)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv(self.sign(self.bn1(x))))
@@ -57,7 +57,7 @@ class Reduction(nn.Module):
         super().__init__()
         self.bn1, self.bn2, self.prelu = ours.bn1, ours.bn2, ours.prelu
         self.sign = sign_before(ours.conv_1)
-        self.conv_1, self.conv_2 = Convolution(ours.conv_1), Convolution(ours.conv_2)
+        self.conv_1, self.conv_2 = OriginalConvolution(ours.conv_1), OriginalConvolution(ours.conv_2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.sign(self.bn1(x))

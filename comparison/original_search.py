@@ -19,7 +19,7 @@ from model_search import LEAVING, SearchPreprocess, SourceOperations, Supernet, 
 from operations import CONVOLUTIONS, pad_to_half
 
 
-class Convolution(nn.Module):
+class OriginalConvolution(nn.Module):
     """BN(conv(sign(x))) + x, or its 2x2 average."""
 
     def __init__(self, channels: int, size: int, stride: int, padding: int, dilation: int):
@@ -76,7 +76,10 @@ class Edge(nn.Module):
             [
                 nn.Identity() if stride == 1 else Reduction(c, c),
                 *(nn.Sequential(pool, nn.BatchNorm2d(c, affine=False)) for pool in pools),
-                *(Convolution(c, size, stride, *geometry) for size, *geometry in CONVOLUTIONS.values()),
+                *(
+                    OriginalConvolution(c, size, stride, *geometry)
+                    for size, *geometry in CONVOLUTIONS.values()
+                ),
             ]
         )
         self.bypass = nn.Identity() if stride == 1 else nn.MaxPool2d(2, 2, ceil_mode=True)

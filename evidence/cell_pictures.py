@@ -22,8 +22,8 @@ from evidence.analysis import (
 )
 from evidence.cells import Table
 from evidence.pictures import HUES, plain
-from figures import draw
-from figures.canvas import GREY, INK, new_figure
+from pictures import draw
+from pictures.canvas import GREY, INK, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,16 +35,16 @@ def draw_cells(table: Table, folder: Path) -> list[Path]:
 
 
 def _figures(cells: Cells, folder: Path) -> dict[str, Figure]:
-    figures = {}
+    drawn = {}
     if len(cells.first) > 1:
-        figures["distribution.png"] = _distribution(cells)
-        figures["cost.png"] = _cost(cells)
+        drawn["distribution.png"] = _distribution(cells)
+        drawn["cost.png"] = _cost(cells)
     if len(cells.first) >= ENOUGH:
-        figures["ranking.png"] = _ranking(cells)
-        figures["prediction.png"] = _prediction(cells)
+        drawn["ranking.png"] = _ranking(cells)
+        drawn["prediction.png"] = _prediction(cells)
         if score_rankings(cells, scores := scores_of(folder)):
-            figures["scores.png"] = _scores(cells, scores)
-    return figures
+            drawn["scores.png"] = _scores(cells, scores)
+    return drawn
 
 
 def _distribution(cells: Cells) -> Figure:

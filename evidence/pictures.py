@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from evidence.plan import Study
 from evidence.report import top1_by_arm
 from evidence.statistics import Summary, rank_correlation
-from figures import draw
-from figures.canvas import GREY, INK, new_figure
+from pictures import draw
+from pictures.canvas import GREY, INK, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

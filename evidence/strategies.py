@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from evidence.cells import Table as CellTable
 from evidence.cells import distance
-from figures import draw
-from figures.canvas import GREY, INK, new_figure
+from pictures import draw
+from pictures.canvas import GREY, INK, new_figure
 from trials.cells import Candidate, Space
 from trials.strategies import STRATEGIES, Epoch, Judge, Strategy, Trial
 from utils import write_atomically
@@ -239,7 +239,7 @@ def luck(cells: Sequence[TrainedCell]) -> float:
 
     A search sees the run that it is scored by: its held-out accuracy has that run's luck. Of the cells with
     two seeds, the covariance of one run's held-out accuracy with the other run's test accuracy, over that
-    with its own, is the share that is the cell's.
+    with its own, is the part that is the cell's.
     """
     twice = [cell for cell in cells if len(cell.tests) > 1]
     if len(twice) < 3:

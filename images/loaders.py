@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """What falls to process `rank` of `size`: a contiguous part, the parts differing by one at most."""
 
     rank: int = 0
@@ -61,10 +61,10 @@ class Share:
 
 @dataclass(eq=False, repr=False)
 class Loader(ABC):
-    """How an epoch falls into steps, and steps into the shares of the processes.
+    """How an epoch falls into steps, and steps into the shards of the processes.
 
     `batch_size` is global: step s takes images [s * batch_size, (s + 1) * batch_size) of the epoch's order,
-    which is the same on all processes, and each process takes its `share` of them. In training (`shuffle`) a
+    which is the same on all processes, and each process takes its `shard` of them. In training (`shuffle`) a
     last batch of fewer than two images per process is left out of that epoch, as batch normalisation needs
     two. In evaluation every image comes exactly once, and a process may get a batch of no images.
 
@@ -78,7 +78,7 @@ class Loader(ABC):
     shuffle: bool = False
     seed: int = 0
     stream: int = 0
-    share: Share = Share()
+    shard: Shard = Shard()
 
     def __post_init__(self) -> None:
         n = self.num_images
@@ -87,11 +87,11 @@ class Loader(ABC):
                 f"a batch of {self.batch_size} is larger than the {n} images to train on; give a smaller "
                 "--batch_size, for some hundred images about 16"
             )
-        smallest = 2 * self.share.size if self.shuffle else 1
+        smallest = 2 * self.shard.size if self.shuffle else 1
         if self.batch_size < smallest:
             raise InputError(
                 f"a batch of {self.batch_size} is too small; "
-                f"with {self.share.size} processes it needs {smallest}"
+                f"with {self.shard.size} processes it needs {smallest}"
             )
         full, tail = divmod(n, self.batch_size)
         self.num_steps = full + (tail >= smallest)
@@ -121,11 +121,11 @@ class Loader(ABC):
         """Where in the order this process's images of a step are, and how many the step has in all."""
         first = step * self.batch_size
         size = min(self.batch_size, self.num_images - first)
-        part = self.share.of(size)
+        part = self.shard.of(size)
         return slice(first + part.start, first + part.stop), size
 
     def _seed(self, epoch: int, step: int) -> int:
-        return mixed_seed("step", self.seed, self.stream, epoch, step, self.share.rank)
+        return mixed_seed("step", self.seed, self.stream, epoch, step, self.shard.rank)
 
 
 @dataclass(eq=False, repr=False)
@@ -262,7 +262,7 @@ def imagenet_loaders(
     seed: int,
     image_size: int = 224,
     jpeg_draft: bool = False,
-    share: Share = Share(),
+    shard: Shard = Shard(),
     color_jitter: bool = False,
     value_range: ValueRange | None = None,
 ) -> tuple[FileLoader, FileLoader, tuple[str, ...]]:
@@ -281,7 +281,7 @@ def imagenet_loaders(
     how = {"jpeg_draft": jpeg_draft, "color_jitter": color_jitter, "value_range": value_range}
     reader = FileReader(files, image_size, seed=seed, **how)
     reader.try_some()
-    placed = {"device": device, "workers": workers, "share": share}
+    placed = {"device": device, "workers": workers, "shard": shard}
     train_loader = FileLoader(
         reader,
         batch_size,
@@ -303,7 +303,7 @@ def imagenet_val_loader(
     device: torch.device | str,
     workers: int,
     image_size: int = 224,
-    share: Share = Share(),
+    shard: Shard = Shard(),
     value_range: ValueRange | None = None,
 ) -> tuple[FileLoader, tuple[str, ...]]:
     """The validation loader of `imagenet_loaders` alone, and the classes' names."""
@@ -312,7 +312,7 @@ def imagenet_val_loader(
     reader = FileReader(files, image_size, resize=resize, value_range=value_range)
     reader.try_some()
     loader = FileLoader(
-        reader, batch_size, normalize=STATISTICS["imagenet"], device=device, workers=workers, share=share
+        reader, batch_size, normalize=STATISTICS["imagenet"], device=device, workers=workers, shard=shard
     )
     return loader, tuple(files.classes)
 
@@ -327,7 +327,7 @@ def search_file_loaders(
     seed: int,
     image_size: int = 224,
     count: int = 0,
-    share: Share = Share(),
+    shard: Shard = Shard(),
     value_range: ValueRange | None = None,
 ) -> tuple[FileLoader, FileLoader, FileLoader, tuple[str, ...]]:
     """For a search, of the training images of ImageNet, or of any folders like it: loaders of the part that
@@ -347,7 +347,7 @@ def search_file_loaders(
         files.subset(kept[indices].sort().values.tolist())
         for indices in split_halves(len(kept), train_portion, seed)
     ]
-    placed = {"device": device, "workers": workers, "share": share, "normalize": STATISTICS["imagenet"]}
+    placed = {"device": device, "workers": workers, "shard": shard, "normalize": STATISTICS["imagenet"]}
     loaders = []
     for stream, part in enumerate(parts):
         reader = FileReader(

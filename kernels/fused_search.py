@@ -68,7 +68,7 @@ def coefficients(mixing: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """mixing (m, 7), by edge and operation of PRIMITIVES -> the arguments of SourceOperations.
 
     `convolving` (p, m) multiplies the convolutions' normalised results, p = 4, or 5 at stride 2, where the
-    skip connection is one of them; `sharing` (m, 3) what the edges share: max-pool, average-pool, residual.
+    skip connection is one of them; `of_shared` (m, 3) what the edges share: max-pool, average-pool, residual.
     """
     skip, pooling, convolving = mixing.split((1, 2, 4), dim=1)
     residual = convolving.sum(1, keepdim=True)
@@ -103,14 +103,14 @@ class FusedSourceOperations(SourceOperations):
     """
 
     def forward(
-        self, x: Tensor, convolving: Tensor, sharing: Tensor, kernels: Sequence[Tensor]
+        self, x: Tensor, convolving: Tensor, of_shared: Tensor, kernels: Sequence[Tensor]
     ) -> tuple[Tensor, Statistics | None]:
         """`kernels`: see joined_kernels. Also the statistics of the batch in training, for update_running."""
         signs = binary_sign(x)
         pairs = zip(kernels, self.convolutions[1::2], strict=True)
         outputs = [F.conv2d(signs, kernel, None, c.stride, c.padding, c.dilation) for kernel, c in pairs]
         if self.stride == 2:
-            outputs.append(self._reduced(signs, len(sharing)))
+            outputs.append(self._reduced(signs, len(of_shared)))
         pools = [
             F.max_pool2d(x, 3, self.stride, 1),
             F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False),
@@ -119,9 +119,9 @@ class FusedSourceOperations(SourceOperations):
         mixed, statistics = self._normalized_mixture(torch.cat(outputs, 1), convolving)
         # what all edges share: both pools and the residual, (n, 3, c * h' * w')
         shared = torch.cat([pools, self.shortcut(x)], 1).unflatten(1, (3, -1)).flatten(2)
-        # not matmul, which folds and copies `shared` where `sharing` needs a gradient
-        sharing = sharing.to(shared.dtype).expand(len(x), -1, -1)
-        return mixed + torch.bmm(sharing, shared).view_as(mixed), statistics
+        # not matmul, which folds and copies `shared` where `of_shared` needs a gradient
+        of_shared = of_shared.to(shared.dtype).expand(len(x), -1, -1)
+        return mixed + torch.bmm(of_shared, shared).view_as(mixed), statistics
 
     def _normalized_mixture(self, y: Tensor, coefficient: Tensor) -> tuple[Tensor, Statistics | None]:
         """BN, then the mixture of the convolutions: y (n, p * m * c, h, w), coefficient (p, m)."""

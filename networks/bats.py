@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from binary_ops import BinaryConv2d, clipped_sign, hard_sign
+from binary_ops import BinaryConv2d, clipped_sign
 from model import AuxiliaryHead, CellNetwork
 from networks.config import BaselineConfig
 from operations import Pool, Zero, conv_bn_relu, pad_to_half
@@ -36,7 +36,7 @@ class BatsConfig(BaselineConfig):
     alpha. `mean`: the library's other recipe, in which it is sign(w) * mean |w| besides."""
 
     system = "bats"
-    bits = ((1, 1), (32, 1), (1, 32))
+    allowed_bits = ((1, 1), (32, 1), (1, 32))
     variants = ("learned", "mean")
 
     groups: int = 12
@@ -90,7 +90,7 @@ class BatsConv2d(BinaryConv2d):
         return 0  # alpha is a parameter, and mean |w| may be folded into it
 
     def binarized_input(self, x: Tensor) -> Tensor:
-        return hard_sign(x)
+        return clipped_sign(x, zeros=True)
 
     def effective_weight(self) -> Tensor:
         if self.weight_bits == 32:

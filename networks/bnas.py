@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from binary_ops import BinaryConv2d, hard_sign
+from binary_ops import BinaryConv2d, clipped_sign
 from model import Cell, CellNetwork
 from networks.config import BaselineConfig
 from operations import CONVOLUTIONS, Pool, Zero, conv_bn_relu
@@ -25,7 +25,7 @@ class BnasConfig(BaselineConfig):
     for the rule that numbers those to binarise does not count the two shortcuts. `intended`: they do not."""
 
     system = "bnas"
-    bits = ((1, 1),)
+    allowed_bits = ((1, 1),)
     variants = ("as_run", "intended")
 
     def __post_init__(self):
@@ -74,7 +74,7 @@ class BnasConv2d(BinaryConv2d):
     """
 
     def binarized_input(self, x: Tensor) -> Tensor:
-        return hard_sign(x)
+        return clipped_sign(x, zeros=True)
 
     def effective_weight(self) -> Tensor:
         return _BinaryWeight.apply(self.weight) if self.weight_bits == 1 else self.weight

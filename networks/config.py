@@ -15,12 +15,12 @@ from utils import InputError, check_count
 class BaselineConfig:
     """All that a network is built from; a checkpoint carries it as a dictionary, with its `system`.
 
-    A system gives the `bits` of weights and activations that its stages have, and its
+    A system gives the `allowed_bits` of weights and activations that its stages have, and its
     `variants`, the default first. Raises InputError on values that make no network.
     """
 
     system: ClassVar[str]
-    bits: ClassVar[tuple[tuple[int, int], ...]]
+    allowed_bits: ClassVar[tuple[tuple[int, int], ...]]
     variants: ClassVar[tuple[str, ...]] = ("",)
     counts_global_mean: ClassVar[bool] = True  # on ImageNet, where it is an AvgPool2d layer
     auxiliary = False  # a field only where a system has the head
@@ -41,7 +41,7 @@ class BaselineConfig:
             raise InputError(f"unknown network family {self.family!r}; choose from {FAMILIES}")
         if self.variant not in self.variants:
             raise InputError(f"unknown variant {self.variant!r}; choose from {self.variants}")
-        if (self.weight_bits, self.activation_bits) not in self.bits:
+        if (self.weight_bits, self.activation_bits) not in self.allowed_bits:
             raise InputError(f"no W{self.weight_bits}A{self.activation_bits} in {self.system}")
         check_count("layers", self.layers, 3, 1_000)
         for name in ("init_channels", "num_classes"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from binary_ops import BinaryConv2d, smooth_sign
+from binary_ops import BinaryConv2d, binary_sign
 from model import CellNetwork
 from networks.config import BaselineConfig
 from operations import Pool, conv_bn_relu, pad_to_half
@@ -35,7 +35,7 @@ class DcpNasConfig(BaselineConfig):
 
     system = "dcp"
     counts_global_mean = False
-    bits = ((1, 1), (32, 1))
+    allowed_bits = ((1, 1), (32, 1))
 
     def __post_init__(self):
         super().__post_init__()
@@ -75,7 +75,7 @@ class ModulatedConv2d(BinaryConv2d):
         return 0  # modulation is a parameter
 
     def binarized_input(self, x: Tensor) -> Tensor:
-        return smooth_sign(x)
+        return binary_sign(x, zeros=True)
 
     def effective_weight(self) -> Tensor:
         return self.weight if self.weight_bits == 32 else _ModulatedWeight.apply(self.weight, self.modulation)

@@ -13,7 +13,7 @@ from networks.cost import Cost, measure_cost
 from networks.registry import make_config
 from networks.rows import ROWS
 
-SETS = {"CIFAR-10": ("cifar", 32, 10), "ImageNet": ("imagenet", 224, 1000)}
+PUBLISHED_SIZES = {"CIFAR-10": ("cifar", 32, 10), "ImageNet": ("imagenet", 224, 1000)}
 """By name: the family, side and classes of its images."""
 
 PUBLISHED = "EBNAS"
@@ -21,9 +21,9 @@ PUBLISHED = "EBNAS"
 
 @cache
 def published_costs(genotype: Genotype, name: str) -> dict[bool, Cost]:
-    """What the W1A1 network of a genotype costs on images of SETS at EBNAS's published size: without and with
-    the auxiliary head."""
-    family, image_size, classes = SETS[name]
+    """What the W1A1 network of a genotype costs on images of PUBLISHED_SIZES, at EBNAS's published
+    size: without and with the auxiliary head."""
+    family, image_size, classes = PUBLISHED_SIZES[name]
     usual = make_config(PUBLISHED, family=family, num_classes=classes, auxiliary=True)
     config = ModelConfig.from_dict({**usual.to_dict(), "genotype": genotype._asdict()})
     with torch.device("meta"):
@@ -39,7 +39,7 @@ def describe_found(genotype: Genotype) -> Iterator[str]:
     columns = ("parameters", "OPs (1e8)", "MiB stored")
     yield " " * 36 + "".join(f"{name:>26}" for name in columns)
     yield " " * 36 + f"{'found':>14}{PUBLISHED:>12}" * len(columns)
-    for name, (family, _, _) in SETS.items():
+    for name, (family, _, _) in PUBLISHED_SIZES.items():
         size = ROWS[PUBLISHED].sizes[family]
         costs = [published_costs(cell, name) for cell in (genotype, published)]
         for auxiliary in (False, True):

@@ -12,7 +12,7 @@ from flags.settings import ImageSettings, SearchSettings, TrainSettings
 from images.augment import Normalize
 from images.duplicates import near_duplicates
 from images.files import list_images
-from images.loaders import Share
+from images.loaders import Shard
 from images.sets import ImageSet, channel_statistics, load_set
 from images.split import choose_test_files, is_unsplit, split_table
 from packed.picture import ValueRange
@@ -120,5 +120,5 @@ def loader_settings(data: dict[str, Any], seed: int, world: World) -> dict[str, 
     return {
         "normalize": Normalize(data["mean"], data["std"]),
         "seed": seed,
-        "share": Share(world.rank, world.size),
+        "shard": Shard(world.rank, world.size),
     }

@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import search_space
-from figures.canvas import color_of, label_of
 from genotypes import GENOTYPES, genotype_from_dict, genotype_to_dict
 from kernels import FORMS, accelerate
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
+from pictures.canvas import color_of, label_of
 from search_space import PRIMITIVES, Operation
 from utils import InputError
 

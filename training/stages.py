@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from figures import draw_curves
 from flags.settings import StageSettings
 from images.loaders import Loader
 from kernels import Form, accelerate, choose_form
@@ -21,6 +20,7 @@ from kernels.compilation import compile_regions
 from model import build_model
 from networks.registry import label
 from networks.rows import system_of
+from pictures import draw_curves
 from run.checkpoint import LIVE, network_config
 from run.distributed import World
 from run.resume import Origin

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from figures import draw
-from figures.canvas import GREY, INK, new_figure
+from pictures import draw
+from pictures.canvas import GREY, INK, new_figure
 from trials.strategies import Judge, Trial, front
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ def draw_search(trials: Sequence[Trial], judge: Judge, images: int, folder: Path
 
 
 def _figures(trials: Sequence[Trial], judge: Judge, images: int) -> dict[str, Figure]:
-    figures = {"search.png": _course(trials, images)}
+    drawn = {"search.png": _course(trials, images)}
     if judge.objectives:
-        figures["front.png"] = _front(trials, judge)
-    return figures
+        drawn["front.png"] = _front(trials, judge)
+    return drawn
 
 
 def _course(trials: Sequence[Trial], images: int) -> Figure:

@@ -21,8 +21,8 @@ class Ridge:
     scale: float
     coefficients: np.ndarray
     left_out_r2: float
-    """Share of the variance that predictions of left-out rows explain; below 0 where they are no better than
-    the mean."""
+    """The part of the variance that predictions of left-out rows explain; below 0 where they are no better
+    than the mean."""
 
     @classmethod
     def fit(cls, x: np.ndarray, y: np.ndarray) -> Ridge:

@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 import infer
 from images.augment import Augmentation, Normalize
 from images.files import ImageFiles
-from images.loaders import Batch, BatchLoader, Share, _Upload, imagenet_loaders
+from images.loaders import Batch, BatchLoader, Shard, _Upload, imagenet_loaders
 from images.reader import FileReader
 from images.sets import STATISTICS, ImageSet, channel_statistics, holdout_split, load_set, split_halves
 from packed.picture import read_rgb
@@ -107,12 +107,12 @@ def test_orders_and_draws_are_still_those_of_the_first_version():
 
 
 @pytest.mark.parametrize("options", [{}, {"shuffle": True, "seed": 3, "augmentation": FULL_AUGMENTATION}])
-@pytest.mark.parametrize("share", [Share(), Share(1, 3)])
-def test_indices_give_the_batches_of_a_copy_of_their_images(options, share):
+@pytest.mark.parametrize("shard", [Shard(), Shard(1, 3)])
+def test_indices_give_the_batches_of_a_copy_of_their_images(options, shard):
     dataset, indices = numbered(60), split_halves(60, 0.6, seed=0)[0]
     copy = ImageSet(dataset.images[indices], dataset.labels[indices], dataset.classes)
-    loader = loader_of(dataset, 8, indices=indices, share=share, **options)
-    other = loader_of(copy, 8, share=share, **options)
+    loader = loader_of(dataset, 8, indices=indices, shard=shard, **options)
+    other = loader_of(copy, 8, shard=shard, **options)
     assert (len(loader), loader.num_samples) == (len(other), other.num_samples)
     for epoch in (0, 1):
         assert all(map(equal, loader.epoch(epoch), list(other.epoch(epoch))))
@@ -128,7 +128,7 @@ def test_evaluation_keeps_the_order_and_the_tail():
 @pytest.mark.parametrize("n, world_size, steps", [(11, 1, 2), (12, 1, 3), (13, 2, 2), (14, 2, 3), (10, 1, 2)])
 def test_training_leaves_out_a_tail_too_small_for_batch_norm(n, world_size, steps):
     loaders = [
-        loader_of(numbered(n), 5, shuffle=True, share=Share(rank, world_size)) for rank in range(world_size)
+        loader_of(numbered(n), 5, shuffle=True, shard=Shard(rank, world_size)) for rank in range(world_size)
     ]
     for loader in loaders:
         batches = list(loader.epoch(0))
@@ -174,8 +174,8 @@ def test_streams_ranks_epochs_and_steps_draw_different_augmentation():
         loader = loader_of(same, 8, augmentation=Augmentation(crop_padding=4), shuffle=True, **options)
         return next(loader.epoch(epoch, step)).images[:4]
 
-    base = draw(share=Share(0, 2))
-    others = [draw(share=Share(1, 2)), draw(stream=1), draw(seed=1), draw(epoch=1), draw(step=1)]
+    base = draw(shard=Shard(0, 2))
+    others = [draw(shard=Shard(1, 2)), draw(stream=1), draw(seed=1), draw(epoch=1), draw(step=1)]
     assert not any(torch.equal(base, other) for other in others)
 
 
@@ -184,7 +184,7 @@ def test_streams_ranks_epochs_and_steps_draw_different_augmentation():
 def test_processes_share_each_batch_exactly(shuffle, n, batch_size, world_size):
     whole = loader_of(numbered(n), batch_size, shuffle=shuffle)
     loaders = [
-        loader_of(numbered(n), batch_size, shuffle=shuffle, share=Share(rank, world_size))
+        loader_of(numbered(n), batch_size, shuffle=shuffle, shard=Shard(rank, world_size))
         for rank in range(world_size)
     ]
     for batch, *parts in zip(whole.epoch(1), *(loader.epoch(1) for loader in loaders), strict=False):
@@ -197,7 +197,7 @@ def test_processes_share_each_batch_exactly(shuffle, n, batch_size, world_size):
 
 
 def test_a_process_with_nothing_to_evaluate_gets_an_empty_batch():
-    loader = loader_of(numbered(9), 4, share=Share(0, 2))
+    loader = loader_of(numbered(9), 4, shard=Shard(0, 2))
     last = list(loader.epoch(0))[-1]
     assert last.images.shape == (0, 3, 4, 4) and last.targets.shape == (0,) and last.global_size == 1
 
@@ -206,7 +206,7 @@ def test_batches_that_cannot_be_made_are_refused():
     with pytest.raises(InputError, match="batch of 11 is larger than the 10 images"):
         loader_of(numbered(10), 11, shuffle=True)
     with pytest.raises(InputError, match="batch of 3 is too small; with 2 processes it needs 4"):
-        loader_of(numbered(10), 3, shuffle=True, share=Share(0, 2))
+        loader_of(numbered(10), 3, shuffle=True, shard=Shard(0, 2))
     with pytest.raises(InputError, match="batch of 0 is too small"):
         loader_of(numbered(10), 0)
     assert len(loader_of(numbered(10), 11)) == 1  # evaluation may
@@ -589,7 +589,7 @@ def test_imagenet_training_images_change_from_epoch_to_epoch(imagenet):
 
 def test_imagenet_processes_share_each_batch(imagenet):
     whole, val_whole, _ = open_imagenet(imagenet)
-    pairs = [open_imagenet(imagenet, share=Share(rank, 2)) for rank in (0, 1)]
+    pairs = [open_imagenet(imagenet, shard=Shard(rank, 2)) for rank in (0, 1)]
     for batch, one, two in zip(whole.epoch(0), *(pair[0].epoch(0) for pair in pairs), strict=True):
         assert torch.equal(torch.cat([one.targets, two.targets]), batch.targets)
     for batch, one, two in zip(val_whole.epoch(0), *(pair[1].epoch(0) for pair in pairs), strict=True):

@@ -22,7 +22,7 @@ from torch import Tensor, multiprocessing, nn
 
 from architect import Architect
 from images.augment import Normalize
-from images.loaders import BatchLoader, Share
+from images.loaders import BatchLoader, Shard
 from images.sets import ImageSet
 from model_search import SearchConfig, Supernet
 from run import distributed
@@ -55,8 +55,8 @@ def loader(n: int, world: World, **keywords) -> BatchLoader:
     images = torch.randint(256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator)
     labels = torch.randint(7, (n,), generator=generator)
     dataset = ImageSet(images, labels, tuple("abcdefg"))
-    normalize, share = Normalize((0.5,) * 3, (0.25,) * 3), Share(world.rank, world.size)
-    return BatchLoader(dataset, 8, normalize=normalize, share=share, **keywords)
+    normalize, shard = Normalize((0.5,) * 3, (0.25,) * 3), Shard(world.rank, world.size)
+    return BatchLoader(dataset, 8, normalize=normalize, shard=shard, **keywords)
 
 
 def search(
@@ -149,7 +149,7 @@ def by_rank(tmp_path_factory) -> list[dict]:
 
 
 def test_gradients_and_metrics_equal_those_of_one_process_on_the_joined_batch(by_rank):
-    """Also where each process takes its share in parts, or with a teacher."""
+    """Also where each process takes its shard in parts, or with a teacher."""
     plain, taught = (
         search(World(torch.device("cpu")), batch_statistics=False),
         distil(World(torch.device("cpu"))),

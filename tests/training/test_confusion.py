@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from figures import draw_confusion
 from images.augment import Normalize
 from images.loaders import BatchLoader
 from images.sets import ImageSet
+from pictures import draw_confusion
 from training.confusion import SHOWN, Confusion, Mistake, measure_confusion, table, write_tables
 from training.engine import Precision
 

@@ -15,9 +15,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from figures.canvas import GREY, INK, PALE, STATES, TITLES, color_of, label_of, new_figure
 from genotypes import EDGES, NODES, Genotype, genotype_from_dict
 from model_search import edge_weights
+from pictures.canvas import GREY, INK, PALE, STATES, TITLES, color_of, label_of, new_figure
 from run.runs import operations_of_run, read_args, read_metrics
 from utils import InputError
 

@@ -23,7 +23,7 @@ DPI = 200
 def draw_genotype(genotype: Genotype, folder: Path, *, name: str = "genotype") -> list[Path]:
     """Write {name}-normal.png and {name}-reduce.png into `folder`. Raises as `_write`."""
     with _default_look():
-        from figures.cell import cell_figure
+        from pictures.cell import cell_figure
 
         figures = {f"{name}-{kind}.png": cell_figure(genotype, kind) for kind in ("normal", "reduce")}
         return _write(figures, folder)
@@ -33,7 +33,7 @@ def draw_layers(title: str, stages: list[tuple[str, str, str]], folder: Path, *,
     """Write {name}-layers.png into `folder`: of each stage its name, what it is, what it gives. Raises as
     `_write`."""
     with _default_look():
-        from figures.layers import Stage, layers_figure
+        from pictures.layers import Stage, layers_figure
 
         return _write({f"{name}-layers.png": layers_figure(title, [Stage(*s) for s in stages])}, folder)
 
@@ -45,7 +45,7 @@ def draw_curves(run: Path, *, folder: Path | None = None) -> list[Path]:
     Raises InputError: no metrics, a damaged metrics.jsonl or args.json (line and field); and as `_write`.
     """
     with _default_look():
-        from figures.curves import curve_figures
+        from pictures.curves import curve_figures
 
         return _write(curve_figures(Path(run)), run if folder is None else folder)
 
@@ -54,7 +54,7 @@ def draw_confusion(confusion: Confusion, folder: Path, *, prefix: str = "") -> l
     """Write confusion.png, for up to 100 classes, and mistakes.png, where there are mistakes, into `folder`,
     each behind `prefix`. Raises as `_write`."""
     with _default_look():
-        from figures.confusion import MOST_CLASSES, confusion_figure, mistakes_figure
+        from pictures.confusion import MOST_CLASSES, confusion_figure, mistakes_figure
 
         figures = {}
         if len(confusion.classes) <= MOST_CLASSES:

@@ -22,12 +22,8 @@ from matplotlib.transforms import Affine2D
 from support.reference_values import REFERENCE
 from support.scripts import ROOT
 
-import figures
+import pictures
 from architect import Architect
-from figures import draw_curves, draw_genotype
-from figures.canvas import GREY, LABELS, STATES, color_of, label_of
-from figures.cell import cell_figure
-from figures.curves import curve_figures
 from genotypes import (
     EDGES,
     GENOTYPES,
@@ -38,6 +34,10 @@ from genotypes import (
     save_genotype,
 )
 from model_search import SearchConfig, Supernet
+from pictures import draw_curves, draw_genotype
+from pictures.canvas import GREY, LABELS, STATES, color_of, label_of
+from pictures.cell import cell_figure
+from pictures.curves import curve_figures
 from run.runs import Run
 from search_space import ENTRIES
 from train_search import epoch_record as search_record
@@ -196,7 +196,7 @@ def assert_picture(path: Path) -> int:
 @pytest.fixture
 def coarse(monkeypatch):
     """A quarter of the pixels each way, where only their being there is tested."""
-    monkeypatch.setattr(figures, "DPI", figures.DPI / 4)
+    monkeypatch.setattr(pictures, "DPI", pictures.DPI / 4)
 
 
 # Runs.
@@ -493,7 +493,7 @@ def test_a_full_disk_is_not_the_users_fault(tmp_path, monkeypatch, coarse):
     def write(path, _content):
         raise OSError(errno.ENOSPC, "cannot write: no space left on device", str(path))
 
-    monkeypatch.setattr(figures, "write_atomically", write)
+    monkeypatch.setattr(pictures, "write_atomically", write)
     with pytest.raises(OSError, match="no space left") as error:
         draw_genotype(GENOTYPES["EBNAS"], tmp_path)
     assert error.value.errno == errno.ENOSPC

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 
-from figures.canvas import GREY, INK, PALE, STATES, TITLES, color_of, label_of, new_figure
 from genotypes import NODES, Genotype
+from pictures.canvas import GREY, INK, PALE, STATES, TITLES, color_of, label_of, new_figure
 
 OUTPUT = 2 + NODES
 

@@ -1,4 +1,4 @@
-"""The picture of this program's parts, and which imports which: `python -m figures.layout`.
+"""The picture of this program's parts, and which imports which: `python -m pictures.layout`.
 
 The parts are those of the table in docs/architecture.md, the imports those of the files. It draws
 docs/layout.png.
@@ -14,8 +14,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from figures import draw
-from figures.canvas import GREY, INK, PALE, new_figure
+from pictures import draw
+from pictures.canvas import GREY, INK, PALE, new_figure
 
 ROOT = Path(__file__).parent.parent
 BOX_WIDTH, BOX_HEIGHT, ACROSS, DOWN, MARGIN = 1.3, 0.42, 0.3, 0.45, 0.2  # inches

@@ -3,7 +3,7 @@
 import pytest
 from support.scripts import SCRIPTS
 
-from figures.layout import imported, imports_of_parts, layout_figure, modules, parts
+from pictures.layout import imported, imports_of_parts, layout_figure, modules, parts
 
 ORDER = [name for files in parts().values() for name in files]
 

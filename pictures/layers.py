@@ -7,7 +7,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from figures.canvas import GREY, INK, PALE, new_figure
+from pictures.canvas import GREY, INK, PALE, new_figure
 
 BOX_WIDTH, BOX_HEIGHT, GAP, MARGIN, TITLE_HEIGHT = 1.55, 0.85, 0.35, 0.2, 0.5  # inches
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures.canvas import GREY, INK, new_figure
+from pictures.canvas import GREY, INK, new_figure
 
 if TYPE_CHECKING:  # it brings torch
     from training.confusion import Confusion, Mistake
