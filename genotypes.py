@@ -47,7 +47,7 @@ EDGES = tuple((node, source) for node in range(NODES) for source in range(2 + no
 
 
 def operations_of(system: str) -> tuple[str, ...]:
-    """What a system's cells may be made of; of EBNAS all that have an entry."""
+    """The operations that a system's cells may have; for EBNAS all that have an entry."""
     return tuple(ENTRIES) if system == "ebnas" else OPERATIONS[system]
 
 

@@ -133,7 +133,7 @@ class Cell(nn.Module):
         return torch.cat([states[i] for i in self.concat], dim=1)
 
     def operated(self, edge: int, states: list[Tensor]) -> Tensor:
-        """What the operation of an edge makes of the state that it reads."""
+        """The result of an edge's operation on the state that it reads."""
         return self.operations[edge](states[self.sources[edge]])
 
     def dropped(self, edge: int, states: list[Tensor], keep: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def drop_path(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def drop_factor(x: Tensor, keep: Tensor) -> Tensor:
-    """What drop-path multiplies the samples of x (n, ...) by: 1 / keep, or 0; (n, 1, 1, 1)."""
+    """The factor of drop-path for each sample of x (n, ...): 1 / keep, or 0; (n, 1, 1, 1)."""
     return (torch.rand((x.shape[0], 1, 1, 1), device=x.device) < keep) / keep
 
 

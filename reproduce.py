@@ -118,13 +118,13 @@ def trained(name: str, images: str, flags: Mapping[str, Any], *, tiny: bool) -> 
 
 
 def memory(config: Config, image_size: int, batch_size: int) -> str:
-    """What a training step needs of a GPU."""
+    """The memory that a training step needs on a GPU, in words."""
     steps = [StepMemory(config, image_size, batch_size, precision) for precision in ("fp32", "bf16")]
     return " or ".join(f"{(step.needs() + CONTEXT) / GB:.1f} GB in {step.precision}" for step in steps)
 
 
 def published_words(name: str, images: str, *, tiny: bool) -> str:
-    """What the published table of a set says of the row."""
+    """The row's published figures for a set, in words."""
     published = ROWS[name].published.get(images)
     if tiny:
         return "nothing of this size, which only tries the chain"

@@ -402,7 +402,7 @@ def training_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What all processes of a search must agree on."""
+    """The settings that all processes of a search must agree on."""
     flags = vars(args).items()
     return {
         name: list(value) if isinstance(value, tuple) else value

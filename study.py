@@ -154,7 +154,7 @@ def found_cells(folder: Path) -> dict[str, Genotype]:
 
 
 def write_cells(study: Study, content: Mapping[str, Any], folder: Path) -> None:
-    """What the rows show."""
+    """Write the page and the pictures of what the rows show."""
     text = report_cells(study, content, folder)
     print(text)
     write_atomically(folder / "cells.md", text.encode())

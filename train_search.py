@@ -319,7 +319,7 @@ def endless(loader: Loader, epoch: int, start: int) -> Iterator[Batch]:
 def epoch_record(
     architect: Architect, now: Genotype, train: dict, valid: dict, *, before: dict | None
 ) -> dict:
-    """What metrics.jsonl keeps of an epoch of a search; alpha and beta in full, for visualize.py.
+    """A search's line in metrics.jsonl for an epoch; alpha and beta in full, for visualize.py.
 
     `now` is the genotype at its end, `before` the record of the epoch before, None in the first one.
     """

@@ -42,7 +42,7 @@ _TYPES = {"term": "struct term", "bits": "uint8_t"}  # the others are floats
 
 
 class BoardFiles(NamedTuple):
-    """What a board gets: the content of each file by its path, and what it takes there, in bytes."""
+    """The files for a board, by path, and the memory that they take there, in bytes."""
 
     files: dict[str, str]
     constants: int

@@ -309,7 +309,7 @@ def _first_fit(memories: list[Memory]) -> tuple[int, list[tuple[Memory, int]]]:
 
 
 def _float_reads(step: Step) -> list[View]:
-    """What a step reads as floats."""
+    """The floats that a step reads."""
     return [view for view in (step.residual, None if step.op == "binary" else step.source) if view]
 
 

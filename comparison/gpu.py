@@ -1,4 +1,5 @@
-"""What minutes on a GPU can tell: parts in order, the most wanted first, each kept as soon as it is there."""
+"""Measurements for a few minutes on a GPU: the most wanted come first, and each is kept as soon as it is
+there."""
 
 from __future__ import annotations
 
@@ -137,7 +138,7 @@ class Card:
 
 @dataclass
 class Report:
-    """What is known so far, in `path` (if any) after each addition; `ends` is when the time is over."""
+    """The measurements so far. Each addition is written to `path`, if there is one; `ends` is when the time is over."""
 
     path: Path | None
     ends: float
@@ -208,7 +209,7 @@ def run_tests(seconds: float) -> dict[str, Any]:
 
 
 def _text(output: str | bytes | None) -> str:
-    """What subprocess gives of a process that it ended."""
+    """The output of a process that subprocess ended, as text."""
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
@@ -440,7 +441,7 @@ def table(content: dict[str, Any]) -> Iterator[str]:
 
 
 def sentences(content: dict[str, Any]) -> list[str]:
-    """What the figures say: what fits, how long the published runs take, what is slow, what failed."""
+    """Sentences about the measurements: what fits, how long the published runs take, what is slow, what failed."""
     rows = content.get("steps", [])
     timed = [row for row in rows if "ms" in row]
     found = []

@@ -1,4 +1,4 @@
-"""What a call costs: its time, the tensor operations that it runs, the memory that it needs; and on what."""
+"""Measuring a call: its time, the tensor operations that it runs, the memory that it needs, the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a table of trained cells shows: numbers and a page in Markdown, of a table that may be half filled.
+"""The analysis of a table of trained cells, which may be half filled: numbers, and a page in Markdown.
 
 Everything is over the random cells unless it says otherwise. Intervals are of 95 %, by bootstrap over cells.
 A cell's accuracy is the mean test accuracy of its runs; what chose anything was measured on held-out images.

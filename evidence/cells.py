@@ -143,7 +143,8 @@ class Table:
         )
 
     def test_top1(self, cell: Genotype | str) -> float:
-        """What a search is measured by, and may not look at: the mean over a cell's runs. Raises KeyError."""
+        """The mean test accuracy over a cell's runs. It measures a search, which may not look at it. Raises
+        KeyError."""
         runs = self.runs[self.find(cell)]
         return sum(row["test_top1"] for row in runs) / len(runs)
 

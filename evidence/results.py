@@ -39,7 +39,7 @@ class Results:
         return found
 
     def content(self, study: Study) -> dict[str, Any]:
-        """What a study's file should hold: its own records, and what other files hold of its jobs."""
+        """The content of a study's file: its own records, and those of its jobs that other files hold."""
         known, jobs = self.records(), study.jobs()
         own = self._records_of(self.paths[study.name])
         return {

@@ -168,7 +168,7 @@ def _place(others: Mapping[str, Any]) -> str:
 
 
 def flag_text(value: Any, records: Mapping[str, dict]) -> Any:
-    """What stands on the command line for a flag's value."""
+    """A flag's value as it stands on the command line."""
     if isinstance(value, FolderOf):
         return run_folder(value.job) or _found_genotype(value.job, records)
     if isinstance(value, BestOf):

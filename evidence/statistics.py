@@ -1,4 +1,4 @@
-"""What the figures of a study show: means, differences with their intervals, and whether cells differ."""
+"""Statistics of a study: means, differences with their intervals, and whether cells differ."""
 
 from __future__ import annotations
 

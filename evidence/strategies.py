@@ -88,7 +88,7 @@ def trained_cells(table: CellTable) -> list[TrainedCell]:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a strategy sees of a row. Rows that a bootstrap drew twice are two choices."""
+    """A row as a strategy sees it. Rows that a bootstrap drew twice are two choices."""
 
     row: int
     features: np.ndarray = field(compare=False)
@@ -402,7 +402,7 @@ def report(
 def strategies_figure(
     reached: Mapping[tuple[str, int], Reached], beyond: Mapping[tuple[str, int], tuple[float, float]]
 ) -> Figure:
-    """What each strategy reaches over its cost: on the table, and on the surrogate."""
+    """The accuracy that each strategy reaches over its cost: on the table, and on the surrogate."""
     figure = new_figure(8.5, 3.8, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for name, hue in HUES.items():

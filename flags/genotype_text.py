@@ -153,7 +153,7 @@ class _Reader:
         raise self.wrong("a value", token)
 
     def items(self, depth: int) -> tuple[Any, ...]:
-        """What follows an opening bracket, up to the closing one."""
+        """The items between an opening bracket and its closing one."""
         if depth > DEEPEST:
             raise InputError("is nested too deeply")
         items = []

@@ -91,7 +91,7 @@ def run_label(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """What `type=Path` stands for: `Path("")` would be the present folder."""
+    """The type of a flag that takes a path. It may not be empty: `Path("")` would be the present folder."""
     if not text:
         raise argparse.ArgumentTypeError(EMPTY)
     return Path(text)
@@ -416,7 +416,7 @@ def add_most_skips_flag(parser: Parser, note: str = "") -> None:
 
 
 def add_original_flags(parser: Parser) -> None:
-    """What a checkpoint of another program does not say of itself (see run/originals.py)."""
+    """Flags that say what a checkpoint of another program does not say of itself (see run/originals.py)."""
     flag = parser.add_argument_group("a checkpoint of the original EBNAS program, or of BNAS's").add_argument
     flag("--arch", help="its genotype, as train.py --arch takes it; default: the published one of its system")
     flag("--variant", help="of BNAS as_run or intended; default: as_run")

@@ -24,7 +24,7 @@ class Normalize(NamedTuple):
     std: Sequence[float]
 
     def on(self, device: torch.device | str) -> Callable[[Tensor], Tensor]:
-        """What normalises float images (b, 3, h, w) on `device`, in place.
+        """A function that normalises float images (b, 3, h, w) on `device`, in place.
 
         The statistics go there now: copied with every batch, they would make the host wait.
         """
@@ -34,7 +34,7 @@ class Normalize(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training batch, in this order. The default does nothing.
+    """How a training batch is augmented, in this order. The default does nothing.
 
     crop_padding: pixels of zero padding around the image before a random crop of its own size.
     flip: mirror every image with probability 1/2.

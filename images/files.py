@@ -38,7 +38,7 @@ class ImageFiles:
     left_out: str
 
     def subset(self, indices: Sequence[int]) -> ImageFiles:
-        """Those of these indices, in their order."""
+        """The files of these indices, in their order."""
         paths, labels = ([whole[i] for i in indices] for whole in (self.paths, self.labels))
         return replace(self, paths=paths, labels=labels)
 
@@ -151,7 +151,8 @@ def _sorted_entries(folder: str | Path) -> list[os.DirEntry]:
 
 
 def _identity(folder: Path) -> tuple[int, int | str]:
-    """What two paths to one folder, which is `folder` resolved, have in common, be they links or mounts."""
+    """The identity of a resolved folder: two paths to it have it in common, whether they are links or
+    mounts."""
     status = folder.stat()
     return status.st_dev, status.st_ino or str(folder)  # some file systems of Windows number no files
 

@@ -40,7 +40,7 @@ from utils import InputError, mixed_seed
 
 
 class Batch(NamedTuple):
-    """What one process gets of a step."""
+    """The part of a step's images that one process gets."""
 
     images: Tensor  # float32 (b, 3, h, w), normalised, on the device
     targets: Tensor  # int64 (b,), or float32 (b, classes) after mixup
@@ -49,7 +49,8 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """What falls to process `rank` of `size`: a contiguous part, the parts differing by one at most."""
+    """The part of a batch that process `rank` of `size` takes. Parts are contiguous, and differ by one image
+    at most."""
 
     rank: int = 0
     size: int = 1
@@ -198,7 +199,7 @@ class _Upload:
 
 
 class _EpochSampler(Sampler):
-    """What the workers are to read in the epoch that is open. They outlive it, and so does their sampler."""
+    """Tells the workers what to read in the epoch that is open. They outlive it, and so does their sampler."""
 
     def __init__(self) -> None:
         self.items: list[tuple[int, Tensor]] | None = None  # None: no epoch is open

@@ -125,7 +125,8 @@ class FileReader(Dataset):
 def block_loader(
     reader: FileReader, items: Sequence | Sampler, workers: int, *, keep: bool = False, pin: bool = False
 ) -> DataLoader:
-    """What `workers` processes, none for 0, read of `items`; with `keep` they stay for the next epoch."""
+    """A DataLoader in which `workers` processes (0: this one) read `items`; with `keep` they stay for the
+    next epoch."""
     return DataLoader(
         reader,
         batch_size=None,  # an item is a block of images already

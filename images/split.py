@@ -59,7 +59,7 @@ def choose_test_files(files: ImageFiles, part: float = TEST_PART) -> tuple[str, 
 
 
 def part_of(files: ImageFiles, test_files: Collection[str], *, train: bool) -> ImageFiles:
-    """Those of `files` that are to train on, or to test on."""
+    """The files to train on, or to test on."""
     tested = set(test_files)
     kept = [i for i, path in enumerate(files.paths) if (digest(path) in tested) != train]
     paths, labels = ([whole[i] for i in kept] for whole in (files.paths, files.labels))
@@ -67,7 +67,7 @@ def part_of(files: ImageFiles, test_files: Collection[str], *, train: bool) -> I
 
 
 def digest(path: str) -> str:
-    """Of a file's content: 16 hexadecimal digits."""
+    """The digest of a file's content: 16 hexadecimal digits."""
     status = os.stat(path)
     return _digest(path, status.st_size, status.st_mtime_ns)
 

@@ -54,7 +54,7 @@ def unit(
 
 
 def count_batches(norms: Iterable[nn.BatchNorm2d]) -> None:
-    """What each BN does beside its work in training, for all of them in one operation."""
+    """Count a batch in every BN that trains, in one operation."""
     if counters := [bn.num_batches_tracked for bn in norms if bn.training]:
         torch._foreach_add_(counters, 1)
 
@@ -70,7 +70,7 @@ class Convolution(NamedTuple):
 
     @classmethod
     def of(cls, conv: BinaryConv2d, padding: tuple[int, int] | None = None) -> Convolution:
-        """That of a layer, or one with other padding."""
+        """The geometry of a layer, perhaps with other padding."""
         geometry = conv.stride, padding or conv.padding, conv.dilation, conv.groups
         return cls(*geometry, conv.activation_bits == 1)
 

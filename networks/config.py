@@ -1,4 +1,4 @@
-"""What the configurations of the other systems' networks of cells have in common."""
+"""The base class of the other systems' configurations, those of networks of cells."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ Config = ModelConfig | BnasConfig | BatsConfig | DcpNasConfig | ResNetConfig
 
 
 def settings_of(system: str) -> frozenset[str]:
-    """What a system's networks are built from, by name."""
+    """The names of the fields that a system's networks are built from."""
     return frozenset(field.name for field in dataclasses.fields(SYSTEMS[system]))
 
 

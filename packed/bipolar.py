@@ -82,7 +82,7 @@ class _Graph:
         return self.node("Slice", x, *(self.constant(values, np.int64) for values in (starts, ends, axes)))
 
     def run(self, program: Program) -> None:
-        """What FloatForm computes, step by step."""
+        """Compute what FloatForm does, step by step."""
         buffers = [_Values(self) for _ in program.buffers]
         size, channels = program.image_size, program.buffers[0][0]
         buffers[0].write(View(0, 0, channels), _Value("images", channels, size, size))

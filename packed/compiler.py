@@ -24,7 +24,7 @@ def cache_folder() -> Path:
 
 
 def shared_library_flags() -> tuple[str, ...]:
-    """What makes the compiler write a shared library."""
+    """The flags with which the compiler writes a shared library."""
     return ("-shared", *(() if os.name == "nt" else ("-fPIC",)))
 
 

@@ -36,7 +36,7 @@ class FloatForm(nn.Module):
 
     @torch.inference_mode()
     def trace(self, image: np.ndarray) -> list[np.ndarray]:
-        """What every step wrote, (channels, h, w), for one image (3, h, w)."""
+        """The tensor (channels, h, w) that each step wrote, for one image (3, h, w)."""
         *features, logits = (output[0].numpy() for output in self._run(torch.from_numpy(image)[None]))
         return [*features, logits[:, None, None]]
 

@@ -168,7 +168,8 @@ class PackedNetwork:
             return plan.new_arena(self._helpers.count + 1 if plan.shared else 1)
 
     def trace(self, image: np.ndarray) -> list[np.ndarray]:
-        """What every step wrote, (channels, h, w), for one image (3, h, w): to look into a network."""
+        """The tensor (channels, h, w) that each step wrote, for one image (3, h, w): to look into a
+        network."""
         image = np.ascontiguousarray(image, np.float32)
         if self.kernel == "torch":
             return self._float_form.trace(image)

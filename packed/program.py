@@ -81,7 +81,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """What a file holds."""
+    """The content of a file."""
 
     buffers: tuple[tuple[int, int], ...]  # (channels, level); the first is the image
     steps: tuple[Step, ...]

@@ -1,4 +1,4 @@
-"""What the pictures share: names and colours, and a figure to draw on."""
+"""Names and colours that all pictures share, and a figure to draw on."""
 
 from __future__ import annotations
 

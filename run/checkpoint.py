@@ -234,7 +234,7 @@ def checked(path: Path, checkpoint: dict) -> dict:
 
 
 def network_config(checkpoint: dict) -> Config | SearchConfig:
-    """What the network of a checkpoint is built from."""
+    """The configuration of a checkpoint's network."""
     build = SearchConfig.from_dict if checkpoint["kind"] == "search" else config_from_dict
     return build(checkpoint["config"])
 

@@ -236,7 +236,8 @@ def restarted() -> bool:
 
 
 def launch_name() -> str:
-    """What tells this start of the program from all others, and stays when torchrun restarts its workers.
+    """A name of this start of the program, which no other start has. It stays when torchrun restarts its
+    workers.
 
     torchrun's run id where it has one of its own, else the process that launched this one.
     """

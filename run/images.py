@@ -59,7 +59,8 @@ def prepare_data(
 
 
 def test_files_of(name: str, root: str, test_part: float) -> tuple[str, ...] | None:
-    """What is to test on in a folder that is not split (see images/split.py); None for all other sets."""
+    """The digests of the files to test on, of a folder that is not split (see images/split.py); None for all
+    other sets."""
     if name != "folder" or not is_unsplit(root):
         return None
     return choose_test_files(list_images(Path(root)), test_part)
@@ -102,7 +103,7 @@ def describe_data(
     value_range: ValueRange | None = None,
     test_files: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of its images."""
+    """The entry `data` of a checkpoint: how its images were read."""
     return {
         "set": name,
         "root": str(root),

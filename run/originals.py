@@ -239,7 +239,7 @@ def _check_operations(network: nn.Module, state: dict[str, Tensor], said: Said) 
 
 
 def _seen(state: dict[str, Tensor], prefix: str) -> str:
-    """What the tensors tell of an operation."""
+    """The name of an operation as its tensors tell it."""
     if f"{prefix}conv_1.weight" in state:
         return "a skip_connect at stride 2"
     if f"{prefix}conv.weight" in state:

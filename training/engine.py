@@ -95,7 +95,7 @@ def parts_of(batch: Batch, accumulate: int) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class Training:
-    """What trains: a model, and all that a step takes beside its batch.
+    """A model that is trained, and all that a step takes beside its batch.
 
     `model` maps images to (logits, auxiliary logits or None). `criterion` compares each with what
     `targets_of` makes of the batch. A step takes its batch in `accumulate` parts, one after another, which

@@ -115,7 +115,7 @@ class Allocations(TorchDispatchMode):
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What a GPU has left for this process; None on a CPU."""
+    """The bytes that a GPU has left for this process; None on a CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 

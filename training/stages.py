@@ -57,12 +57,12 @@ class StageTraining(Training):
 
     @property
     def evaluated(self) -> nn.Module:
-        """What is evaluated, and is a checkpoint's network."""
+        """The network that is evaluated and that a checkpoint has as its own."""
         return self.average or self.model
 
     @property
     def stateful(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the network."""
+        """The objects whose state a checkpoint keeps beside the network."""
         return {
             "optimizer": self.optimizer,
             "scheduler": self.schedule,
@@ -225,7 +225,7 @@ def train_epochs(
 
 
 def header_of(origin: Origin, built: Built, data: dict[str, Any]) -> dict[str, Any]:
-    """What every checkpoint of the run keeps, for Session.start."""
+    """The entries that every checkpoint of the run keeps, for Session.start."""
     config = built.model.config.to_dict()
     return {"kind": stage_of(origin.flags), "config": config, "data": data, "kernels": built.form.name}
 
@@ -252,7 +252,7 @@ def log_form(run: Run, form: Form, checkpoint: dict | None) -> None:
 
 
 def epoch_record(train: dict, valid: dict, learning_rate: float) -> dict:
-    """What metrics.jsonl keeps of an epoch of training."""
+    """A training run's line in metrics.jsonl for an epoch."""
     return {
         "learning_rate": learning_rate,
         **{

@@ -20,7 +20,7 @@ from utils import InputError, one_line
 
 
 class Taught(NamedTuple):
-    """What a student's logits are compared with."""
+    """The targets of a student's logits."""
 
     labels: Tensor  # int64 (n,), or float32 (n, classes) after mixup
     logits: Tensor  # the teacher's, float32 (n, classes)

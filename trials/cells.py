@@ -44,7 +44,8 @@ def _sorted_inputs(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a trial trains. Genotypes that differ in the order of a node's inputs make one candidate."""
+    """A network that a trial trains. Genotypes that differ in the order of a node's inputs make one
+    candidate."""
 
     normal: tuple[Pair, ...]
     reduce: tuple[Pair, ...]

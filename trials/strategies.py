@@ -52,7 +52,7 @@ class Job:
 
     @property
     def cost(self) -> int:
-        """What it costs, in epochs."""
+        """The epochs that it costs."""
         return self.epochs - self.start
 
 

@@ -93,7 +93,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What is there of a run: its folder and its curve so far."""
+    """A run as far as it has come: its folder and its curve so far."""
 
     folder: Path | None
     curve: tuple[Epoch, ...] = ()
