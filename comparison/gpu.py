@@ -138,7 +138,7 @@ class Card:
 
 @dataclass
 class Report:
-    """The measurements so far. Each addition is written to `path`, if there is one; `ends` is when the time is over."""
+    """The measurements so far. Each is written to `path`, if there is one; `ends` is when the time is over."""
 
     path: Path | None
     ends: float
@@ -441,7 +441,7 @@ def table(content: dict[str, Any]) -> Iterator[str]:
 
 
 def sentences(content: dict[str, Any]) -> list[str]:
-    """Sentences about the measurements: what fits, how long the published runs take, what is slow, what failed."""
+    """Sentences about it: what fits, how long the published runs take, what is slow, what failed."""
     rows = content.get("steps", [])
     timed = [row for row in rows if "ms" in row]
     found = []

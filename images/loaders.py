@@ -199,7 +199,7 @@ class _Upload:
 
 
 class _EpochSampler(Sampler):
-    """Tells the workers what to read in the epoch that is open. They outlive it, and so does their sampler."""
+    """Tells the workers what to read in the epoch that is open. They and their sampler outlive it."""
 
     def __init__(self) -> None:
         self.items: list[tuple[int, Tensor]] | None = None  # None: no epoch is open
