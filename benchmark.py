@@ -24,7 +24,6 @@ import copy
 import ctypes
 import itertools
 import json
-import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -342,32 +341,17 @@ def data_cases(args: argparse.Namespace, world: World) -> Iterator[list[Case]]:
     with tempfile.TemporaryDirectory() as folder:
         make_jpegs(Path(folder), args.images, args.width)
         settings = {"device": world.device, "workers": args.workers, "seed": 0}
-        whole, draft = (
-            imagenet_loaders(folder, args.batch_size, jpeg_draft=draft, **settings)[0]
-            for draft in (False, True)
-        )
-        print(f"--jpeg_draft: {difference(whole, draft)}")
-        loaders = {"cifar": cifar_loader(args.batch_size, world.device), "imagenet": whole}
+        loaders = {
+            "cifar": cifar_loader(args.batch_size, world.device),
+            "imagenet": imagenet_loaders(folder, args.batch_size, **settings)[0],
+        }
         cases = []
         for family, loader in loaders.items():
             cases += [
                 Case(f"{family} loader", epochs_of(loader), loader.num_samples, f"{family} training"),
                 Case(f"{family} training", steps[family], args.batch_size),
             ]
-        cases.append(
-            Case("imagenet loader, --jpeg_draft", epochs_of(draft), draft.num_samples, "imagenet loader")
-        )
         yield cases
-
-
-def difference(one: Loader, other: Loader) -> str:
-    """How far apart the pixels of two loaders are, of an epoch, in levels of 255."""
-    pairs = zip(one.epoch(0), other.epoch(0), strict=True)
-    levels = 255 * torch.tensor(one.normalize.std, device=one.device).view(3, 1, 1)
-    apart = torch.cat([((a.images - b.images) * levels).flatten() for a, b in pairs])
-    mean, square = apart.abs().mean().item(), apart.square().mean().item()
-    psnr = 10 * math.log10(255**2 / square) if square else math.inf
-    return f"pixels differ by {mean:.2f} levels of 255, PSNR {psnr:.1f} dB"
 
 
 @contextmanager

@@ -21,12 +21,7 @@ def parser() -> options.Parser:
     flag("--tmp_data_dir", metavar="DIR", help="where train/ and val/ are")
     flag("--image_size", type=options.integer(16, 4096), default=224, help="side of a crop, in pixels")
     options.add_value_range_flag(flag)
-    flag(
-        "--jpeg_draft",
-        action="store_true",
-        help="decode large JPEGs at 1/2, 1/4 or 1/8 where the crop allows it: faster, other pixels "
-        "(docs/performance.md)",
-    )
+    parser.retire("jpeg_draft", "at 224 pixels it brought nothing", action="store_true")
     options.add_network_flags(parser, usual, EBNAS_ROW["imagenet"])
     options.add_step_flags(parser, usual, of_recipe=True)
     flag(
@@ -71,7 +66,6 @@ def main(flags: options.Flags) -> None:
         workers=settings.run.workers,
         seed=settings.run.seed,
         image_size=images.image_size,
-        jpeg_draft=images.jpeg_draft,
         shard=Shard(world.rank, world.size),
         color_jitter=stages.recipe_of(settings).color_jitter,
         value_range=value_range,

@@ -138,7 +138,7 @@ class Card:
 
 @dataclass
 class Report:
-    """The measurements so far. Each is written to `path`, if there is one; `ends` is when the time is over."""
+    """The measurements so far, each written to `path`, if there is one; `ends` is when the time is over."""
 
     path: Path | None
     ends: float

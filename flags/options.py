@@ -186,9 +186,9 @@ class Parser(argparse.ArgumentParser):
             if taken[name] != value:
                 raise InputError(f"--{name} is {value!r}")
 
-    def retire(self, name: str, reason: str) -> None:
-        """Accept a flag of PC-DARTS that has no use in this script."""
-        self.add_argument(f"--{name}", help=f"accepted, but without use: {reason}")
+    def retire(self, name: str, reason: str, **how: Any) -> None:
+        """Accept a flag that has no use in this script: one of PC-DARTS, or of an earlier version."""
+        self.add_argument(f"--{name}", help=f"accepted, but without use: {reason}", **how)
         self.idle[name] = (lambda _flags: True, reason)
 
     def needs(self, name: str, other: str) -> None:

@@ -61,7 +61,6 @@ class ImageNetImages:
     tmp_data_dir: str | None
     image_size: int
     value_range: list[float] | None
-    jpeg_draft: bool
     holdout = 0
     family = "imagenet"
 

@@ -262,7 +262,6 @@ def imagenet_loaders(
     workers: int,
     seed: int,
     image_size: int = 224,
-    jpeg_draft: bool = False,
     shard: Shard = Shard(),
     color_jitter: bool = False,
     value_range: ValueRange | None = None,
@@ -272,14 +271,13 @@ def imagenet_loaders(
     `train` and `val` are in `root`, or in its ILSVRC2012 or ImageNet-ILSVRC2012. Training:
     RandomResizedCrop(image_size), flip, Lighting 0.1 or `color_jitter` (brightness, contrast and saturation
     0.4, hue 0.2). Validation: the centre of the image resized to 256/224 of `image_size`. `workers` processes
-    for each of the two loaders. `jpeg_draft`: training images that are larger than needed are decoded
-    smaller, which is faster, with slightly other pixels. `value_range`: see packed.picture.read_rgb.
+    for each of the two loaders. `value_range`: see packed.picture.read_rgb.
 
     Raises InputError for a missing `train` or `val`, an empty class, classes that differ between them, and an
     unreadable file among TRIED of each.
     """
     files = listed_images(imagenet_folders(root)[0])
-    how = {"jpeg_draft": jpeg_draft, "color_jitter": color_jitter, "value_range": value_range}
+    how = {"color_jitter": color_jitter, "value_range": value_range}
     reader = FileReader(files, image_size, seed=seed, **how)
     reader.try_some()
     placed = {"device": device, "workers": workers, "shard": shard}

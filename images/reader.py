@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -39,7 +39,6 @@ class FileReader(Dataset):
         resize: int = 0,
         seed: int | None = None,
         color_jitter: bool = False,
-        jpeg_draft: bool = False,
         value_range: ValueRange | None = None,
     ):
         # Arrays, since forked workers share their pages; a list's would be copied, one reference count after
@@ -47,7 +46,7 @@ class FileReader(Dataset):
         self.paths = np.array([os.fsencode(path) for path in files.paths])
         self.labels = torch.tensor(files.labels)
         self.size, self.resize, self.seed = size, resize, seed
-        self.jpeg_draft, self.value_range = jpeg_draft, value_range
+        self.value_range = value_range
         if seed is None:
             return
         from torchvision.transforms import v2  # takes seconds to import; the small sets do without
@@ -73,36 +72,14 @@ class FileReader(Dataset):
                         image.copy_(self._centre(self._pixels(path)))
                     else:
                         torch.default_generator.manual_seed(mixed_seed("crop", self.seed, epoch, index))
-                        image.copy_(self._augmented(path))
+                        image.copy_(self.after_crop(self.crop(self._pixels(path))))
                 except Exception as error:  # Pillow's parsers raise many types; the caller reports them
                     unreadable.append(f"{path} ({_reason(error)})")
         return images, self.labels[indices], unreadable
 
-    def _pixels(self, path: str, reduction: Callable[[int, int], int] | None = None) -> Tensor:
+    def _pixels(self, path: str) -> Tensor:
         """See read_rgb; uint8 (3, h, w)."""
-        return torch.from_numpy(read_rgb(path, reduction, value_range=self.value_range)).permute(2, 0, 1)
-
-    def _augmented(self, path: str) -> Tensor:
-        """RandomResizedCrop, a flip, perhaps colours. With `jpeg_draft` a JPEG is decoded at 1/2, 1/4 or 1/8
-        of its size where the crop, which is the same, still has `size` pixels each way."""
-        if not self.jpeg_draft:
-            return self.after_crop(self.crop(self._pixels(path)))
-        from torchvision.transforms import RandomResizedCrop
-        from torchvision.transforms.v2.functional import resized_crop
-
-        whole = box = None
-
-        def reduction(*size: int) -> int:
-            nonlocal whole, box
-            whole, like = size, torch.empty(3, *size, device="meta")
-            # top, left, height, width
-            box = RandomResizedCrop.get_params(like, self.crop.scale, self.crop.ratio)
-            return min(box[2:]) // self.size
-
-        image = self._pixels(path, reduction)
-        drawn = [n / full for n, full in zip(image.shape[1:], whole, strict=True)]
-        box = [round(n * scale) for n, scale in zip(box, 2 * drawn, strict=True)]
-        return self.after_crop(resized_crop(image, *box, [self.size, self.size], antialias=True))
+        return torch.from_numpy(read_rgb(path, value_range=self.value_range)).permute(2, 0, 1)
 
     def _centre(self, image: Tensor) -> Tensor:
         height, width = resized_shape(*image.shape[1:], self.resize)

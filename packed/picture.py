@@ -14,12 +14,11 @@ import math
 import operator
 import os
 import stat
-from collections.abc import Callable
 
 import numpy as np
 
 try:
-    from PIL import ExifTags, Image, ImageOps
+    from PIL import Image, ImageOps
 except ImportError:  # where packed/ runs alone
     Image = None
 
@@ -31,16 +30,9 @@ ValueRange = tuple[float, float]
 """The values that are black and white."""
 
 
-def read_rgb(
-    path: str | os.PathLike,
-    reduction: Callable[[int, int], int] | None = None,
-    *,
-    value_range: ValueRange | None = None,
-) -> np.ndarray:
+def read_rgb(path: str | os.PathLike, *, value_range: ValueRange | None = None) -> np.ndarray:
     """An image file as a viewer shows it: uint8 (h, w, 3), RGB, upright, transparent parts over white.
 
-    `reduction` is told its height and width, and gives how many times smaller it may be: a JPEG is then
-    decoded at 1/2, 1/4 or 1/8 of its size, the smallest of them that is allowed, which is faster.
     `value_range` says what is black and white in pictures of more than 8 bits a channel; where it is None,
     the file has to say so.
 
@@ -55,11 +47,6 @@ def read_rgb(
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
     with Image.open(path) as image:
-        if reduction is not None:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
-            factor = reduction(*(image.size if turned else image.size[::-1]))
-            if factor > 1:
-                image.draft(None, (image.width // factor, image.height // factor))
         deep = has_deep_colour(image)
         tags = tiff_tags(image)
         ImageOps.exif_transpose(image, in_place=True)

@@ -31,7 +31,6 @@ CASES = {
         "cifar training",
         "imagenet loader",
         "imagenet training",
-        "imagenet loader, --jpeg_draft",
     ],
 }
 

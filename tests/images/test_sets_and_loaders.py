@@ -26,9 +26,7 @@ from torchvision.transforms import v2
 
 import infer
 from images.augment import Augmentation, Normalize
-from images.files import ImageFiles
 from images.loaders import Batch, BatchLoader, Shard, _Upload, imagenet_loaders
-from images.reader import FileReader
 from images.sets import STATISTICS, ImageSet, channel_statistics, holdout_split, load_set, split_halves
 from packed.picture import read_rgb
 from utils import InputError, RunFailed
@@ -699,24 +697,6 @@ def test_imagenet_without_val_is_refused(tmp_path):
         open_imagenet(tmp_path)
     with pytest.raises(InputError, match=r"no folder 'train' in .* or .*ILSVRC2012"):
         open_imagenet(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize(("size", "nearest"), [((90, 70), 0), ((700, 900), 12)])
-def test_a_draft_shows_the_same_crop(tmp_path, size, nearest, orientation):
-    """A small picture to the bit; a large one, decoded at a fraction of its size, but for what its corners
-    move to whole pixels of that size: at most half a pixel of the result."""
-    coarse = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", exif=exif)
-    files = ImageFiles(tmp_path, ["a"], [str(tmp_path / "a.jpg")], [0], "")
-    for epoch in range(8):
-        item = epoch, torch.tensor([0])
-        whole, draft = (
-            FileReader(files, 64, seed=3, jpeg_draft=draft)[item][0].float() for draft in (False, True)
-        )
-        assert (whole - draft).abs().mean() <= nearest < (whole.flip(-1) - draft).abs().mean()
 
 
 def test_a_batch_goes_to_a_gpu_on_a_stream_of_its_own(monkeypatch):
