@@ -17,14 +17,14 @@ from flags.genotype_text import find_genotype, looks_like_genotype, read_text
 from search_space import ENTRIES, PRIMITIVES
 from utils import InputError, one_line, write_atomically
 
+_SKIP_AND_POOLS = PRIMITIVES[:3]
+_SEPARABLE, _DILATED = ("sep_conv_3x3", "sep_conv_5x5"), ("dil_conv_3x3", "dil_conv_5x5")
+
 OPERATIONS = {
     "ebnas": PRIMITIVES,
     "bnas": ("none", *PRIMITIVES[1:]),
-    "bats": (
-        *("none", *PRIMITIVES[:3], "sep_conv_3x3", "sep_conv_5x5", "sep_conv_7x7"),
-        *("dil_conv_3x3", "dil_conv_5x5"),
-    ),
-    "dcp": (*PRIMITIVES[:3], "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"),
+    "bats": ("none", *_SKIP_AND_POOLS, *_SEPARABLE, "sep_conv_7x7", *_DILATED),
+    "dcp": (*_SKIP_AND_POOLS, *_SEPARABLE, *_DILATED),
 }
 """What each system's cells are made of, by their own names. A `sep_conv` of BATS is one grouped convolution,
 of DCP-NAS two depthwise separable ones."""

@@ -58,13 +58,8 @@ def measure_cost(model: nn.Module, image_size: int, *, auxiliary: bool = False) 
     bits = {m: (m.weight_bits, m.activation_bits) for m in model.modules() if isinstance(m, BinaryConv2d)}
     for layer in bits:  # nothing is computed: no signs are needed
         layer.weight_bits = layer.activation_bits = 32
-    counts = dict.fromkeys(
-        (
-            *("binary_macs", "float_macs", "one_sided_macs"),
-            *("bn_elements", "prelu_elements", "avg_pool_elements"),
-        ),
-        0,
-    )
+    names = "binary_macs float_macs one_sided_macs bn_elements prelu_elements avg_pool_elements"
+    counts = dict.fromkeys(names.split(), 0)
 
     def count(layer: nn.Module, _inputs, output: torch.Tensor) -> None:
         elements = output[0].numel()

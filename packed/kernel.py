@@ -30,11 +30,9 @@ class _CStep(ctypes.Structure):
     """`struct step` of binary_cpu.c."""
 
     _integers = (
-        *("op", "source", "target", "residual", "scratch"),
-        *("channels_in", "channels_out", "groups", "kernel", "stride", "padding"),
-        *("height_in", "width_in", "height_out", "width_out"),
-        *("add", "average", "relu", "chunks", "terms", "slack"),
-    )
+        "op source target residual scratch channels_in channels_out groups kernel stride padding "
+        "height_in width_in height_out width_out add average relu chunks terms slack"
+    ).split()
     _pointers = ("term", "masks", "valid", "threshold", "bits", "weight", "scale", "bias", "slope")
     _fields_ = [(name, ctypes.c_int64) for name in _integers]
     _fields_ += [(name, ctypes.c_void_p) for name in _pointers]

@@ -372,13 +372,15 @@ def check_tensor(tensor: Any, like: Tensor, name: str) -> None:
         raise InputError(f"{name} is not finite: the training of this network has diverged")
 
 
-STATE_KEYS = frozenset(
-    (
-        *("state", "param_groups", "params", "lr", "betas", "eps", "momentum", "weight_decay"),  # Adam, SGD
-        *("last_epoch", "_last_lr", "_schedulers"),  # schedules
-        *("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"),  # GradScaler
+STATE_KEYS = {
+    word
+    for names in (
+        "state param_groups params lr betas eps momentum weight_decay",  # of Adam and SGD
+        "last_epoch _last_lr _schedulers",  # of schedules
+        "scale growth_factor backoff_factor growth_interval _growth_tracker",  # of GradScaler
     )
-)
+    for word in names.split()
+}
 """What a state must hold to be put back, in every version of torch; others save a key more or less."""
 
 

@@ -26,9 +26,9 @@ METRICS, ARGS, RESULT = "metrics.jsonl", "args.json", "result.json"
 LOCK, LAUNCH = ".lock", ".launch"
 
 LOCATION = (
-    *("resume", "device", "gpu", "compile", "compile_mode", "workers"),
-    *("kernels", "report_freq", "save_freq", "note", "model_path", "data", "tmp_data_dir"),
-)
+    "resume device gpu compile compile_mode workers kernels report_freq save_freq note model_path data "
+    "tmp_data_dir"
+).split()
 """Flags that say where or how a run is made, not what it computes: they may differ when it is resumed."""
 
 

@@ -20,9 +20,7 @@ STAGE1 = {"ebnas": ("w1a32", "w32a1", "w32a32"), "bats": ("w32a1", "w1a32"), "dc
 
 ONLY_STAGE_BITS = {"bnas": (1, 1), "resnet": (32, 32)}
 
-NETWORK_FLAGS = (
-    *("init_channels", "layers", "groups", "auxiliary", "weight_binarization", "variant", "activation"),
-)
+NETWORK_FLAGS = ("init_channels layers groups auxiliary weight_binarization variant activation").split()
 
 
 def find_run(

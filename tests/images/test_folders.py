@@ -29,7 +29,7 @@ def test_an_ordinary_tree_is_read_as_torchvision_reads_it(tmp_path):
     store = make(tmp_path / "store", "b.png", "deep/a.png")
     root = make(
         tmp_path / "root",
-        *("dog/1.jpg", "dog/10.jpg", "dog/2.JPEG", "dog/x/3.png", "dog/x-y/4.png", "dog/x/y/5.webp"),
+        *"dog/1.jpg dog/10.jpg dog/2.JPEG dog/x/3.png dog/x-y/4.png dog/x/y/5.webp".split(),
         *(
             "Cat/b.tif",
             "Cat/a.ppm",
@@ -55,8 +55,8 @@ def test_what_systems_leave_in_folders_is_neither_an_image_nor_a_class(tmp_path)
     """`._1.png` is what a Mac writes beside 1.png on a stick and into a zip."""
     make(
         tmp_path,
-        *("cat/1.jpg", "cat/._1.jpg", "cat/.DS_Store", "cat/Thumbs.db", "cat/.ipynb_checkpoints/1-copy.png"),
-        *("cat/@eaDir/1.jpg/SYNOPHOTO_THUMB.jpg", "dog/2.GIF", "dog/DESKTOP.INI", "dog/.2.gif.swp"),
+        *"cat/1.jpg cat/._1.jpg cat/.DS_Store cat/Thumbs.db cat/.ipynb_checkpoints/1-copy.png".split(),
+        *"cat/@eaDir/1.jpg/SYNOPHOTO_THUMB.jpg dog/2.GIF dog/DESKTOP.INI dog/.2.gif.swp".split(),
         *(
             ".hidden/3.jpg",
             ".ipynb_checkpoints/4.jpg",

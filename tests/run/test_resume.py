@@ -17,6 +17,17 @@ from run.runs import Run, read_metrics
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
+BEYOND = [
+    word
+    for flag in (
+        "activation rprelu",
+        "stage1_weight_decay 1e-4",
+        "ema 0.9",
+        "teacher_weight 0.7",
+        "teacher_temperature 2",
+    )
+    for word in f"--{flag}".split()
+]
 CASES = {
     # script, flags, steps of an epoch, batches of its evaluation
     "search": ("train_search.py", [*TINY_SEARCH, "--arch_start_epoch", 0, "--accumulate", 2], 2, 2),
@@ -24,11 +35,9 @@ CASES = {
     "stage2": ("train.py", [*TINY_STAGE, "--binary", "--from_scratch", "--drop_path_prob", 0.5], 4, 1),
     "beyond": (
         "train.py",
-        [
-            *(*TINY_STAGE, "--auxiliary", "--mixup", "--activation", "rprelu", "--stage1_weight_decay", 1e-4),
-            *("--ema", 0.9, "--clip_weights", "--teacher_weight", 0.7, "--teacher_temperature", 2),
-        ],
-        *(4, 1),
+        [*TINY_STAGE, "--auxiliary", "--mixup", *BEYOND, "--clip_weights"],
+        4,
+        1,
     ),
     "imagenet": ("train_imagenet.py", ["--drop_path_prob", 0.5], 4, 1),
 }

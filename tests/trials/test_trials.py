@@ -332,10 +332,10 @@ def made_trainings(monkeypatch, without_pictures):
     return asked
 
 
-TINY_TRIALS = [
-    *("--set", "shapes", "--image_size", "16", "--train_images", "200", "--holdout", "50", "--workers", "0"),
-    *("--init_channels", "4", "--groups", "2", "--layers", "3", "--stage1_epochs", "2", "--epochs", "6"),
-]
+TINY_TRIALS = (
+    "--set shapes --image_size 16 --train_images 200 --holdout 50 --workers 0 --init_channels 4 --groups "
+    "2 --layers 3 --stage1_epochs 2 --epochs 6"
+).split()
 
 
 def result(scripts, name: str = "EXP") -> dict:

@@ -23,10 +23,10 @@ from packed.picture import central_square, read_rgb
 SHAPES = ROOT / "models" / "shapes.ebnas"
 CLANG = "14"  # the kernel was compiled with it
 FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),  # a camera of moving patterns
-)
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --use-fake-device-for-media-stream "
+    "--use-fake-ui-for-media-stream"
+).split()
 DESK, PHONE = {"width": 1100, "height": 760}, {"width": 390, "height": 844}
 
 
