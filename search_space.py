@@ -1,4 +1,4 @@
-"""What an operation of EBNAS's cells is, an entry each, in one place. No torch: flags are checked with it.
+"""The operations of EBNAS's cells, an entry each, in one place. No torch: flags are checked with it.
 
 To add one, append an entry to `ENTRIES` and search with `train_search.py --operations` (docs/extending.md).
 """
@@ -34,8 +34,15 @@ class Operation:
     derived: Callable[..., Any] | None = None
 
     @property
+    def kind(self) -> str:
+        """`convolution`, `pool` or `skip`; a module of its own counts as a convolution."""
+        if self.pool:
+            return "pool"
+        return "convolution" if self.kernel or self.search else "skip"
+
+    @property
     def geometry(self) -> tuple[int, int, int]:
-        """Of a convolution: kernel size, padding, dilation."""
+        """Kernel size, padding and dilation of a convolution."""
         return self.kernel, self.dilation * (self.kernel // 2), self.dilation
 
 

@@ -95,6 +95,7 @@ def parser() -> options.Parser:
     )
     group = parser.add_argument_group("what a trial trains: train.py's stages")
     flag = group.add_argument
+    options.add_operations_flag(flag)
     flag("--init_channels", type=sizes, default=(24,), metavar="C[,C...]", help="one or several; default: 24")
     flag("--layers", type=sizes, default=(5,), metavar="N[,N...]", help="cells, one or several; default: 5")
     flag(
@@ -203,7 +204,7 @@ class Search:
 
     def __init__(self, args: argparse.Namespace, data: dict[str, Any], images: int):
         self.args, self.data, self.images = args, data, images
-        self.space = Space(args.init_channels, args.layers)
+        self.space = Space(args.init_channels, args.layers, tuple(args.operations))
         self.costs = Costs(data, groups=args.groups)
         for channels, layers in product(args.init_channels, args.layers):
             self.costs.config(get_genotype("EBNAS"), channels, layers)  # says what makes no network

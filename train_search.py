@@ -28,7 +28,6 @@ from genotypes import (
     random_genotype,
     save_genotype,
 )
-from search_space import PRIMITIVES
 from utils import InputError, check_usage, command_text, run_main, seed_everything
 
 STEP = {"epochs": 50, "batch_size": 256, "learning_rate": 1e-3, "grad_clip": 5.0}
@@ -58,13 +57,7 @@ def parser() -> options.Parser:
             default=k,
             help=f"one in k channels of a {kind} cell goes through its operations",
         )
-    flag(
-        "--operations",
-        type=options.operations,
-        default=list(PRIMITIVES),
-        metavar="LIST",
-        help="what an edge chooses from: names of search_space.py, separated by commas; default: the seven",
-    )
+    options.add_operations_flag(flag)
     options.add_step_flags(parser, STEP)
     flag = parser.add_argument_group("search").add_argument
     flag("--weight_decay", type=options.non_negative_float, default=3e-4, help="of the weights")

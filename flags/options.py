@@ -23,7 +23,7 @@ from flags.choices import (
 )
 from genotypes import OPERATIONS
 from images.split import TEST_PART, is_unsplit
-from search_space import checked_operations
+from search_space import PRIMITIVES, checked_operations
 from utils import InputError
 
 LARGE = 1e30
@@ -440,6 +440,17 @@ def add_value_range_flag(flag: Callable[..., Any]) -> None:
 
 SYSTEM_FLAG = ("--system", "--family")
 """The flag for one of CELL_SYSTEMS, and the name that it had first."""
+
+
+def add_operations_flag(flag: Callable[..., Any]) -> None:
+    """The search space, for both kinds of search."""
+    flag(
+        "--operations",
+        type=operations,
+        default=list(PRIMITIVES),
+        metavar="LIST",
+        help="what an edge chooses from: names of search_space.py, separated by commas; default: the seven",
+    )
 
 
 def add_network_flags(parser: Parser, defaults: Mapping[str, Any], size: Mapping[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """An operation that a user adds as one entry: searched, trained, drawn (docs/extending.md)."""
 
+import numpy as np
 import pytest
 import torch
+from support.packed_programs import data_entry, float_logits, spread
 from torch import nn
 from torch.nn import functional as F
 
@@ -10,8 +12,11 @@ from genotypes import GENOTYPES, genotype_from_dict, genotype_to_dict
 from kernels import FORMS, accelerate
 from model import ModelConfig, build_model
 from model_search import SearchConfig, Supernet
+from networks.lowering import lower
+from packed import PackedNetwork
 from pictures.canvas import color_of, label_of
 from search_space import PRIMITIVES, Operation
+from trials.cells import Space
 from utils import InputError
 
 
@@ -85,6 +90,33 @@ def test_a_network_of_an_added_operation(entry, activation_bits):
         network.load_state_dict({**network.state_dict(), **dict(plain.named_parameters())})
         torch.testing.assert_close(network(images)[0], expected, rtol=1e-8, atol=1e-10)
     assert label_of(entry.name) == entry.label and color_of(entry.name).startswith("#")
+
+
+def test_a_kernel_of_7_is_packed_and_a_module_of_its_own_is_refused():
+    pairs = tuple((WIDE.name, source) for _, source in GENOTYPES["EBNAS"].normal)
+    network = spread(network_of(pairs))
+    images = torch.randn(5, 3, 16, 16)
+    packed = PackedNetwork(lower(network, data_entry(image_size=16)))
+    np.testing.assert_allclose(packed(images.numpy()), float_logits(network, images), rtol=1e-3, atol=1e-3)
+    with pytest.raises(InputError, match="Asymmetric"):
+        lower(network_of(((OWN.name, 0), *pairs[1:])), data_entry())
+
+
+def network_of(pairs):
+    genotype = GENOTYPES["EBNAS"]._replace(normal=pairs, reduce=pairs)
+    return build_model(ModelConfig(genotype, init_channels=4, layers=3, groups=2)).eval()
+
+
+def test_trials_draw_and_change_the_operations_that_were_chosen():
+    rng = np.random.default_rng(0)
+    names = (WIDE.name, OWN.name, "skip_connect")
+    space = Space((4,), (3,), names)
+    cells = [space.draw(rng)]
+    for _ in range(40):
+        cells.append(space.mutate(cells[-1], rng))
+    assert {name for cell in cells for name, _ in cell.normal + cell.reduce} == set(names)
+    assert {len(cell.features) for cell in cells} == {len(cells[0].features)}
+    assert all(value in space.alternatives[name] for cell in cells for name, value in cell.choices.items())
 
 
 def test_the_default_is_as_it_was():

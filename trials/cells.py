@@ -16,15 +16,11 @@ from typing import Any
 import numpy as np
 
 from genotypes import NODES, PRIMITIVES, Genotype, genotype_from_dict, genotype_to_dict
+from search_space import ENTRIES
 
 Pair = tuple[str, int]
 KINDS = ("normal", "reduce")
 CONCAT = tuple(range(2, 2 + NODES))
-
-CLASSES = {
-    name: "convolution" if "conv" in name else "pool" if "pool" in name else "skip" for name in PRIMITIVES
-}
-"""What kind of operation each is, for the features that count where it reads from."""
 
 INPUTS = [[(a, b) for b in range(2 + node) for a in range(b)] for node in range(NODES)]
 """Of each node the pairs of states that it can read."""
@@ -85,8 +81,8 @@ class Candidate:
         longest path; the states that no node reads. Then the logarithms of width and depth."""
         numbers: list[float] = []
         for pairs in (self.normal, self.reduce):
-            numbers += [sum(name == each for each, _ in pairs) for name in PRIMITIVES]
-            reads = [(CLASSES[name], min(source, 2)) for name, source in pairs]
+            numbers += [sum(name == each for each, _ in pairs) for name in ENTRIES]
+            reads = [(ENTRIES[name].kind, min(source, 2)) for name, source in pairs]
             numbers += [
                 reads.count((kind, source)) for kind in ("convolution", "pool", "skip") for source in range(3)
             ]
@@ -113,10 +109,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Space:
-    """All cells that a search of the supernet can derive, at any of these widths and depths."""
+    """All cells that a search of the supernet can derive from these operations, at any of these widths and
+    depths."""
 
     init_channels: tuple[int, ...]
     layers: tuple[int, ...]
+    operations: tuple[str, ...] = PRIMITIVES
     alternatives: dict[str, list[str]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -125,17 +123,17 @@ class Space:
             for node in range(NODES):
                 values[f"{kind} {node + 2} inputs"] = [f"{a} {b}" for a, b in INPUTS[node]]
                 for which in ("first", "second"):
-                    values[f"{kind} {node + 2} {which}"] = list(PRIMITIVES)
+                    values[f"{kind} {node + 2} {which}"] = list(self.operations)
         object.__setattr__(self, "alternatives", values)
 
     def draw(self, rng: np.random.Generator) -> Candidate:
         """A uniform draw: for each node two different inputs, for each of these any operation; any size."""
 
         def cell() -> tuple[Pair, ...]:
-            names = rng.integers(len(PRIMITIVES), size=2 * NODES).tolist()
+            names = rng.integers(len(self.operations), size=2 * NODES).tolist()
             inputs = rng.integers([len(states) for states in INPUTS]).tolist()
             sources = [state for states, i in zip(INPUTS, inputs, strict=True) for state in states[i]]
-            return tuple((PRIMITIVES[name], source) for name, source in zip(names, sources, strict=True))
+            return tuple((self.operations[i], source) for i, source in zip(names, sources, strict=True))
 
         return Candidate(cell(), cell(), _any(self.init_channels, rng), _any(self.layers, rng))
 
@@ -153,7 +151,7 @@ class Space:
         if rng.random() < 0.5:
             edge = int(rng.integers(2 * NODES))
             operation, source = pairs[edge]
-            pairs[edge] = (_any([name for name in PRIMITIVES if name != operation], rng), source)
+            pairs[edge] = (_any([name for name in self.operations if name != operation], rng), source)
         else:
             edge = int(rng.integers(2, 2 * NODES))  # the first node reads both inputs, and has no choice
             taken = {pairs[edge][1], pairs[edge ^ 1][1]}
