@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -35,11 +35,23 @@ def edge_regularizer(beta: Tensor) -> Tensor:
     return total
 
 
+def path_of_both(model: Supernet) -> Tensor:
+    """L_path of both types of cell."""
+    return path_regularizer(model.alphas_normal) + path_regularizer(model.alphas_reduce)
+
+
+def edge_of_both(model: Supernet) -> Tensor:
+    """L_edge of both types of cell."""
+    return edge_regularizer(model.betas_normal) + edge_regularizer(model.betas_reduce)
+
+
 class Architect:
     """Adam on alpha and beta, one first-order step at a time (no unrolling of the weight step).
 
     loss = CE + ramp * (path_reg_weight * L_path + edge_reg_weight * L_edge), each over both cell types, on
     a batch of the held-out half. No gradient of the weights is computed or kept.
+
+    `regularizers`: by name a weight, and a function of the supernet that gives a scalar.
     """
 
     def __init__(
@@ -54,7 +66,10 @@ class Architect:
         self.model = model
         for parameter in model.arch_parameters():  # the weight step leaves them alone
             parameter.requires_grad_(False)
-        self.path_reg_weight, self.edge_reg_weight = path_reg_weight, edge_reg_weight
+        self.regularizers: dict[str, tuple[float, Callable[[Supernet], Tensor]]] = {
+            "path": (path_reg_weight, path_of_both),
+            "edge": (edge_reg_weight, edge_of_both),
+        }
         self.optimizer = torch.optim.Adam(
             model.arch_parameters(),
             lr=learning_rate,
@@ -62,13 +77,6 @@ class Architect:
             weight_decay=weight_decay,
             fused=True,
         )
-
-    def regularizers(self) -> tuple[Tensor, Tensor]:
-        """L_path and L_edge of the current alpha and beta, without weight or ramp."""
-        model = self.model
-        path = path_regularizer(model.alphas_normal) + path_regularizer(model.alphas_reduce)
-        edge = edge_regularizer(model.betas_normal) + edge_regularizer(model.betas_reduce)
-        return path, edge
 
     def step(
         self,
@@ -90,8 +98,8 @@ class Architect:
                 with precision.autocast():
                     logits, _ = self.model(part.images)
                 loss = nn.functional.cross_entropy(logits.float(), part.targets) * world.loss_factor(part)
-                path, edge = self.regularizers()  # the same on every process, so their mean is theirs
-                regularizer = ramp * (self.path_reg_weight * path + self.edge_reg_weight * edge)
+                # the same on every process, so their mean is theirs
+                regularizer = ramp * sum(weight * of(self.model) for weight, of in self.regularizers.values())
                 backward(loss + regularizer * (len(part.images) / len(batch.images)), precision)
             update(self.optimizer, world, precision)
 

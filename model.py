@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flags.choices import ACTIVATIONS, FAMILIES, WEIGHT_BINARIZATIONS
+from binary_ops import ACTIVATION_MODULES
+from flags.choices import FAMILIES, WEIGHT_BINARIZATIONS
 from genotypes import Genotype, genotype_from_dict, genotype_to_dict, reduction_cells
 from operations import (
     BinaryUnit,
@@ -59,8 +60,9 @@ class ModelConfig:
                 f"unknown weight binarization {self.weight_binarization!r}; "
                 f"choose from {WEIGHT_BINARIZATIONS}"
             )
-        if self.activation not in ACTIVATIONS:
-            raise InputError(f"unknown activation {self.activation!r}; choose from {ACTIVATIONS}")
+        if self.activation not in ACTIVATION_MODULES:
+            names = tuple(ACTIVATION_MODULES)
+            raise InputError(f"unknown activation {self.activation!r}; choose from {names}")
         check_count("layers", self.layers, 3, 1_000)  # two cells reduce the size, after one that does not
         for name in ("init_channels", "groups", "num_classes"):
             check_count(name, getattr(self, name), 1, 1_000_000)

@@ -106,7 +106,7 @@ from flags.settings import SearchSettings, settings_from
 from images.augment import Augmentation
 from images.loaders import Batch, BatchLoader, Loader, Shard, search_file_loaders
 from images.sets import STATISTICS, ImageSet, split_halves
-from kernels import Form, accelerate, choose_form, knows_operations
+from kernels import Form, accelerate, choose_form
 from kernels.compilation import compile_regions
 from model_search import SearchConfig, Supernet
 from networks.found import describe_found
@@ -248,9 +248,7 @@ def build_supernet(settings: SearchSettings, num_classes: int, world: World) -> 
     )
     form = choose_form(step.kernels, world.device, precision=step.precision, compiled=step.compile)
     model = accelerate(Supernet(config).to(world.device), form.name)
-    if form.name != "plain" and not knows_operations(model):
-        words = "; the supernet plain, because the fast ones know the seven operations alone"
-        form = form._replace(words=form.words + words)
+    form = form.told(model)
     in_memory_format(model, step.memory_format, auto="contiguous")  # channels-last is slower on a CPU
     if step.compile:
         compile_regions(model, mode=step.compile_mode)
@@ -317,7 +315,6 @@ def epoch_record(
     `now` is the genotype at its end, `before` the record of the epoch before, None in the first one.
     """
     model = architect.model
-    path, edge = architect.regularizers()
     softmaxes = torch.cat([model.alphas_normal, model.alphas_reduce]).detach().softmax(1)
     entropy = torch.special.entr(softmaxes).sum(1).mean()
     old = genotype_from_dict(before.get("genotype")) if before else now
@@ -327,8 +324,7 @@ def epoch_record(
         "train_top1": train["top1"],
         "valid_loss": valid["loss"],
         "valid_top1": valid["top1"],
-        "path_regularizer": path.item(),
-        "edge_regularizer": edge.item(),
+        **{f"{name}_regularizer": of(model).item() for name, (_, of) in architect.regularizers.items()},
         "alpha_entropy": entropy.item(),
         "changed": sum(was != is_ for was, is_ in pairs),
         "operations": dict(Counter(name for name, _ in now.normal + now.reduce)),

@@ -7,8 +7,9 @@ import dataclasses
 import errno
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flags.choices import SETS
 from images.augment import Normalize
 from images.files import ImageFiles, list_images, listed_images, refuse_one_class, split_folders
 from images.reader import FileReader, block_loader, check_spread, read_blocks, refuse_unreadable
@@ -80,15 +80,9 @@ def load_set(
         how = {"image_size": image_size, "workers": workers, "value_range": value_range}
         files = _files_of(Path(root), train=train, test_files=test_files)
         return _load_folder(files, count=count, **how)
-    if name in ("cifar10", "cifar100"):
-        if image_size != 32:
-            raise InputError(f"{name} images are 32 x 32, not {image_size}; leave image_size at 32")
-        images = _load_cifar(name, root, train=train)
-    elif name == "shapes":
-        pixels, labels = draw_shapes(10_000 if train else 2_000, image_size, seed=0 if train else 1)
-        images = ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), tuple(SHAPES))
-    else:
-        raise InputError(f"unknown set {name!r}; choose from {', '.join(SETS)}")
+    if name not in READERS:
+        raise InputError(f"unknown set {name!r}; choose from {', '.join((*READERS, 'folder'))}")
+    images = READERS[name](root, train=train, image_size=image_size)
     if not count:
         return images
     kept = first_of_each_class(images.labels, count, images.classes)
@@ -150,7 +144,14 @@ def _split(n: int, first: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
     return order[:first], order[first:]
 
 
-def _load_cifar(name: str, root: str | Path, *, train: bool) -> ImageSet:
+def _read_shapes(_root: str | Path, *, train: bool, image_size: int) -> ImageSet:
+    pixels, labels = draw_shapes(10_000 if train else 2_000, image_size, seed=0 if train else 1)
+    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), tuple(SHAPES))
+
+
+def _read_cifar(name: str, root: str | Path, *, train: bool, image_size: int) -> ImageSet:
+    if image_size != 32:
+        raise InputError(f"{name} images are 32 x 32, not {image_size}; leave image_size at 32")
     from torchvision.datasets import CIFAR10, CIFAR100  # takes seconds to import; other sets do without
 
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
@@ -175,6 +176,14 @@ def _load_cifar(name: str, root: str | Path, *, train: bool) -> ImageSet:
         ) from error
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # (n, h, w, 3) -> (n, 3, h, w)
     return ImageSet(images, torch.tensor(dataset.targets), tuple(dataset.classes))
+
+
+READERS: dict[str, Callable[..., ImageSet]] = {
+    "cifar10": partial(_read_cifar, "cifar10"),
+    "cifar100": partial(_read_cifar, "cifar100"),
+    "shapes": _read_shapes,
+}
+"""By name of a set: reader(root, train=, image_size=) gives its images. For flags: choices.SETS."""
 
 
 def _is_of_the_file_system(error: Exception) -> bool:

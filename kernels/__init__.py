@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
+from binary_ops import RPReLU
 from kernels.fused import FUSED
 from kernels.fused_search import FUSED_SEARCH
 from kernels.library import chosen_path, unavailable
@@ -34,20 +36,25 @@ def accelerate(model: Module, form: str = "torch") -> Module:
     """Have `model`, and all that it is made of, compute in a form of FORMS; from whatever form it is in.
 
     Only the classes of its modules change, which differ in `forward` alone: parameters, buffers, names in a
-    state_dict, hooks and copies stay as they are. A supernet of other operations than the seven stays plain.
+    state_dict, hooks and copies stay as they are. A supernet of other operations than the seven stays plain,
+    and so does a unit with another normalisation than BatchNorm2d or another activation than PReLU or RPReLU.
     """
     fast = FORMS[form]
-    if not knows_operations(model):
+    if isinstance(model, Supernet) and model.config.operations != PRIMITIVES:
         fast = {plain: faster for plain, faster in fast.items() if plain not in FUSED_SEARCH}
     for module in model.modules():
         plain = _PLAIN.get(type(module), type(module))
-        module.__class__ = fast.get(plain, plain)
+        module.__class__ = fast.get(plain, plain) if _is_usual(module) else plain
     return model
 
 
-def knows_operations(model: nn.Module) -> bool:
-    """Whether the fast forms can compute `model`: those of a supernet are made for the seven operations."""
-    return not isinstance(model, Supernet) or model.config.operations == PRIMITIVES
+def _is_usual(unit: nn.Module) -> bool:
+    """Whether a module's normalisation and activation, where it has them, are those of the fast forms."""
+    norms = (getattr(unit, name, None) for name in ("bn1", "bn2"))
+    activation = type(getattr(unit, "prelu", None))
+    return all(type(bn) in (NoneType, nn.BatchNorm2d) for bn in norms) and (
+        activation in (NoneType, nn.PReLU, RPReLU)
+    )
 
 
 class Form(NamedTuple):
@@ -55,6 +62,15 @@ class Form(NamedTuple):
 
     name: str
     words: str
+
+    def told(self, model: nn.Module) -> Form:
+        """With words for the modules of `model`, accelerated in this form, that it left plain."""
+        if not (left := sum(type(module) in FORMS[self.name] for module in model.modules())):
+            return self
+        return self._replace(
+            words=f"{self.words}; {left} modules plain, because the fast forms know the seven operations, "
+            "BatchNorm2d, PReLU and RPReLU alone"
+        )
 
 
 def choose_form(

@@ -4,6 +4,7 @@ torch and the project's networks.
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,9 @@ class _Lowering:
             whole = self.buffer(target.channels, self.level(target))
             self.operation(operation, x, whole, add=False)
             self.pool(whole, target, name, add=True)
+        elif type(getattr(operation, "prelu", None)) not in (NoneType, nn.PReLU, RPReLU):
+            activation = type(operation.prelu).__name__
+            raise InputError(f"{name}: {activation} has no packed form, as PReLU and RPReLU have")
         elif isinstance(operation, BinaryUnit):
             residual = None
             if operation.shortcut is not None:

@@ -188,7 +188,7 @@ def _place(network: nn.Module, settings: StageSettings, world: World) -> Form:
     # torch's pools and small grouped convolutions are 1.5 times faster so on a CPU
     channels_last = device.type == "cpu" and form.name != "native"
     in_memory_format(network, step.memory_format, auto="channels_last" if channels_last else "contiguous")
-    return form
+    return form.told(network)
 
 
 # Its epochs
