@@ -91,7 +91,7 @@ def test_a_regulariser():
     assert weight == 0.1 and value(supernet).item() == pytest.approx(14 / 7, abs=0.01)
     from train_search import epoch_record
 
-    metrics = {"loss": 1.0, "top1": 10.0, "seconds": 1.0, "cpu_seconds": 1.0}
+    metrics = {"loss": 1.0, "top1": 10.0, "seconds": 1.0, "images_per_second": 1.0}
     record = epoch_record(architect, supernet.genotype(), metrics, metrics, before=None)
     assert record["skips_regularizer"] == pytest.approx(2, abs=0.01) and "path_regularizer" in record
 
