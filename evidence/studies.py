@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from evidence.plan import Arm, BestOf, CellOf, FolderOf, Job, Study, held_out
@@ -64,6 +65,10 @@ class Scale:
     rows: Mapping[str, Mapping[str, Flags]]
     larger: Flags
     larger_epochs: tuple[int, int]
+    small_sets: Mapping[int, tuple[int, int]] = field(
+        default_factory=lambda: {20: (200, 40), 100: (1_000, 16), 500: (5_000, 6)}
+    )
+    """By images a class, of ten: images, and epochs of each stage."""
     instrument: Instrument | None = None
     found: Mapping[str, Genotype] = field(default_factory=dict)
     """Cells that stand in the table beside the random ones, and have no name in genotypes.py."""
@@ -88,6 +93,7 @@ SCALES = {
         rows={"parameters": {"BNAS-C": {"init_channels": 4, "groups": None}}},
         larger={"image_size": 32},
         larger_epochs=(1, 1),
+        small_sets=dict.fromkeys((20, 100, 500), (20, 1)),
         instrument=Instrument(
             ways={
                 "many images": Way(200, 1),
@@ -474,9 +480,40 @@ def transfer(scale: Scale) -> Study:
     )
 
 
+def small_set(scale: Scale, *, each: int) -> Study:
+    """A training set of `each` images a class, of ten; 200 more of all choose the epoch. The reference has
+    the published batch, or one of the whole set where that is smaller."""
+    n, epochs = scale.small_sets[each]
+    held_out = min(200, n // 2)
+    images = {**scale.images, "train_images": n + held_out}
+    small = replace(
+        scale,
+        images=images,
+        network={**scale.network, "holdout": held_out},
+        stage1_epochs=epochs,
+        stage2_epochs=epochs,
+    )
+    whole = min(256, n)
+    variants: dict[str, Flags] = {f"batch {whole}": {"batch_size": whole}}
+    smaller = (64, 16, 8) if each < 500 else (64, 16)
+    variants |= {f"batch {size}": {"batch_size": size} for size in smaller if size < whole}
+    variants["batch 16, cutout"] = {"batch_size": 16, "cutout": True, "cutout_length": 8}
+    return Study(
+        f"small_{each}",
+        f"Which batch, and cutout or not, for {each} images a class?",
+        tuple(
+            arm(name, 2, lambda seed, flags=flags: network_job(small, seed, **flags))
+            for name, flags in variants.items()
+        ),
+    )
+
+
 STUDIES: dict[str, Callable[[Scale], Study]] = {
-    study.__name__: study
-    for study in (resolution, search, regularisers, stages, rows, beyond, sampling, ranking, transfer)
+    **{
+        study.__name__: study
+        for study in (resolution, search, regularisers, stages, rows, beyond, sampling, ranking, transfer)
+    },
+    **{f"small_{each}": partial(small_set, each=each) for each in (20, 100, 500)},
 }
 """In the order in which they are worth running."""
 
