@@ -481,8 +481,8 @@ def transfer(scale: Scale) -> Study:
 
 
 def small_set(scale: Scale, *, each: int) -> Study:
-    """A training set of `each` images a class, of ten; 200 more of all choose the epoch. The reference has
-    the published batch, or one of the whole set where that is smaller."""
+    """A training set of `each` images a class, of ten; 100 or 200 more of all choose the epoch. The
+    reference has the published batch, or one of the whole set where that is smaller."""
     n, epochs = scale.small_sets[each]
     held_out = min(200, n // 2)
     images = {**scale.images, "train_images": n + held_out}
