@@ -28,7 +28,7 @@ def unit(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
-    convolution: Convolution,
+    convolution: Geometry,
     bn1: nn.BatchNorm2d,
     bn2: nn.BatchNorm2d,
     prelu: nn.PReLU,
@@ -59,7 +59,7 @@ def count_batches(norms: Iterable[nn.BatchNorm2d]) -> None:
         torch._foreach_add_(counters, 1)
 
 
-class Convolution(NamedTuple):
+class Geometry(NamedTuple):
     """conv2d(sign(a), weight), or conv2d(a, weight), without a bias."""
 
     stride: tuple[int, int]
@@ -69,7 +69,7 @@ class Convolution(NamedTuple):
     signs: bool
 
     @classmethod
-    def of(cls, conv: BinaryConv2d, padding: tuple[int, int] | None = None) -> Convolution:
+    def of(cls, conv: BinaryConv2d, padding: tuple[int, int] | None = None) -> Geometry:
         """The geometry of a layer, perhaps with other padding."""
         geometry = conv.stride, padding or conv.padding, conv.dilation, conv.groups
         return cls(*geometry, conv.activation_bits == 1)
@@ -239,7 +239,7 @@ class FusedUnit(BinaryUnit):
         alone = self.weights is None
         weight = self.conv.effective_weight() if alone else self.weights[0]
         residual = None if self.shortcut is None else self.shortcut(x)
-        convolution = Convolution.of(self.conv)
+        convolution = Geometry.of(self.conv)
         return unit(x, residual, weight, convolution, self.bn1, self.bn2, self.prelu, count=alone)
 
 
@@ -262,7 +262,7 @@ class FusedReduce(FactorizedReduce):
         odd = (x.shape[2] | x.shape[3]) % 2
         corners = ((odd, 1, odd, 1), (1 + odd, 0, 1 + odd, 0))
         kernel = torch.cat([F.pad(weight, pad) for weight, pad in zip(weights, corners, strict=True)])
-        convolution = Convolution.of(self.conv_1, padding=(odd, odd))
+        convolution = Geometry.of(self.conv_1, padding=(odd, odd))
         return unit(x, None, kernel, convolution, self.bn1, self.bn2, self.prelu, count=alone)
 
 

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from binary_ops import RPReLU
-from kernels.fused import Convolution, FusedCell, FusedReduce, FusedUnit, count_batches
+from kernels.fused import FusedCell, FusedReduce, FusedUnit, Geometry, count_batches
 from kernels.library import library
 from model import Cell
 from operations import BinaryUnit, FactorizedReduce, Pool, drop_factor
@@ -31,7 +31,7 @@ def unit(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
-    convolution: Convolution,
+    convolution: Geometry,
     bn1: nn.BatchNorm2d,
     bn2: nn.BatchNorm2d,
     prelu: nn.PReLU,
@@ -243,9 +243,8 @@ class _PoolCall(ctypes.Structure):
     """`struct pool_call` of source/pool.h."""
 
     _integers = (
-        *("planes", "height", "width", "height_out", "width_out", "stride", "average", "threads"),
-        *("channels", "grad_image"),
-    )
+        "planes height width height_out width_out stride average threads channels grad_image"
+    ).split()
     _fields_ = [(name, ctypes.c_int64) for name in _integers]
     _fields_ += [(name, ctypes.c_void_p) for name in ("x", "grad", "out", "grad_x")]
     _fields_ += [("failed", ctypes.c_int64)]
@@ -255,18 +254,17 @@ class PointwiseCall(ctypes.Structure):
     """`struct pointwise` of source/pointwise.h."""
 
     _integers = (
-        *("n", "channels_in", "channels_out", "height", "width", "height_out", "width_out"),
-        *("halves", "signs", "training", "normalized", "adds_input", "threads"),
-    )
+        "n channels_in channels_out height width height_out width_out halves signs training normalized "
+        "adds_input threads"
+    ).split()
     _pointers = (
-        *("x", "residual", "weight_even", "weight_odd", "weight1", "bias1", "weight2", "bias2"),
-        *("slope", "shift", "factor", "mean1", "var1", "mean2", "var2", "statistics1", "statistics2"),
-        *("y", "out", "grad"),
-    )
+        "x residual weight_even weight_odd weight1 bias1 weight2 bias2 slope shift factor mean1 var1 "
+        "mean2 var2 statistics1 statistics2 y out grad"
+    ).split()
     _gradients = (
-        *("grad_x", "grad_residual", "grad_weight_even", "grad_weight_odd"),
-        *("grad_weight1", "grad_bias1", "grad_weight2", "grad_bias2", "grad_slope", "grad_shift"),
-    )
+        "grad_x grad_residual grad_weight_even grad_weight_odd grad_weight1 grad_bias1 grad_weight2 "
+        "grad_bias2 grad_slope grad_shift"
+    ).split()
     _fields_ = [(name, ctypes.c_int64) for name in _integers]
     _fields_ += [("eps", ctypes.c_double)]
     _fields_ += [(name, ctypes.c_void_p) for name in _pointers]
@@ -280,19 +278,18 @@ class _UnitCall(ctypes.Structure):
     """`struct unit` of source/unit.h."""
 
     _integers = (
-        *("n", "channels_in", "channels_out", "groups", "height_in", "width_in", "height_out", "width_out"),
-        *("kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w"),
-        *("dilation_h", "dilation_w", "signs", "residual_kind", "training", "threads", "relu"),
-    )
+        "n channels_in channels_out groups height_in width_in height_out width_out kernel_h kernel_w "
+        "stride_h stride_w padding_h padding_w dilation_h dilation_w signs residual_kind training threads "
+        "relu"
+    ).split()
     _pointers = (
-        *("x", "residual", "weight", "slope", "shift", "factor"),
-        *("weight1", "bias1", "mean1", "var1", "weight2", "bias2", "mean2", "var2"),
-        *("statistics1", "statistics2", "y", "out", "grad"),
-    )
+        "x residual weight slope shift factor weight1 bias1 mean1 var1 weight2 bias2 mean2 var2 "
+        "statistics1 statistics2 y out grad"
+    ).split()
     _gradients = (
-        *("grad_x", "grad_residual", "grad_weight", "grad_slope", "grad_shift"),
-        *("grad_weight1", "grad_bias1", "grad_weight2", "grad_bias2"),
-    )
+        "grad_x grad_residual grad_weight grad_slope grad_shift grad_weight1 grad_bias1 grad_weight2 "
+        "grad_bias2"
+    ).split()
     _fields_ = [(name, ctypes.c_int64) for name in _integers]
     _fields_ += [("eps", ctypes.c_double)]
     _fields_ += [(name, ctypes.c_void_p) for name in _pointers]
@@ -607,7 +604,7 @@ class NativeUnit(FusedUnit):
             x,
             residual,
             weight,
-            Convolution.of(self.conv),
+            Geometry.of(self.conv),
             self.bn1,
             self.bn2,
             self.prelu,

@@ -209,10 +209,7 @@ _LIBRARY.define(
 class _CellCall(ctypes.Structure):
     """`struct cell` of source/search.h."""
 
-    _integers = (
-        *("n", "channels", "k", "stride", "height", "width", "height_out", "width_out"),
-        *("training", "threads"),
-    )
+    _integers = ("n channels k stride height width height_out width_out training threads").split()
     _fields_ = [(name, ctypes.c_int64) for name in _integers]
     _fields_ += [
         ("eps", ctypes.c_double),
