@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from genotypes import GENOTYPES
 from kernels import accelerate, choose_form, library
-from kernels.fused import Convolution
+from kernels.fused import Geometry
 from kernels.library import paths, unavailable
 from kernels.native import avg_pool, max_pool, pointwise, unit
 from kernels.native_search import cell as search_cell
@@ -266,7 +266,7 @@ def test_the_backward_pass_has_the_signs_of_the_forward_pass(groups, path):
         norm1.bias.copy_((mean - 1) * (var + norm1.eps).rsqrt() + torch.linspace(-1e-6, 1e-6, 6))
     weight = torch.eye(6).view(6, 6, 1, 1) if groups == 1 else torch.ones(6, 1, 1, 1)
     weight.requires_grad_()
-    convolution = Convolution((1, 1), (0, 0), (1, 1), groups, True)
+    convolution = Geometry((1, 1), (0, 0), (1, 1), groups, True)
     out = unit(x, None, weight, convolution, norm1, norm2, prelu)
     saved = [tensor for tensor in out.grad_fn.saved_tensors if tensor is not None]
     (signs,) = [t for t in saved if t.shape == x.shape and t.abs().eq(1).all()]  # of the convolution's result
