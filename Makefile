@@ -24,9 +24,7 @@ OLDEST := .venv-oldest
 
 .PHONY: demo test test-oldest test-sanitizers test-arm wasm lint clean
 
-# two threads, which sleep while they wait: spinning, they would stall where other programs want the cores
 demo: export OMP_NUM_THREADS = 2
-demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(SETUP)
 	$(PYTHON) train_search.py $(SEARCH) --epochs 2
 	$(PYTHON) train.py $(NETWORK) --epochs 2 --arch "$$(ls -td runs/search-demo-* | head -n 1)"

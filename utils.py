@@ -73,8 +73,13 @@ def run_main(main: Callable[[Any], None], parser: Callable[[], Any]) -> None:
 
 def check_usage(parser: Callable[[], Any]) -> None:
     """Before torch is imported, which takes seconds: --help and wrong flags end the script here. From here to
-    `run_main` Ctrl-C ends it with one line."""
+    `run_main` Ctrl-C ends it with one line.
+
+    torch's threads are told to sleep while they wait. By default they spin, on the cores where the threads of
+    the native kernels compute: a step on two threads took a third longer (docs/performance.md).
+    """
     run_main(lambda _flags: None, parser)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def end(_signum, _frame) -> None:
         os.write(2, b"error: interrupted\n")
