@@ -47,7 +47,7 @@ from kernels import accelerate
 from networks.registry import trained_network
 from run.checkpoint import BEST, load_checkpoint
 from run.distributed import World, setup
-from run.images import loader_settings, prepare_data, write_split
+from run.images import fit_batch, loader_settings, prepare_data, write_split
 from training import stages
 from training.engine import evaluate, precision_of
 from training.session import Session
@@ -57,9 +57,10 @@ from training.stage_flags import find_run
 def main(flags: options.Flags) -> None:
     world = setup(flags.values.device, flags.values.gpu)
     origin = find_run(flags, parser=parser(), script="train", family="cifar", world=world)
+    notes = [*flags.idle, *fit_batch(origin, flags.given)]
     settings = settings_from(TrainSettings, origin.flags)
     precision = precision_of(settings.step, world.device)
-    session = Session(origin, settings, world=world, precision=precision, notes=flags.idle)
+    session = Session(origin, settings, world=world, precision=precision, notes=notes)
     train_set, test_set, data = prepare_data(settings, origin, world, test=True)
     train_loader, valid_loader, test_loader = make_loaders(settings, train_set, test_set, data, world)
 

@@ -112,7 +112,7 @@ from model_search import SearchConfig, Supernet
 from networks.found import describe_found
 from pictures import draw_curves, draw_genotype
 from run.distributed import World, setup
-from run.images import checked_range, describe_data, loader_settings, prepare_data
+from run.images import checked_range, describe_data, fit_batch, loader_settings, prepare_data
 from run.resume import Origin, find_origin
 from run.runs import Run
 from training.engine import Training, evaluate, in_memory_format, precision_of, train_one_epoch
@@ -123,10 +123,11 @@ from training.stages import log_form
 def main(flags: options.Flags) -> None:
     world = setup(flags.values.device, flags.values.gpu)
     origin = find_run(flags, world)
+    notes = [*flags.idle, *fit_batch(origin, flags.given)]
     settings = settings_from(SearchSettings, origin.flags)
     recipe, step = settings.recipe, settings.step
     precision = precision_of(step, world.device)
-    session = Session(origin, settings, world=world, precision=precision, notes=flags.idle)
+    session = Session(origin, settings, world=world, precision=precision, notes=notes)
     if settings.network.stem == "imagenet":
         loaders, data = file_loaders(settings, origin, world)
     else:

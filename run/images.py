@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,40 @@ def checked_range(values: Sequence[float] | None) -> ValueRange | None:
     if low >= high:
         raise InputError(f"--value_range {low:g} {high:g}: the second must be the larger")
     return low, high
+
+
+SMALL_SETS = ((1_000, 16), (5_000, 64))
+"""Up to so many images to train on, so many in a batch: see results/README.md."""
+
+
+def fit_batch(origin: Origin, given: Collection[str]) -> list[str]:
+    """Give a new run the batch that fits a small set of images, where the user has not chosen one; and a line
+    that says so."""
+    if origin.checkpoint or "batch_size" in given:
+        return []
+    count = count_training_images(origin.flags)
+    batch = next((batch for most, batch in SMALL_SETS if count is not None and count <= most), None)
+    if batch is None or batch >= origin.flags["batch_size"]:
+        return []
+    origin.flags["batch_size"] = batch
+    return [f"a batch of {batch}, because there are {count} images to train on; --batch_size takes another"]
+
+
+def count_training_images(flags: Mapping[str, Any]) -> int | None:
+    """How many images these flags train on, from the names of files alone; None where that is not known."""
+    known = {"shapes": 10_000, "cifar10": 50_000, "cifar100": 50_000}
+    count = flags["train_images"] or known.get(flags["set"])
+    if not count and flags["set"] == "folder":
+        root = Path(flags["data"])
+        try:
+            unsplit = is_unsplit(root)
+            count = len(list_images(root if unsplit else root / "train").paths)
+        except (InputError, OSError):  # which is said when they are read
+            return None
+        count = int(count * (1 - flags["test_part"])) if unsplit else count
+    if not count:
+        return None
+    return int(count * flags.get("train_portion", 1)) - flags.get("holdout", 0)
 
 
 def prepare_data(

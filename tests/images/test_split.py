@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,15 @@ import torch
 from PIL import Image
 from support.scripts import TINY_STAGE
 
+import train
 from images.duplicates import near_duplicates
 from images.files import list_images
 from images.sets import load_set
 from images.shapes import SHAPES, draw_shapes
 from images.split import choose_test_files, digest, is_unsplit, part_of
 from run.checkpoint import load_checkpoint
+from run.images import fit_batch
+from run.resume import Origin
 from utils import InputError
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -140,3 +144,16 @@ def test_a_run_keeps_what_is_where(folder, scripts, monkeypatch):
     other = [*flags[:-1], 0.5, "--binary"]
     assert "no finished stage-1 run" in scripts.run("train.py", *other, code=2).stderr
     scripts.run("train.py", *flags, "--binary")
+
+
+@pytest.mark.parametrize("given", [None, 20, 300])
+def test_a_small_set_has_a_small_batch_unless_one_is_given(given, data_flags):
+    """It goes by the names of the files; a run that is resumed keeps its own."""
+    typed = train.parser().read([*data_flags, *(["--batch_size", str(given)] if given else [])])
+    origin = Origin("train", "name", {**vars(typed.values)})
+    origin.flags["batch_size"] = typed.values.batch_size or 256
+    note = "a batch of 16, because there are 128 images to train on; --batch_size takes another"
+    assert fit_batch(origin, typed.given) == ([] if given else [note])
+    assert origin.flags["batch_size"] == (given or 16)
+    resumed = replace(origin, flags={**origin.flags, "batch_size": 256}, checkpoint={"epoch": 1})
+    assert fit_batch(resumed, frozenset()) == [] and resumed.flags["batch_size"] == 256
