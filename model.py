@@ -71,8 +71,8 @@ class ModelConfig:
         step = math.lcm(self.groups, halves)
         if self.init_channels % step:
             raise InputError(
-                f"init_channels {self.init_channels} does not divide into {self.groups} groups "
-                f"and by {halves}; the nearest that do: {nearest_multiples(self.init_channels, step)}"
+                f"init_channels {self.init_channels} is no multiple of {step}, which {self.groups} groups "
+                f"and the halves of layers need; try {nearest_multiples(self.init_channels, step)}"
             )
 
     @property

@@ -65,9 +65,9 @@ class SearchConfig:
         step = math.lcm(8 if self.stem == "imagenet" else 2, self.k_normal, self.k_reduce)
         if self.init_channels % step:
             raise InputError(
-                f"init_channels {self.init_channels} does not divide by {step}, which k = {self.k_normal} "
-                f"and {self.k_reduce}, the parts of the channels that the supernet samples, and the stem ask "
-                f"for; the nearest that do: {nearest_multiples(self.init_channels, step)}"
+                f"init_channels {self.init_channels} is no multiple of {step}, which a supernet with "
+                f"k {self.k_normal} and {self.k_reduce} needs; try "
+                f"{nearest_multiples(self.init_channels, step)}"
             )
 
     @property

@@ -176,8 +176,8 @@ def split_folders(roots: Sequence[Path], held_out: Sequence[str]) -> tuple[Path,
     name = next((name for name in held_out if (root / name).is_dir()), None)
     if name is None:
         raise InputError(
-            f"no folder {' or '.join(map(repr, held_out))} in {root}, beside 'train'; --set folder splits "
-            f"{root / 'train'} itself where --data names it"
+            f"no folder {' or '.join(map(repr, held_out))} in {root}, beside 'train'; or give --data "
+            f"{root / 'train'}, which --set folder then splits itself"
         )
     train, test = root / "train", root / name
     classes = {folder: set(class_names(folder)) for folder in (train, test)}

@@ -91,8 +91,8 @@ class Loader(ABC):
         smallest = 2 * self.shard.size if self.shuffle else 1
         if self.batch_size < smallest:
             raise InputError(
-                f"a batch of {self.batch_size} is too small; "
-                f"with {self.shard.size} processes it needs {smallest}"
+                f"a batch of {self.batch_size} is too small: batch normalisation needs two images on each of "
+                f"{self.shard.size} processes, so {smallest} or more"
             )
         full, tail = divmod(n, self.batch_size)
         self.num_steps = full + (tail >= smallest)

@@ -46,8 +46,8 @@ def choose_test_files(files: ImageFiles, part: float = TEST_PART) -> tuple[str, 
     for label, counts in classes.items():
         if len(counts) < 2:
             raise InputError(
-                f"{files.folder}: class {files.classes[label]} has {len(counts)} image; to train and to test "
-                "takes two different ones"
+                f"{files.folder}: class {files.classes[label]} has {len(counts)} image; it needs two "
+                "different ones, to train on and to test on"
             )
         wanted, taken = part * sum(counts.values()), 0
         for each in sorted(counts)[:-1]:  # one is left to train on

@@ -48,8 +48,8 @@ class BatsConfig(BaselineConfig):
         step = math.lcm(self.groups, SHUFFLE_GROUPS)
         if channels % step:
             raise InputError(
-                f"init_channels {channels} does not divide into {self.groups} groups and by "
-                f"{SHUFFLE_GROUPS}; the nearest that do: {nearest_multiples(channels, step)}"
+                f"init_channels {channels} is no multiple of {step}, which {self.groups} groups and a "
+                f"shuffle in {SHUFFLE_GROUPS} need; try {nearest_multiples(channels, step)}"
             )
         stem = self.stem_groups
         if self.family == "imagenet" and channels // 2 % stem:

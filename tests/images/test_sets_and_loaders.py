@@ -203,7 +203,7 @@ def test_a_process_with_nothing_to_evaluate_gets_an_empty_batch():
 def test_batches_that_cannot_be_made_are_refused():
     with pytest.raises(InputError, match="batch of 11 is larger than the 10 images"):
         loader_of(numbered(10), 11, shuffle=True)
-    with pytest.raises(InputError, match="batch of 3 is too small; with 2 processes it needs 4"):
+    with pytest.raises(InputError, match="two images on each of 2 processes, so 4"):
         loader_of(numbered(10), 3, shuffle=True, shard=Shard(0, 2))
     with pytest.raises(InputError, match="batch of 0 is too small"):
         loader_of(numbered(10), 0)

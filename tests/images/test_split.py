@@ -86,7 +86,7 @@ def test_what_is_split_is_read_as_before(folder, tmp_path):
 def test_classes_that_cannot_be_split(folder):
     for path in sorted((folder / "cross").iterdir())[1:]:
         shutil.copy(sorted((folder / "cross").iterdir())[0], path)
-    with pytest.raises(InputError, match="class cross has 1 image; to train and to test takes two different"):
+    with pytest.raises(InputError, match="class cross has 1 image; it needs two different"):
         load_set("folder", folder, train=True)
     for name in ("cross", "crescent"):
         shutil.rmtree(folder / name)

@@ -149,7 +149,7 @@ def test_a_genotype_in_the_blocks_of_another_system():
             "DCP-NAS-L: the blocks of bnas have no skip_connect; choose from ('none', 'max",
         ),
         (("ResNet18", "bnas"), "is made of no cells"),
-        (("BATS", None, {"init_channels": 50}), "does not divide into 12 groups and by 4"),
+        (("BATS", None, {"init_channels": 50}), "is no multiple of 12, which 12 groups"),
         (("BNAS-A", None, {"groups": 7}), "bnas has no groups"),
         (("BNAS-A", None, {"auxiliary": True}), "bnas has no auxiliary"),
         (("BNAS-A", None, {"variant": "mean"}), "choose from ('as_run', 'intended')"),

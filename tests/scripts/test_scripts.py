@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(scripts, data_flags):
 
 
 BAD_FLAGS = [
-    ("train_search.py", "--init_channels 12", "the nearest that do: 8 or 16"),
+    ("train_search.py", "--init_channels 12", "try 8 or 16"),
     ("train_search.py", "--epochs 0", "--epochs is 0"),
     ("train_search.py", "--train_portion 1.0", "--train_portion is 1.0"),
     ("train_search.py", "--batch_size 65", "larger than the 64 images"),
@@ -121,7 +121,7 @@ BAD_FLAGS = [
     ("train_search.py", "--device cuda", "no CUDA"),
     ("train_search.py", "--device tpu", "--device tpu"),
     ("train.py", "--arch DARTS", "choose from EBNAS"),
-    ("train.py", "--init_channels 15", "the nearest that do: 14 or 16"),
+    ("train.py", "--init_channels 15", "try 14 or 16"),
     ("train.py", "--binary", "first run `python"),
     ("train.py", "--learning_rate 0", "--learning_rate is 0.0"),
     ("train.py", "--learning_rate nan", "--learning_rate is nan"),

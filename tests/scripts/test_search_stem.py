@@ -129,4 +129,4 @@ def test_what_does_not_go_with_the_stem_is_refused(fails, images):
     assert "--cutout is for --stem cifar" in fails("train_search.py", *cutout)
     flags = [*STEM, "--tmp_data_dir", images, "--batch_size", 32, "--k_normal", 2, "--k_reduce", 2]
     line = fails("train_search.py", *flags, "--init_channels", 12)
-    assert "init_channels 12 does not divide by 8" in line
+    assert "init_channels 12 is no multiple of 8" in line

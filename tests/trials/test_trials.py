@@ -411,7 +411,7 @@ def test_limits_and_fronts(scripts, made_trainings, monkeypatch):
 
 def test_what_is_wrong_is_said_in_a_line(scripts, fails, made_trainings, monkeypatch):
     assert "accuracy, then any of" in fails("search_trials.py", "--objective", "kilobytes")
-    assert "does not divide into 2 groups" in fails("search_trials.py", *TINY_TRIALS, "--init_channels", 5)
+    assert "which 2 groups and" in fails("search_trials.py", *TINY_TRIALS, "--init_channels", 5)
     assert "give 150 or more" in fails("search_trials.py", *TINY_TRIALS, "--budget", 149)
     assert "cannot be used" in fails("search_trials.py", *TINY_TRIALS, "--storage", "nosuch://host/name")
     assert "leaves none of 200" in fails("search_trials.py", *TINY_TRIALS, "--holdout", 200)
