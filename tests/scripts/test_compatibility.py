@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.scripts import ROOT
 
 from packed import load
 from run.checkpoint import load_checkpoint
 
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "train.py").is_file())
 FIXTURES = ROOT / "tests" / "fixtures"
 ARCHIVE, PACKED, EXPECTED = (FIXTURES / name for name in ("runs.tar.xz", "model.ebnas", "expected.json"))
 RUNS = {
@@ -51,13 +51,17 @@ FORM = {"train_search.py": "torch", "train.py": "plain", "train_imagenet.py": "p
 """What that program computed with: units and pools module by module, the supernet in fewer operations."""
 
 
-def finish(folder: Path) -> str:
-    """Resume the runs in `folder` to their end, export and evaluate them; what the scripts print.
+def finish(folder: Path, forms: dict[str, str]) -> str:
+    """Resume the runs in `folder` to their end in these forms, where they are given, export and evaluate
+    them; what the scripts print.
 
     One process for all of them, since torch takes seconds to import.
     """
     run = {name: str(find(folder, name).relative_to(folder)) for name in RUNS}
-    commands = [(script, "--resume", run[name], "--kernels", FORM[script]) for name, script in RUNS.items()]
+    commands = [
+        (script, "--resume", run[name], *(["--kernels", forms[script]] if forms else []))
+        for name, script in RUNS.items()
+    ]
     commands.append(("export.py", run["eval-old-stage2"], "--output", "exported.ebnas"))
     commands.append(("evaluate.py", *list(run.values())[1:], "--workers", "0"))
     commands = json.dumps([(str(ROOT / script), *flags) for script, *flags in commands])
@@ -142,7 +146,7 @@ def finished(folder, tmp_path_factory) -> tuple[Path, str]:
     """A copy of `folder` with the runs at their end, and what the scripts have printed."""
     copy = tmp_path_factory.mktemp("finished")
     shutil.copytree(folder, copy, dirs_exist_ok=True)
-    return copy, finish(copy)
+    return copy, finish(copy, FORM)
 
 
 @pytest.mark.parametrize("name", RUNS)
