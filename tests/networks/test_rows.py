@@ -109,7 +109,8 @@ def test_reproduce_runs_a_row_from_start_to_figure_and_goes_on(scripts):
     assert "stage2 W1A1" in output and output.count("published: nothing of this size") == 2
     assert (stage1 / "last.pt").stat().st_mtime_ns == changed
     assert "--binary" in second and "*" not in second  # a pattern may be of two folders
-    assert f"starting from runs/{stage1.name}/" in scripts.run("train.py", *shlex.split(second)[2:]).stdout
+    (stage2,) = scripts.runs("eval-BATS-cifar10-tiny-stage2-*")
+    assert f"starting from runs/{stage1.name}/" in (stage2 / "log.txt").read_text()
 
 
 def test_reproduce_prints_what_is_published_at_full_scale(scripts, fails):
