@@ -31,8 +31,10 @@ def checked_range(values: Sequence[float] | None) -> ValueRange | None:
     return low, high
 
 
-SMALL_SETS = ((1_000, 16), (5_000, 64))
-"""Up to so many images to train on, so many in a batch: see results/README.md."""
+LARGEST_SMALL_SET = 5_000
+LEAST_STEPS, LEAST_BATCH = 60, 8
+"""An epoch of a small set should have so many steps, in batches of at least so many images: measured at 200
+and 1,000 images (results/README.md, small sets)."""
 
 
 def fit_batch(origin: Origin, given: Collection[str]) -> list[str]:
@@ -41,8 +43,10 @@ def fit_batch(origin: Origin, given: Collection[str]) -> list[str]:
     if origin.checkpoint or "batch_size" in given:
         return []
     count = count_training_images(origin.flags)
-    batch = next((batch for most, batch in SMALL_SETS if count is not None and count <= most), None)
-    if batch is None or batch >= origin.flags["batch_size"]:
+    if count is None or not 2 <= count <= LARGEST_SMALL_SET:
+        return []
+    batch = min(count, max(LEAST_BATCH, 1 << (count // LEAST_STEPS).bit_length() >> 1))  # a power of two
+    if batch >= origin.flags["batch_size"]:
         return []
     origin.flags["batch_size"] = batch
     return [f"a batch of {batch}, because there are {count} images to train on; --batch_size takes another"]

@@ -152,8 +152,8 @@ def test_a_small_set_has_a_small_batch_unless_one_is_given(given, data_flags):
     typed = train.parser().read([*data_flags, *(["--batch_size", str(given)] if given else [])])
     origin = Origin("train", "name", {**vars(typed.values)})
     origin.flags["batch_size"] = typed.values.batch_size or 256
-    note = "a batch of 16, because there are 128 images to train on; --batch_size takes another"
+    note = "a batch of 8, because there are 128 images to train on; --batch_size takes another"
     assert fit_batch(origin, typed.given) == ([] if given else [note])
-    assert origin.flags["batch_size"] == (given or 16)
+    assert origin.flags["batch_size"] == (given or 8)
     resumed = replace(origin, flags={**origin.flags, "batch_size": 256}, checkpoint={"epoch": 1})
     assert fit_batch(resumed, frozenset()) == [] and resumed.flags["batch_size"] == 256
